@@ -1,0 +1,135 @@
+//! Every number of a run, in one place.
+//!
+//! The parts are plain structs that the stages take by reference; nothing below `cli` reads a flag or a file.
+
+use serde::{Deserialize, Serialize};
+
+/// Which version of the bundle's recipe the defaults come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Recipe {
+    /// Bundle 0.3.6 as its README describes it: foreground crop, intensity shift, 1260 epochs.
+    #[serde(rename = "seed")]
+    Seed,
+    /// Bundle 0.3.6 exactly: Adam 1e-4, DiceCE 1/1, 100 epochs.
+    #[serde(rename = "0.3.6")]
+    V036,
+    /// Bundle 0.5.9 exactly: Novograd 2e-3, DiceCE 0.5/0.5, 800 epochs.
+    #[serde(rename = "0.5.9")]
+    V059,
+}
+
+/// Deterministic preprocessing: orientation RAS, spacing, intensity, foreground crop.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Preprocess {
+    /// Target voxel size in mm along RAS x, y, z (MONAI `Spacingd` pixdim).
+    pub spacing_mm: [f64; 3],
+    /// HU mapped to 0 and 1, clipped outside (MONAI `ScaleIntensityRanged` a_min, a_max).
+    pub hu_window: [f32; 2],
+    /// Crop to the bounding box of scaled intensity > 0 (MONAI `CropForegroundd`, margin 0).
+    pub crop_foreground: bool,
+}
+
+/// Random patches and their augmentation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Patch size in voxels (D, H, W).
+    pub patch: [usize; 3],
+    /// Weight of foreground centres (MONAI `RandCropByPosNegLabeld` pos).
+    pub pos: f64,
+    /// Weight of background centres.
+    pub neg: f64,
+    /// Patches drawn from one volume (MONAI num_samples).
+    pub samples_per_volume: usize,
+    /// Volumes a step (MONAI DataLoader batch_size).
+    pub volumes_per_step: usize,
+    /// Largest intensity shift (MONAI `RandShiftIntensityd` offsets); 0 switches it off.
+    pub shift_offset: f32,
+    /// Probability of a shift per patch.
+    pub shift_prob: f64,
+}
+
+/// Normalisation layers of the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norm {
+    /// BatchNorm3d, affine, running statistics: the bundle's.
+    Batch,
+    /// InstanceNorm3d without parameters: MONAI's default.
+    Instance,
+}
+
+/// The residual U-Net (MONAI `UNet` with strides 2, kernel 3, two residual units).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Net {
+    /// Normalisation layers.
+    pub norm: Norm,
+    /// Channels of each level, top to bottom; at least two levels.
+    pub channels: Vec<usize>,
+}
+
+/// Dice + cross entropy (MONAI `DiceCELoss` with softmax and one-hot).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// Weight of the Dice term.
+    pub lambda_dice: f64,
+    /// Weight of the cross entropy.
+    pub lambda_ce: f64,
+    /// Whether the background channel takes part in the Dice term.
+    pub include_background: bool,
+    /// Squares p and g in the denominator.
+    pub squared_pred: bool,
+    /// Sums over the batch before the ratio.
+    pub batch: bool,
+    /// Added to numerator and denominator.
+    pub smooth: f64,
+}
+
+/// Optimizer algorithm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// torch.optim.Adam.
+    Adam,
+    /// monai.optimizers.Novograd.
+    Novograd,
+}
+
+/// Optimizer and learning rate.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Optim {
+    /// Algorithm.
+    pub optimizer: Optimizer,
+    /// Learning rate; constant over a run.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// L2 term added to the gradient.
+    pub weight_decay: f64,
+}
+
+/// How overlapping windows are weighted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Blend {
+    /// Every voxel of a window counts 1.
+    Constant,
+    /// MONAI's Gaussian importance map, sigma 0.125 of the window.
+    Gaussian,
+}
+
+/// Sliding-window inference (MONAI `SlidingWindowInferer`).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    /// Window size in voxels (D, H, W).
+    pub roi: [usize; 3],
+    /// Overlap of neighbouring windows, 0 <= overlap < 1.
+    pub overlap: f64,
+    /// Windows a forward pass.
+    pub batch: usize,
+    /// Weighting.
+    pub blend: Blend,
+}

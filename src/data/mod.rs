@@ -1,0 +1,3 @@
+//! From files to patches: host only, never sees a tensor.
+
+pub mod volume;

@@ -1,0 +1,3 @@
+//! The `spleen-hpc` binary.
+
+fn main() {}
