@@ -10,7 +10,17 @@ pub mod config;
 
 pub mod data;
 
+pub mod device;
+
+pub mod tensor;
+
+pub mod ops;
+
+pub mod nn;
+
 pub mod infer;
+
+pub mod train;
 
 pub use error::{Error, Result};
 

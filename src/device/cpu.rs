@@ -1,0 +1,215 @@
+//! The CPU: which vector unit it has, 16-lane vectors on each of them, and disjoint writes from many threads.
+//!
+//! Kernels are written once over [`Lanes`] and instantiated for AVX-512, AVX2+FMA and plain Rust. Every
+//! instantiation does the same operations in the same order, a fused multiply-add each, so results do not depend
+//! on the machine.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// The vector unit a kernel is instantiated for, widest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Simd {
+    /// 512-bit registers, 32 of them.
+    Avx512,
+    /// 256-bit registers with FMA, 16 of them.
+    Avx2,
+    /// Whatever the compiler makes of plain Rust.
+    Portable,
+}
+
+/// The best vector unit of this machine.
+fn detect() -> Simd {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+            return Simd::Avx512;
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Simd::Avx2;
+        }
+    }
+    Simd::Portable
+}
+
+/// The unit in use, as its discriminant; `UNSET` before the first question.
+static IN_USE: AtomicU8 = AtomicU8::new(UNSET);
+const UNSET: u8 = u8::MAX;
+const UNITS: [Simd; 3] = [Simd::Avx512, Simd::Avx2, Simd::Portable];
+
+/// The vector unit kernels run on.
+pub fn simd() -> Simd {
+    let unit = IN_USE.load(Ordering::Relaxed);
+    if unit == UNSET { use_simd(Simd::Avx512) } else { UNITS[usize::from(unit)] }
+}
+
+/// Runs kernels on `unit`, or on the best one this machine has where that is narrower; returns which. Results do
+/// not depend on it: this is for measuring and for proving just that.
+pub fn use_simd(unit: Simd) -> Simd {
+    let chosen = unit.max(detect());
+    IN_USE.store(chosen as u8, Ordering::Relaxed);
+    chosen
+}
+
+/// Sixteen f32 lanes.
+pub trait Lanes: Copy {
+    /// All lanes 0.
+    fn zero() -> Self;
+    /// All lanes `*p`.
+    /// # Safety
+    /// `p` must be readable.
+    unsafe fn splat(p: *const f32) -> Self;
+    /// Lanes `p[0..16]`, unaligned.
+    /// # Safety
+    /// Sixteen floats from `p` must be readable.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Writes the lanes to `p[0..16]`, unaligned.
+    /// # Safety
+    /// Sixteen floats from `p` must be writable.
+    unsafe fn store(self, p: *mut f32);
+    /// `a * b + self`, rounded once.
+    fn fma(self, a: Self, b: Self) -> Self;
+    /// `self + other`.
+    fn add(self, other: Self) -> Self;
+}
+
+/// Plain Rust lanes.
+#[derive(Clone, Copy)]
+pub struct Plain([f32; 16]);
+
+impl Lanes for Plain {
+    #[inline(always)]
+    fn zero() -> Self {
+        Plain([0.0; 16])
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const f32) -> Self {
+        // SAFETY: the caller guarantees `p` readable.
+        Plain([unsafe { *p }; 16])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: the caller guarantees 16 readable floats; the read is unaligned.
+        Plain(unsafe { p.cast::<[f32; 16]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: the caller guarantees 16 writable floats; the write is unaligned.
+        unsafe { p.cast::<[f32; 16]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        Plain(std::array::from_fn(|i| a.0[i].mul_add(b.0[i], self.0[i])))
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+}
+
+/// AVX-512 and AVX2 lanes. Their methods must be inlined into a function with the target feature enabled, which
+/// only a `#[target_feature]` entry chosen by [`simd`] does.
+#[cfg(target_arch = "x86_64")]
+pub mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    /// One 512-bit register.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    /// Two 256-bit registers.
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256, __m256);
+
+    // SAFETY (all blocks below): AVX-512F is present because only entries chosen by `simd()` instantiate this
+    // type; pointers are readable or writable for 16 floats by the trait's contract.
+    impl Lanes for Avx512 {
+        #[inline(always)]
+        fn zero() -> Self {
+            Avx512(unsafe { _mm512_setzero_ps() })
+        }
+        #[inline(always)]
+        unsafe fn splat(p: *const f32) -> Self {
+            Avx512(unsafe { _mm512_set1_ps(*p) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            Avx512(unsafe { _mm512_loadu_ps(p) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            Avx512(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+    }
+
+    // SAFETY (all blocks below): as above, for AVX2 and FMA.
+    impl Lanes for Avx2 {
+        #[inline(always)]
+        fn zero() -> Self {
+            unsafe { Avx2(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn splat(p: *const f32) -> Self {
+            let v = unsafe { _mm256_set1_ps(*p) };
+            Avx2(v, v)
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            unsafe { Avx2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(p, self.0);
+                _mm256_storeu_ps(p.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        fn fma(self, a: Self, b: Self) -> Self {
+            unsafe { Avx2(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+    }
+}
+
+/// A mutable slice that several threads write at places that do not meet.
+#[derive(Clone, Copy)]
+pub struct Disjoint<'a> {
+    start: *mut f32,
+    len: usize,
+    slice: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `Disjoint` is a `&mut [f32]` whose accesses are unsafe and, by the contract of `get`, never overlap.
+unsafe impl Send for Disjoint<'_> {}
+unsafe impl Sync for Disjoint<'_> {}
+
+impl<'a> Disjoint<'a> {
+    /// Shares `slice` until the borrow ends.
+    pub fn new(slice: &'a mut [f32]) -> Self {
+        Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// The `len` floats from `offset`.
+    ///
+    /// # Safety
+    /// No two live results may overlap, on any thread.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn get(&self, offset: usize, len: usize) -> &'a mut [f32] {
+        assert!(offset + len <= self.len, "slice {offset}..{} of {}", offset + len, self.len);
+        // SAFETY: in bounds by the assertion, unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}

@@ -1,0 +1,75 @@
+//! Direct 3D convolution on the CPU: one gather core and one outer-product core serve every pass.
+//!
+//! | pass | core | tile taken from | lanes |
+//! |---|---|---|---|
+//! | conv fprop | [`correlate()`], [`Map::Gather`] | x | output channels |
+//! | conv dgrad, stride 1 | [`correlate()`], [`Map::Gather`], taps mirrored | dy | input channels |
+//! | conv dgrad, stride 2 | [`correlate()`], [`Map::Scatter`] | dy | input channels |
+//! | transposed fprop | [`correlate()`], [`Map::Scatter`] | x | output channels |
+//! | transposed dgrad | [`correlate()`], [`Map::Gather`] stride 2 | dy | input channels |
+//! | conv wgrad | [`wgrad()`] | x | output channels, from dy |
+//! | transposed wgrad | [`wgrad()`] | dy | input channels, from x |
+//!
+//! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
+//! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several outputs (a
+//! convolution and its residual sibling) share one tile. No result depends on the number of threads: tasks are cut
+//! by shape alone, and every sum has one order.
+
+mod correlate;
+mod micro;
+mod pack;
+mod plan;
+mod tile;
+mod wgrad;
+
+pub use correlate::correlate;
+pub use plan::Map;
+pub use tile::transform_row;
+pub use wgrad::wgrad;
+
+use crate::tensor::{Activation, Pending, Tensor};
+
+/// One input of a pass: floats in NDHWC with a map still to be applied.
+#[derive(Clone, Copy)]
+pub struct Source<'a> {
+    data: &'a [f32],
+    channels: usize,
+    pending: Option<&'a Pending>,
+}
+
+impl<'a> From<&'a Activation> for Source<'a> {
+    fn from(x: &'a Activation) -> Self {
+        Source { data: x.raw().data(), channels: x.shape().c, pending: x.pending() }
+    }
+}
+
+impl<'a> From<&'a Tensor> for Source<'a> {
+    fn from(x: &'a Tensor) -> Self {
+        Source { data: x.data(), channels: x.shape().c, pending: None }
+    }
+}
+
+/// One output of a pass.
+pub struct Head<'a> {
+    /// NDHWC floats, all of them written.
+    pub out: &'a mut [f32],
+    /// Channels of `out`.
+    pub channels: usize,
+    /// Added to every voxel, one a channel.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// How the weights between one source and one head lie in a PyTorch tensor (O, I, 3, 3, 3) or (I, O, 3, 3, 3).
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    /// The whole tensor.
+    pub data: &'a [f32],
+    /// Index of this source's and this head's first channel pair.
+    pub offset: usize,
+    /// Distance between channels of the head.
+    pub head_stride: usize,
+    /// Distance between channels of the source.
+    pub source_stride: usize,
+    /// Taps in reverse order on all axes, for dgrad.
+    pub mirrored: bool,
+}

@@ -1,0 +1,72 @@
+//! Weights in the order in which the micro-kernels read them.
+
+use super::Weights;
+use super::plan::{Block, Class, LANES, Map};
+use rayon::prelude::*;
+
+/// Packed weights: [source block][class][lane block][row][source channel][tap along w][16 lanes].
+pub struct Packed {
+    data: Vec<f32>,
+    /// Start of (source block, class), classes fastest.
+    starts: Vec<usize>,
+    classes: usize,
+}
+
+impl Packed {
+    /// Weights of one source block and class: lane blocks follow each other.
+    pub fn of(&self, source_block: usize, class: usize) -> &[f32] {
+        let i = source_block * self.classes + class;
+        &self.data[self.starts[i]..self.starts[i + 1]]
+    }
+}
+
+/// Floats of one lane block of one class.
+pub fn lane_block_floats(class: &Class, channels: usize) -> usize {
+    class.rows.len() * channels * class.taps_w.len() * LANES
+}
+
+/// Packs; `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
+pub fn pack<'a>(
+    map: Map,
+    classes: &[Class],
+    sources: &[Block],
+    lanes: &[Block],
+    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
+) -> Packed {
+    let kernel = map.kernel();
+    let mut starts = vec![0];
+    for source in sources {
+        for class in classes {
+            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, source.len));
+        }
+    }
+    let mut data = vec![0.0; starts[starts.len() - 1]];
+    let mut rest = data.as_mut_slice();
+    let mut jobs = Vec::new();
+    for source in sources {
+        for class in classes {
+            for lane in lanes {
+                let (head, tail) = rest.split_at_mut(lane_block_floats(class, source.len));
+                jobs.push((head, source, class, lane));
+                rest = tail;
+            }
+        }
+    }
+    jobs.into_par_iter().for_each(|(out, source, class, lane)| {
+        let w = weights(source.tensor, lane.tensor);
+        let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
+        let mut out = out.chunks_exact_mut(LANES);
+        for &(_, _, kd, kh) in &class.rows {
+            for channel in 0..source.len {
+                for &kw in &class.taps_w {
+                    let tap = (kd * kernel + kh) * kernel + kw;
+                    let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
+                    let from = start + channel * w.source_stride + tap;
+                    let out = out.next().expect("the block was sized for every tap");
+                    (0..lane.len).for_each(|l| out[l] = w.data[from + l * w.head_stride]);
+                }
+            }
+        }
+    });
+    Packed { data, starts, classes: classes.len() }
+}

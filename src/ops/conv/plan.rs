@@ -1,0 +1,208 @@
+//! How a pass is cut into tiles, tap classes and channel blocks: pure arithmetic on shapes.
+
+use super::Source;
+
+/// Output lanes of a block: one [`crate::device::cpu::Lanes`].
+pub const LANES: usize = 16;
+
+/// Input channels of a block. 32 channels x 27 taps x 32 lanes of weights are 110 KB: they stay in L2 beside a tile.
+const CHANNEL_BLOCK: usize = 32;
+
+/// Floats of a tile buffer: 192 KB, a fifth of a 1 MB L2, a third of a 512 KB one.
+const TILE_FLOATS: usize = 48 << 10;
+
+/// Which input voxels feed an output voxel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Map {
+    /// out[o] = sum over t < kernel of in[o * stride + t - kernel / 2] * w[t]; kernel 1 or 3.
+    Gather {
+        /// Taps an axis.
+        kernel: usize,
+        /// Input voxels an output voxel.
+        stride: usize,
+    },
+    /// Kernel 3, stride 2, padding 1, the other way round: out[2 i + t - 1] += in[i] * w[t].
+    Scatter,
+}
+
+impl Map {
+    /// Taps an axis.
+    pub fn kernel(self) -> usize {
+        match self {
+            Map::Gather { kernel, .. } => kernel,
+            Map::Scatter => 3,
+        }
+    }
+
+    /// Input voxels between neighbouring anchors. An anchor is an output voxel (gather) or a pair of them
+    /// (scatter: 2a and 2a + 1).
+    pub fn stride(self) -> usize {
+        match self {
+            Map::Gather { stride, .. } => stride,
+            Map::Scatter => 1,
+        }
+    }
+
+    /// Output voxels of an anchor along an axis.
+    pub fn outputs(self) -> usize {
+        match self {
+            Map::Gather { .. } => 1,
+            Map::Scatter => 2,
+        }
+    }
+
+    /// Input voxels before the anchor's own that it reads.
+    pub fn pad(self) -> usize {
+        match self {
+            Map::Gather { kernel, .. } => kernel / 2,
+            Map::Scatter => 0,
+        }
+    }
+
+    /// Input voxels that `anchors` neighbouring anchors read along an axis.
+    pub fn extent(self, anchors: usize) -> usize {
+        let reach = match self {
+            Map::Gather { kernel, .. } => kernel,
+            Map::Scatter => 2,
+        };
+        (anchors - 1) * self.stride() + reach
+    }
+
+    /// The tap classes: one for a gather, one per output parity for a scatter.
+    pub fn classes(self) -> Vec<Class> {
+        // (input offset, tap) pairs that feed an output of the given parity along one axis. Scatter: output 2a takes
+        // tap 1 of input a; output 2a + 1 takes tap 2 of input a and tap 0 of input a + 1.
+        let taps = |parity: usize| -> Vec<(usize, usize)> {
+            match (self, parity) {
+                (Map::Gather { kernel, .. }, _) => (0..kernel).map(|t| (t, t)).collect(),
+                (Map::Scatter, 0) => vec![(0, 1)],
+                (Map::Scatter, _) => vec![(0, 2), (1, 0)],
+            }
+        };
+        let p = self.outputs();
+        let mut classes = Vec::with_capacity(p * p * p);
+        for parity in (0..p * p * p).map(|i| [i / (p * p), i / p % p, i % p]) {
+            let rows = taps(parity[0])
+                .iter()
+                .flat_map(|&(dd, kd)| taps(parity[1]).into_iter().map(move |(hh, kh)| (dd, hh, kd, kh)))
+                .collect();
+            classes.push(Class { parity, rows, taps_w: taps(parity[2]).iter().map(|t| t.1).collect() });
+        }
+        classes
+    }
+}
+
+/// Output voxels whose taps are the same.
+#[derive(Clone, Debug)]
+pub struct Class {
+    /// Offset of the class's output voxel in its anchor, (D, H, W).
+    pub parity: [usize; 3],
+    /// Input rows an output row reads: offsets (dd, hh) in the tile and taps (kd, kh).
+    pub rows: Vec<(usize, usize, usize, usize)>,
+    /// Taps along w; the input voxels are neighbours from the anchor's own on.
+    pub taps_w: Vec<usize>,
+}
+
+/// A run of channels of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Index of the source or head.
+    pub tensor: usize,
+    /// First channel.
+    pub first: usize,
+    /// Number of channels.
+    pub len: usize,
+}
+
+/// Cuts the channels of each tensor into runs of at most `size`, never across tensors.
+fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> {
+    let cut = |(tensor, c): (usize, usize)| {
+        (0..c).step_by(size).map(move |first| Block { tensor, first, len: size.min(c - first) })
+    };
+    channels.into_iter().enumerate().flat_map(cut).collect()
+}
+
+/// Input channel blocks of `sources`.
+pub fn source_blocks(sources: &[Source]) -> Vec<Block> {
+    blocks(sources.iter().map(|s| s.channels), CHANNEL_BLOCK)
+}
+
+/// Lane blocks of tensors with these channels.
+pub fn lane_blocks(channels: impl IntoIterator<Item = usize>) -> Vec<Block> {
+    blocks(channels, LANES)
+}
+
+/// Anchors (D, H) of a tile; a tile always spans all of W.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Anchors along D.
+    pub d: usize,
+    /// Anchors along H.
+    pub h: usize,
+}
+
+impl Tile {
+    /// The largest tile of at most 8 rows whose buffer holds `channels` input channels in [`TILE_FLOATS`]. Up to
+    /// eight rows cost less halo than eight planes of one row, and W is never cut.
+    pub fn choose(map: Map, anchors: [usize; 3], channels: usize) -> Self {
+        let floats = |d, h| map.extent(d) * map.extent(h) * map.extent(anchors[2]) * channels;
+        let h = (1..=anchors[1].min(8)).rev().find(|&h| floats(1, h) <= TILE_FLOATS).unwrap_or(1);
+        let d = (1..=anchors[0].min(8)).rev().find(|&d| floats(d, h) <= TILE_FLOATS).unwrap_or(1);
+        Tile { d, h }
+    }
+
+    /// Origins (n, d, h) of all tiles, in order, with their sizes clipped to the volume.
+    pub fn origins(self, n: usize, anchors: [usize; 3]) -> Vec<(usize, usize, usize, Tile)> {
+        let mut list = Vec::new();
+        for n in 0..n {
+            for d in (0..anchors[0]).step_by(self.d) {
+                for h in (0..anchors[1]).step_by(self.h) {
+                    let clipped = Tile { d: self.d.min(anchors[0] - d), h: self.h.min(anchors[1] - h) };
+                    list.push((n, d, h, clipped));
+                }
+            }
+        }
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_anchor_lies_in_one_tile_and_every_tile_in_l2() {
+        for map in [Map::Gather { kernel: 3, stride: 1 }, Map::Gather { kernel: 3, stride: 2 }, Map::Scatter]
+        {
+            for anchors in [[96, 96, 96], [6, 6, 6], [7, 9, 5], [1, 1, 1], [48, 24, 160]] {
+                let tile = Tile::choose(map, anchors, 32);
+                let mut seen = vec![0u8; 2 * anchors[0] * anchors[1]];
+                for (n, d0, h0, t) in tile.origins(2, anchors) {
+                    for d in d0..d0 + t.d {
+                        (h0..h0 + t.h).for_each(|h| seen[(n * anchors[0] + d) * anchors[1] + h] += 1);
+                    }
+                }
+                assert!(seen.iter().all(|&s| s == 1), "{map:?} {anchors:?} {tile:?}");
+                let floats = map.extent(tile.d) * map.extent(tile.h) * map.extent(anchors[2]) * 32;
+                assert!(
+                    floats <= TILE_FLOATS || tile == (Tile { d: 1, h: 1 }),
+                    "{map:?} {anchors:?} {tile:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn scatter_classes_hold_each_tap_once() {
+        let mut taps: Vec<_> = Map::Scatter
+            .classes()
+            .iter()
+            .flat_map(|c| {
+                c.rows.iter().flat_map(|r| c.taps_w.iter().map(|&kw| (r.2, r.3, kw))).collect::<Vec<_>>()
+            })
+            .collect();
+        taps.sort();
+        let all: Vec<_> = (0..27).map(|t| (t / 9, t / 3 % 3, t % 3)).collect();
+        assert_eq!(taps, all);
+    }
+}

@@ -1,0 +1,246 @@
+//! The outer-product core: gradients of weights.
+
+use super::Source;
+use super::micro::outer_product;
+use super::plan::{LANES, Map, Tile, lane_blocks, source_blocks};
+use super::tile::{Order, Place, load};
+use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use rayon::prelude::*;
+
+/// Floats of all partial sums together, at most about this many: 8 MB, so that they stay in L3.
+const PARTIAL_FLOATS: usize = 2 << 20;
+
+/// dw[lane channel][source channel][tap] = sum over samples and anchors of
+/// source[anchor * stride + tap - pad] * lane source[anchor].
+///
+/// `sources` lie on `space` and are read with a halo; `lane_sources` lie on the anchors (stride 1 or 2 coarser).
+/// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
+/// one (dy, x) its (I, O, k, k, k).
+pub fn wgrad(
+    map: Map,
+    n: usize,
+    space: [usize; 3],
+    anchors: [usize; 3],
+    sources: &[Source],
+    lane_sources: &[Source],
+) -> Vec<Vec<f32>> {
+    let class = &map.classes()[0];
+    let channels = source_blocks(sources);
+    let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
+    let width = lanes.len() * LANES;
+    let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
+    let tiles = Tile::choose(map, anchors, widest).origins(n, anchors);
+    let rows_of = |len: usize| class.rows.len() * class.taps_w.len() * len;
+    let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * width).sum();
+    // Tiles are dealt to splits, each with partial sums of its own; a split is worth its memory only if the channel
+    // blocks alone do not make enough tasks.
+    let splits = (PARTIAL_FLOATS / dw_floats).max(32 / channels.len()).clamp(1, 64).min(tiles.len());
+    let per_split = tiles.len().div_ceil(splits);
+    let mut partials: Vec<Vec<f32>> = Vec::new();
+    (0..channels.len() * splits)
+        .into_par_iter()
+        .map_init(
+            || (Vec::new(), Vec::new(), Vec::new()),
+            |(tile, lane_tile, row), task| {
+                let (block, split) = (channels[task / splits], task % splits);
+                let mut sum = vec![0.0; rows_of(block.len) * width];
+                for origin in tiles.iter().skip(split * per_split).take(per_split) {
+                    let size = origin.3;
+                    let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
+                    tile.resize(map.extent(size.d) * eh * ew * block.len, 0.0);
+                    let place = Place { map, space, anchors_w: anchors[2], origin };
+                    load(&sources[block.tensor], block, &place, Order::Voxels, 0, tile, row);
+                    load_lanes(lane_sources, &lanes, anchors, origin, lane_tile, row);
+                    for (index, &(dd, hh, _, _)) in class.rows.iter().enumerate() {
+                        let floats = class.taps_w.len() * block.len;
+                        let pairs: Vec<_> = (0..size.d * size.h)
+                            .map(|i| (i / size.h, i % size.h))
+                            .map(|(d, h)| {
+                                let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
+                                (row * ew * block.len, (d * size.h + h) * anchors[2] * width)
+                            })
+                            .collect();
+                        let job = Job {
+                            x: tile,
+                            x_pitch: map.stride() * block.len,
+                            dy: lane_tile,
+                            width,
+                            pairs: &pairs,
+                            voxels: anchors[2],
+                            rows: floats,
+                        };
+                        job.run(&mut sum[index * floats * width..][..floats * width]);
+                    }
+                }
+                sum
+            },
+        )
+        .collect_into_vec(&mut partials);
+    let taps = map.kernel().pow(3);
+    let source_channels: usize = sources.iter().map(|s| s.channels).sum();
+    let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
+    let mut dw: Vec<Vec<f32>> =
+        lane_sources.iter().map(|s| vec![0.0; s.channels * source_channels * taps]).collect();
+    let targets: Vec<_> = dw
+        .iter_mut()
+        .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
+        .zip(&lanes)
+        .enumerate()
+        .collect();
+    targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
+        for (block_index, block) in channels.iter().enumerate() {
+            let sums = &partials[block_index * splits..][..splits];
+            let start = (first_channel(block.tensor) + block.first) * taps;
+            let mut from = lane_index * LANES;
+            for &(_, _, kd, kh) in &class.rows {
+                for &kw in &class.taps_w {
+                    let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
+                    for channel in 0..block.len {
+                        for l in 0..lane.len {
+                            dw[l * source_channels * taps + start + channel * taps + tap] =
+                                sums.iter().map(|sum| sum[from + l]).sum();
+                        }
+                        from += width;
+                    }
+                }
+            }
+        }
+    });
+    dw
+}
+
+/// Copies the lane side of a tile, mapped, to [voxel][lane block][16], zero beyond each tensor's channels.
+fn load_lanes(
+    sources: &[Source],
+    lanes: &[super::plan::Block],
+    space: [usize; 3],
+    &(n, d0, h0, size): &(usize, usize, usize, Tile),
+    out: &mut Vec<f32>,
+    row: &mut Vec<f32>,
+) {
+    let width = lanes.len() * LANES;
+    out.clear();
+    out.resize(size.d * size.h * space[2] * width, 0.0);
+    for (index, block) in lanes.iter().enumerate() {
+        let s = &sources[block.tensor];
+        let pending = s.pending.map(|p| {
+            let (scale, shift) = p.of_sample(n, s.channels);
+            (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
+        });
+        row.resize(space[2] * block.len, 0.0);
+        for (i, out) in out.chunks_exact_mut(space[2] * width).enumerate() {
+            let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
+            super::transform_row(
+                row,
+                &s.data[voxel * s.channels + block.first..],
+                block.len,
+                s.channels,
+                pending,
+            );
+            for (out, v) in out.chunks_exact_mut(width).zip(row.chunks_exact(block.len)) {
+                out[index * LANES..][..block.len].copy_from_slice(v);
+            }
+        }
+    }
+}
+
+/// One (kd, kh) of one tile: rows (kw, channel) by all lanes.
+struct Job<'a> {
+    x: &'a [f32],
+    x_pitch: usize,
+    dy: &'a [f32],
+    width: usize,
+    pairs: &'a [(usize, usize)],
+    voxels: usize,
+    rows: usize,
+}
+
+impl Job<'_> {
+    /// sum[row][lane] += the tile's outer products.
+    fn run(&self, sum: &mut [f32]) {
+        match simd() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512(sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2(sum) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Plain, 4>(sum) },
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn run_avx512(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512, 24>(sum) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2, 6>(sum) }
+    }
+
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes, const ACCUMULATORS: usize>(&self, sum: &mut [f32]) {
+        let mut lane = 0;
+        while lane < self.width {
+            let two = ACCUMULATORS >= 24 && lane + 2 * LANES <= self.width;
+            let mut row = 0;
+            while row < self.rows {
+                // SAFETY: rows and lanes are clipped to the tile and to `sum`.
+                row += unsafe {
+                    if two {
+                        self.run_rows::<V, 12, 2>(row, lane, sum)
+                    } else if ACCUMULATORS >= 24 {
+                        self.run_rows::<V, 12, 1>(row, lane, sum)
+                    } else {
+                        self.run_rows::<V, 6, 1>(row, lane, sum)
+                    }
+                };
+            }
+            lane += if two { 2 * LANES } else { LANES };
+        }
+    }
+
+    /// The largest run of at most `MAX` rows that fits; returns its length.
+    #[inline(always)]
+    unsafe fn run_rows<V: Lanes, const MAX: usize, const Q: usize>(
+        &self,
+        row: usize,
+        lane: usize,
+        sum: &mut [f32],
+    ) -> usize {
+        macro_rules! run {
+            ($p:literal) => {{
+                let (x, dy) = (self.x[row..].as_ptr(), self.dy[lane..].as_ptr());
+                // SAFETY: every voxel of the tile has `rows` floats from its own on and 16 Q lanes.
+                let acc = unsafe {
+                    outer_product::<V, $p, Q>((x, self.x_pitch), (dy, self.width), self.pairs, self.voxels)
+                };
+                for p in 0..$p {
+                    for q in 0..Q {
+                        let to = &mut sum[(row + p) * self.width + lane + q * LANES..][..LANES];
+                        // SAFETY: `to` has 16 floats.
+                        unsafe { acc[p][q].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+                    }
+                }
+                return $p;
+            }};
+        }
+        match (self.rows - row).min(MAX) {
+            12.. if MAX >= 12 => run!(12),
+            8.. if MAX >= 8 => run!(8),
+            6.. => run!(6),
+            4.. => run!(4),
+            3 => run!(3),
+            2 => run!(2),
+            _ => run!(1),
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Dice + cross entropy of two classes, fused with the softmax (MONAI `DiceCELoss(to_onehot_y, softmax)`).
+//!
+//! With p = softmax(logits) and the one-hot label g, per class c over a group (the whole batch, or one sample):
+//!   I = sum p g,  D = sum p^q + sum g,  q = 2 with squared_pred, else 1
+//!   dice = mean over groups and classes of 1 - (2 I + s) / (D + s);   ce = mean over voxels of -ln p[label]
+//!   loss = lambda_dice dice + lambda_ce ce
+//! Gradient: d dice/dp_c = -(1 / K) [2 g (D + s) - q p^(q-1) (2 I + s)] / (D + s)^2, K the number of terms averaged;
+//!   through the softmax dl_c = p_c (dp_c - sum_k p_k dp_k); the cross entropy adds (p - g) / voxels.
+//! Sums are f64 over fixed chunks in order. Generic over the float type of logits: f32 in the product, f64 where a
+//! reference is wanted.
+
+use crate::config::Loss;
+use crate::device::arena::Buffer;
+use crate::error::{Error, Result};
+use crate::tensor::{Tape, Tensor};
+use rayon::prelude::*;
+
+/// Voxels a task handles.
+const CHUNK: usize = 1 << 13;
+
+/// The floats a loss can be computed in.
+pub trait Real: Copy + Send + Sync + 'static {
+    /// To f64.
+    fn to_f64(self) -> f64;
+    /// From f64, rounded.
+    fn from_f64(v: f64) -> Self;
+    /// 1 / (1 + exp(-x)) and ln(1 + exp(-|x|)), in this precision.
+    fn logistic(x: Self) -> (f64, f64);
+}
+
+impl Real for f32 {
+    fn to_f64(self) -> f64 {
+        self.into()
+    }
+    fn from_f64(v: f64) -> Self {
+        v as f32
+    }
+    fn logistic(x: Self) -> (f64, f64) {
+        let e = (-x.abs()).exp();
+        let p = if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) };
+        (p.into(), e.ln_1p().into())
+    }
+}
+
+impl Real for f64 {
+    fn to_f64(self) -> f64 {
+        self
+    }
+    fn from_f64(v: f64) -> Self {
+        v
+    }
+    fn logistic(x: Self) -> (f64, f64) {
+        let e = (-x.abs()).exp();
+        (if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }, e.ln_1p())
+    }
+}
+
+/// The value of the loss and what its gradient needs.
+#[derive(Clone, Debug)]
+pub struct DiceCe {
+    /// lambda_dice dice + lambda_ce ce.
+    pub loss: f64,
+    /// The Dice term, unweighted.
+    pub dice: f64,
+    /// The cross entropy, unweighted.
+    pub ce: f64,
+    /// (I, D) of both classes, per group.
+    sums: Vec<[(f64, f64); 2]>,
+}
+
+/// (softmax of two logits, -ln p[label]).
+#[inline(always)]
+fn softmax<T: Real>(l: &[T], label: u8) -> ([f64; 2], f64) {
+    // p1 = logistic(l1 - l0); -ln p[label] = ln(1 + exp(-m)) with m the margin of the label's logit.
+    let x = T::from_f64(l[1].to_f64() - l[0].to_f64());
+    let (p1, log) = T::logistic(x);
+    let (p0, _) = T::logistic(T::from_f64(-x.to_f64()));
+    let margin = if label == 1 { x.to_f64() } else { -x.to_f64() };
+    ([p0, p1], log + (-margin).max(0.0))
+}
+
+/// The loss of logits (N, V, 2) against labels (N, V), values 0 and 1; `samples` = N.
+pub fn dice_ce<T: Real>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -> DiceCe {
+    let group = if p.batch { labels.len() } else { labels.len() / samples };
+    let mut ce = 0.0;
+    let sums: Vec<[(f64, f64); 2]> = logits
+        .chunks(2 * group)
+        .zip(labels.chunks(group))
+        .map(|(logits, labels)| {
+            let partials: Vec<([(f64, f64); 2], f64)> = logits
+                .par_chunks(2 * CHUNK)
+                .zip(labels.par_chunks(CHUNK))
+                .map(|(logits, labels)| {
+                    let (mut sums, mut ce) = ([(0.0, 0.0); 2], 0.0);
+                    for (l, &label) in logits.chunks_exact(2).zip(labels) {
+                        let (prob, nll) = softmax(l, label);
+                        ce += nll;
+                        for c in 0..2 {
+                            let g = f64::from(u8::from(label == c as u8));
+                            sums[c].0 += prob[c] * g;
+                            sums[c].1 += if p.squared_pred { prob[c] * prob[c] } else { prob[c] } + g;
+                        }
+                    }
+                    (sums, ce)
+                })
+                .collect();
+            partials.iter().fold([(0.0, 0.0); 2], |mut total, (part, part_ce)| {
+                ce += part_ce;
+                total.iter_mut().zip(part).for_each(|(t, p)| *t = (t.0 + p.0, t.1 + p.1));
+                total
+            })
+        })
+        .collect();
+    let first = usize::from(!p.include_background);
+    let terms =
+        sums.iter().flat_map(|s| &s[first..]).map(|(i, d)| 1.0 - (2.0 * i + p.smooth) / (d + p.smooth));
+    let dice = terms.sum::<f64>() / (sums.len() * (2 - first)) as f64;
+    let ce = ce / labels.len() as f64;
+    DiceCe { loss: p.lambda_dice * dice + p.lambda_ce * ce, dice, ce, sums }
+}
+
+/// d loss / d logits, (N, V, 2).
+pub fn dice_ce_backward<T: Real>(forward: &DiceCe, logits: &[T], labels: &[u8], p: &Loss, dlogits: &mut [T]) {
+    let group = labels.len() / forward.sums.len();
+    let first = usize::from(!p.include_background);
+    let terms = (forward.sums.len() * (2 - first)) as f64;
+    let ce_scale = p.lambda_ce / labels.len() as f64;
+    let groups = dlogits.chunks_mut(2 * group).zip(logits.chunks(2 * group)).zip(labels.chunks(group));
+    for (((out, logits), labels), sums) in groups.zip(&forward.sums) {
+        // d dice/dp = a g + b p^(q-1) per class.
+        let mut a = [0.0; 2];
+        let mut b = [0.0; 2];
+        for c in first..2 {
+            let (i, d) = (2.0 * sums[c].0 + p.smooth, sums[c].1 + p.smooth);
+            a[c] = -p.lambda_dice / terms * 2.0 / d;
+            b[c] = p.lambda_dice / terms * if p.squared_pred { 2.0 } else { 1.0 } * i / (d * d);
+        }
+        out.par_chunks_mut(2 * CHUNK)
+            .zip(logits.par_chunks(2 * CHUNK).zip(labels.par_chunks(CHUNK)))
+            .for_each(|(out, (logits, labels))| {
+                for ((out, l), &label) in out.chunks_exact_mut(2).zip(logits.chunks_exact(2)).zip(labels) {
+                    let (prob, _) = softmax(l, label);
+                    let g = [f64::from(u8::from(label == 0)), f64::from(u8::from(label == 1))];
+                    let dp: [f64; 2] = std::array::from_fn(|c| {
+                        a[c] * g[c] + b[c] * if p.squared_pred { prob[c] } else { 1.0 }
+                    });
+                    // With two classes p_c (dp_c - sum p dp) = p0 p1 (dp_c - dp_other).
+                    let through = prob[0] * prob[1] * (dp[0] - dp[1]);
+                    out[0] = T::from_f64(through + ce_scale * (prob[0] - g[0]));
+                    out[1] = T::from_f64(-through + ce_scale * (prob[1] - g[1]));
+                }
+            });
+    }
+}
+
+/// The loss of a batch, on the tape: its backward pass starts here.
+///
+/// # Errors
+/// [`Error::Shape`] when logits have not two channels or labels another number of voxels.
+pub fn loss(tape: &mut Tape, logits: &Tensor, labels: &[u8], p: &Loss) -> Result<DiceCe> {
+    let shape = logits.shape();
+    if shape.c != 2 || shape.n * shape.voxels() != labels.len() || labels.is_empty() {
+        return Err(Error::Shape {
+            op: "dice_ce",
+            want: format!("[N, D, H, W, 2] logits for {} labels", labels.len()),
+            got: shape.to_string(),
+        });
+    }
+    let forward = dice_ce(logits.data(), labels, shape.n, p);
+    if tape.is_recording() {
+        let (forward, logits, labels, p) = (forward.clone(), logits.clone(), labels.to_vec(), *p);
+        tape.record(move |grads| {
+            let mut dlogits = Buffer::dirty(shape.len());
+            dice_ce_backward(&forward, logits.data(), &labels, &p, &mut dlogits);
+            grads.add(logits.id(), Tensor::new(shape, dlogits));
+            Ok(())
+        });
+    }
+    Ok(forward)
+}

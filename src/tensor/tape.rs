@@ -1,0 +1,107 @@
+//! Reverse-mode differentiation: a list of closures, run newest first.
+//!
+//! Contract: an op appends one closure that owns exactly what its backward pass needs. It takes the gradient of its
+//! output out of [`Grads`] (so memory falls during the backward pass and nothing aliases), writes the gradients of
+//! its inputs with [`Grads::add`] (the first one is stored, a second consumer's is added) and accumulates those of
+//! its parameters with [`Grads::add_param`].
+
+use super::{Tensor, ValueId};
+use crate::error::Result;
+use std::collections::HashMap;
+
+/// A parameter: its index in the network's `named_parameters()` order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParamId(pub usize);
+
+type Backward = Box<dyn FnOnce(&mut Grads) -> Result<()> + Send>;
+
+/// What happened, in order; or nothing, when only the result matters.
+#[derive(Default)]
+pub struct Tape {
+    backward: Option<Vec<Backward>>,
+}
+
+impl Tape {
+    /// A tape that records.
+    pub fn recording() -> Self {
+        Tape { backward: Some(Vec::new()) }
+    }
+
+    /// A tape that drops every closure: inference is the same code and keeps nothing.
+    pub fn off() -> Self {
+        Tape { backward: None }
+    }
+
+    /// Whether closures are kept.
+    pub fn is_recording(&self) -> bool {
+        self.backward.is_some()
+    }
+
+    /// Appends the backward pass of one op.
+    pub fn record(&mut self, backward: impl FnOnce(&mut Grads) -> Result<()> + Send + 'static) {
+        if let Some(list) = &mut self.backward {
+            list.push(Box::new(backward));
+        }
+    }
+
+    /// Runs every closure, newest first, from the gradients already in `grads`.
+    ///
+    /// # Errors
+    /// The first error of a closure.
+    pub fn backward(self, grads: &mut Grads) -> Result<()> {
+        for step in self.backward.into_iter().flatten().rev() {
+            step(grads)?;
+        }
+        Ok(())
+    }
+}
+
+/// Gradients of a scalar with respect to values and parameters.
+#[derive(Default)]
+pub struct Grads {
+    values: HashMap<ValueId, Tensor>,
+    params: Vec<Vec<f32>>,
+}
+
+impl Grads {
+    /// Zero gradients for parameters of the given sizes.
+    pub fn new(param_lens: impl IntoIterator<Item = usize>) -> Self {
+        Grads { values: HashMap::new(), params: param_lens.into_iter().map(|len| vec![0.0; len]).collect() }
+    }
+
+    /// Takes the gradient of a value out, if one arrived.
+    pub fn take(&mut self, id: ValueId) -> Option<Tensor> {
+        self.values.remove(&id)
+    }
+
+    /// Adds `grad` to the gradient of a value.
+    pub fn add(&mut self, id: ValueId, grad: Tensor) {
+        let sum = match self.values.remove(&id) {
+            None => grad,
+            Some(mut sum) => {
+                add_assign(sum.make_mut(), grad.data());
+                sum
+            }
+        };
+        self.values.insert(id, sum);
+    }
+
+    /// Adds `grad` to the gradient of a parameter; lengths must agree.
+    pub fn add_param(&mut self, id: ParamId, grad: &[f32]) {
+        add_assign(&mut self.params[id.0], grad);
+    }
+
+    /// The gradient of a parameter, in the parameter's own (PyTorch) layout.
+    pub fn param(&self, id: ParamId) -> &[f32] {
+        &self.params[id.0]
+    }
+}
+
+fn add_assign(sum: &mut [f32], x: &[f32]) {
+    use rayon::prelude::*;
+    assert_eq!(sum.len(), x.len(), "gradients of one value have one length");
+    const CHUNK: usize = 1 << 16;
+    sum.par_chunks_mut(CHUNK)
+        .zip(x.par_chunks(CHUNK))
+        .for_each(|(sum, x)| sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x));
+}

@@ -1,0 +1,3 @@
+//! Training: optimizer, steps, validation, checkpoints.
+
+pub mod optimizer;
