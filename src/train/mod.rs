@@ -1,3 +1,4 @@
 //! Training: optimizer, steps, validation, checkpoints.
 
 pub mod optimizer;
+pub mod trainer;
