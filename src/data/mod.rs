@@ -1,3 +1,15 @@
 //! From files to patches: host only, never sees a tensor.
 
 pub mod volume;
+
+pub mod nifti_header;
+
+pub mod nifti;
+
+pub mod nifti_write;
+
+pub mod orientation;
+
+pub mod resample;
+
+pub mod preprocess;
