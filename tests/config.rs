@@ -30,7 +30,7 @@ fn recipes_have_the_published_numbers() {
     assert_eq!(old.optim, optim(Optimizer::Adam, 1e-4, 0.999));
     assert_eq!((old.loss.lambda_dice, old.loss.lambda_ce, old.loss.smooth), (1.0, 1.0, 1e-5));
     assert!(old.loss.include_background && old.loss.squared_pred && old.loss.batch);
-    assert_eq!((old.run.epochs, old.run.val_interval, old.run.val_cases), (100, 5, 9));
+    assert_eq!((old.run.epochs, old.run.val_interval, old.run.val_cases), (100, 5, None));
     assert_eq!(old.seed, 123);
     assert_eq!(old.preprocess.spacing_mm, [1.5, 1.5, 2.0]);
     assert_eq!(old.preprocess.hu_window, [-57.0, 164.0]);
@@ -114,7 +114,7 @@ fn the_resolved_file_reproduces_the_config() {
 /// The keys of the file are the names of the flags: none is missing on either side.
 #[test]
 fn keys_are_flags() {
-    let everything = flags(&["--label-value", "1", "--folds", "2"]);
+    let everything = flags(&["--label-value", "1", "--folds", "2", "--val-cases", "1"]);
     let keys: toml::Table = Config::resolve(&[&everything]).unwrap().to_toml().parse().unwrap();
     let mut keys: Vec<String> = keys.keys().cloned().collect();
     let command = Flags::command();

@@ -48,8 +48,9 @@ pub struct Run {
     pub epochs: usize,
     /// Epochs from one validation to the next.
     pub val_interval: usize,
-    /// Cases at the end of the sorted list that validate (the bundle's split), unless `folds` is set.
-    pub val_cases: usize,
+    /// Cases at the end of the sorted list that validate, unless `folds` is set; `None`: the bundle's 9, or every
+    /// fifth of a set that is too small for that.
+    pub val_cases: Option<usize>,
     /// Number of cross-validation folds, at least 2, instead of the bundle's split.
     pub folds: Option<usize>,
     /// Which fold validates, 0-based.

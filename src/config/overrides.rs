@@ -17,7 +17,7 @@ pub struct Overrides {
     #[arg(long, value_enum, help_heading = "General")]
     pub recipe: Option<Recipe>,
     /// Seed of every random stream [default: 123]
-    #[arg(long, value_name = "N", help_heading = "General")]
+    #[arg(long, value_name = "N", help_heading = "Training")]
     pub seed: Option<u64>,
     /// What computes: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, help_heading = "General")]
@@ -38,10 +38,10 @@ pub struct Overrides {
     #[arg(long, value_name = "true|false", help_heading = "Preprocessing")]
     pub crop_foreground: Option<bool>,
     /// The label value that is the organ [default: every value but 0]
-    #[arg(long, value_name = "X", help_heading = "Preprocessing")]
+    #[arg(long, value_name = "X", help_heading = "Labels and scores")]
     pub label_value: Option<f32>,
     /// Precision of cached images [default: f16]
-    #[arg(long, value_enum, help_heading = "Preprocessing")]
+    #[arg(long, value_enum, help_heading = "Cache")]
     pub cache_dtype: Option<CacheDtype>,
 
     /// Patch in voxels, one number or three, multiples of 16 with five levels [default: 96]
@@ -133,17 +133,17 @@ pub struct Overrides {
     #[arg(long, value_name = "N", help_heading = "Training")]
     pub val_interval: Option<usize>,
 
-    /// Cases at the end of the sorted list that validate [default: 9]
-    #[arg(long, value_name = "N", help_heading = "Split and scores")]
+    /// Cases at the end of the sorted list that validate [default: 9, a fifth of a set below 45]
+    #[arg(long, value_name = "N", help_heading = "Split")]
     pub val_cases: Option<usize>,
     /// Cross-validation in this many folds instead of --val-cases
-    #[arg(long, value_name = "K", help_heading = "Split and scores")]
+    #[arg(long, value_name = "K", help_heading = "Split")]
     pub folds: Option<usize>,
     /// Which fold validates, counted from 0 [default: 0]
-    #[arg(long, value_name = "I", help_heading = "Split and scores")]
+    #[arg(long, value_name = "I", help_heading = "Split")]
     pub fold: Option<usize>,
     /// Surface distance in mm that counts as agreement [default: 3]
-    #[arg(long, value_name = "MM", help_heading = "Split and scores")]
+    #[arg(long, value_name = "MM", help_heading = "Labels and scores")]
     pub nsd_tolerance: Option<f64>,
 }
 

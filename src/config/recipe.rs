@@ -49,7 +49,7 @@ impl Config {
             run: Run {
                 epochs: 100,
                 val_interval: 5,
-                val_cases: 9,
+                val_cases: None,
                 folds: None,
                 fold: 0,
                 label_value: None,

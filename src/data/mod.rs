@@ -13,3 +13,19 @@ pub mod orientation;
 pub mod resample;
 
 pub mod preprocess;
+
+pub mod publish;
+
+pub mod dataset;
+
+pub mod cache;
+
+pub mod cache_file;
+
+pub mod sampler;
+
+pub mod prefetch;
+
+pub mod anatomy;
+
+pub mod phantom;
