@@ -1,0 +1,241 @@
+//! A whole training run: epochs, validation, checkpoints, and stopping at any step.
+//!
+//! A stopped run that is resumed leaves the same bytes as one that never stopped: every random draw is a function of
+//! (seed, epoch, place), and the checkpoint holds weights, moments, step and the losses of the unfinished epoch.
+
+use super::optimizer::Moments;
+use super::trainer::Trainer;
+use crate::config::{Config, Overrides};
+use crate::data::cache_file::CachedCase;
+use crate::data::prefetch::Prefetcher;
+use crate::data::publish::publish;
+use crate::data::sampler::steps_per_epoch;
+use crate::data::volume::Volume;
+use crate::error::{Error, Result};
+use crate::infer::predict::{argmax, probabilities};
+use crate::metrics::overlap;
+use crate::nn::UNet;
+use crate::nn::checkpoint::{self, Checkpoint, CheckpointMeta, EpochRecord, Split};
+use crate::nn::weights::{Metadata, write_safetensors};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What a run works on.
+pub struct Run<'a> {
+    /// Every number.
+    pub config: &'a Config,
+    /// Folder of the results; exists.
+    pub dir: &'a Path,
+    /// Training cases.
+    pub train: Arc<Vec<CachedCase>>,
+    /// Validation cases; without any, the last weights are the best.
+    pub val: &'a [CachedCase],
+    /// Where to go on from.
+    pub resume: Option<Checkpoint>,
+    /// Becomes true when the run is to save and end.
+    pub stop: &'a AtomicBool,
+}
+
+/// What happened, for whoever watches.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An optimizer step ended.
+    Step {
+        /// 1-based epoch.
+        epoch: usize,
+        /// Steps done, over all epochs.
+        done: usize,
+        /// Steps of the whole run.
+        total: usize,
+        /// Its loss.
+        loss: f64,
+    },
+    /// An epoch ended.
+    Epoch {
+        /// 1-based epoch.
+        epoch: usize,
+        /// Mean loss of its steps.
+        loss: f64,
+        /// Mean Dice of the validation cases on the resampled grid, where the epoch was validated.
+        dice: Option<f64>,
+        /// Whether that is the best one so far.
+        best: bool,
+        /// Training patches a second, without validation.
+        patches_per_s: f64,
+    },
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Whether all epochs are done, or `stop` ended it.
+    pub finished: bool,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Best validation Dice and its epoch.
+    pub best: Option<(f64, u64)>,
+    /// Weights of the best epoch, or the last ones without validation.
+    pub weights: PathBuf,
+}
+
+/// Name of the weights with the best validation Dice.
+pub const BEST: &str = "best.safetensors";
+/// Name of the checkpoint to resume from.
+pub const LAST: &str = "last.safetensors";
+/// Name of the table of epochs.
+pub const HISTORY: &str = "history.csv";
+
+impl Run<'_> {
+    /// Trains until all epochs are done or `stop` is set.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] when the loss is not a number (the last good checkpoint is named), file errors, and those
+    /// of the network.
+    pub fn train(mut self, watch: &mut dyn FnMut(&Event)) -> Result<Summary> {
+        let c = self.config;
+        let mut trainer = Trainer::new(&c.net, c.loss, c.optim, c.seed)?;
+        let mut meta = CheckpointMeta {
+            step: 0,
+            epoch: 0,
+            best_dice: None,
+            best_epoch: None,
+            config: serde_json::to_value(Overrides::of(c)).map_err(|e| Error::Internal(e.to_string()))?,
+            split: Split { train: names(&self.train), val: names(self.val) },
+            commit: crate::COMMIT.into(),
+            history: Vec::new(),
+            epoch_losses: Vec::new(),
+        };
+        if let Some(from) = self.resume.take() {
+            self.restore(&mut trainer, &mut meta, from)?;
+        }
+        let per_epoch = steps_per_epoch(self.train.len(), &c.sampling);
+        let total = c.run.epochs * per_epoch;
+        let start = (meta.epoch, meta.epoch_losses.len());
+        let mut batches = Prefetcher::new(Arc::clone(&self.train), &c.sampling, c.seed, start, 1)?;
+        while (meta.epoch as usize) < c.run.epochs {
+            let epoch = meta.epoch as usize + 1;
+            let (mut patches, mut seconds) = (0, 0.0);
+            while meta.epoch_losses.len() < per_epoch {
+                if self.stop.load(Ordering::Relaxed) {
+                    self.save(&trainer, &mut meta)?;
+                    return Ok(self.summary(&trainer, &meta, false));
+                }
+                let begun = Instant::now();
+                let batch = batches.next_batch()?;
+                let [d, h, w] = c.sampling.patch;
+                let n = batch.specs.len();
+                let loss = trainer.step(&batch.image, &batch.label, [n, d, h, w]).map_err(|e| self.diverged(e))?;
+                (patches, seconds) = (patches + n, seconds + begun.elapsed().as_secs_f64());
+                meta.epoch_losses.push(loss);
+                watch(&Event::Step { epoch, done: trainer.steps() as usize, total, loss });
+            }
+            let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
+            let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
+            let dice = if due && !self.val.is_empty() { Some(validate(&trainer.net, self.val, c)?) } else { None };
+            // MONAI's CheckpointSaver: strictly better only.
+            let best = dice.is_some_and(|d| meta.best_dice.is_none_or(|b| d > b));
+            meta.epoch = epoch as u64;
+            meta.epoch_losses.clear();
+            meta.history.push(EpochRecord { epoch: meta.epoch, loss, dice });
+            if best {
+                (meta.best_dice, meta.best_epoch) = (dice, Some(meta.epoch));
+            }
+            if best || (self.val.is_empty() && epoch == c.run.epochs) {
+                self.save_best(&trainer.net, &meta)?;
+            }
+            if due {
+                self.save(&trainer, &mut meta)?;
+            }
+            let patches_per_s = patches as f64 / seconds.max(1e-9);
+            watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
+        }
+        Ok(self.summary(&trainer, &meta, true))
+    }
+
+    fn summary(&self, trainer: &Trainer, meta: &CheckpointMeta, finished: bool) -> Summary {
+        let best = meta.best_dice.zip(meta.best_epoch);
+        Summary { finished, step: trainer.steps(), best, weights: self.dir.join(BEST) }
+    }
+
+    fn restore(&self, trainer: &mut Trainer, meta: &mut CheckpointMeta, from: Checkpoint) -> Result<()> {
+        if from.meta.split != meta.split {
+            let what = "was trained on another split of the cases: resume with the same --data, --val-cases, --folds";
+            return Err(Error::file(self.dir.join(LAST), what));
+        }
+        trainer.net.load(&from.weights)?;
+        let pairs = from.moments.exp_avg.into_iter().zip(from.moments.exp_avg_sq);
+        let moments = pairs.map(|((_, exp_avg), (_, exp_avg_sq))| Moments { exp_avg, exp_avg_sq }).collect();
+        trainer.restore(from.meta.step, moments)?;
+        *meta = CheckpointMeta { config: meta.config.take(), commit: crate::COMMIT.into(), ..from.meta };
+        Ok(())
+    }
+
+    fn save(&self, trainer: &Trainer, meta: &mut CheckpointMeta) -> Result<()> {
+        meta.step = trainer.steps();
+        let named = |pick: fn(&Moments<f32>) -> &Vec<f32>| {
+            let values = trainer.moments().iter().map(|m| pick(m).clone());
+            trainer.net.param_names().iter().cloned().zip(values).collect()
+        };
+        let moments =
+            checkpoint::Moments { exp_avg: named(|m| &m.exp_avg), exp_avg_sq: named(|m| &m.exp_avg_sq) };
+        checkpoint::save(&self.dir.join(LAST), &trainer.net.state_dict(), &moments, meta)?;
+        publish(&self.dir.join(HISTORY), |file| {
+            writeln!(file, "epoch,train_loss,val_mean_dice")?;
+            for r in &meta.history {
+                writeln!(file, "{},{},{}", r.epoch, r.loss, r.dice.map_or(String::new(), |d| d.to_string()))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn save_best(&self, net: &UNet, meta: &CheckpointMeta) -> Result<()> {
+        let text = |value: serde_json::Result<String>| value.map_err(|e| Error::Internal(e.to_string()));
+        let metadata = Metadata::from([
+            ("config".into(), meta.config.to_string()),
+            ("split".into(), text(serde_json::to_string(&meta.split))?),
+            ("epoch".into(), meta.epoch.to_string()),
+            ("val_mean_dice".into(), meta.best_dice.map_or(String::new(), |d| d.to_string())),
+            ("commit".into(), meta.commit.clone()),
+        ]);
+        write_safetensors(&self.dir.join(BEST), &net.state_dict(), &metadata)
+    }
+
+    /// Tells where the last good weights are.
+    fn diverged(&self, e: Error) -> Error {
+        match e {
+            Error::Diverged { step, loss, cure } => {
+                let last = self.dir.join(LAST);
+                let kept = if last.exists() {
+                    format!("the last good checkpoint is {}", last.display())
+                } else {
+                    "no checkpoint was saved yet".into()
+                };
+                Error::Diverged { step, loss, cure: format!("{kept}; {cure}") }
+            }
+            other => other,
+        }
+    }
+}
+
+fn names(cases: &[CachedCase]) -> Vec<String> {
+    cases.iter().map(|c| c.name().to_owned()).collect()
+}
+
+/// Mean Dice over `cases` on the resampled grid, as the bundle validates: cases without the organ are left out, and
+/// 0 when all are (MONAI MeanDice).
+///
+/// # Errors
+/// Those of the network.
+pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config) -> Result<f64> {
+    let network = |x: &[f32], shape: [usize; 4]| Ok(net.infer(x, shape)?.data().to_vec());
+    let mut dice = Vec::new();
+    for case in cases {
+        let image = Volume { shape: case.shape(), data: case.image_f32(), affine: *case.affine() };
+        let mask = argmax(&probabilities(&network, &image, &config.window)?);
+        dice.push(overlap::dice(&mask, case.label()));
+    }
+    Ok(overlap::mean(&dice))
+}
