@@ -309,6 +309,7 @@ fn sample_checkpoint() -> (StateDict, Moments, CheckpointMeta) {
         split: Split { train: vec!["spleen_2".into(), "spleen \"3\"".into()], val: vec![] },
         commit: "abc".into(),
         history: vec![EpochRecord { epoch: 1, loss: 1.0 / 3.0, dice: None }],
+        epoch_losses: vec![0.25, 1.0 / 3.0],
     };
     (weights, Moments { exp_avg, exp_avg_sq }, meta)
 }

@@ -4,13 +4,14 @@
 //! `optim.exp_avg_sq.NAME`. The metadata has `checkpoint` (the format's number), `meta` (a [`CheckpointMeta`] as
 //! JSON) and `blake3` (of every tensor and of `meta`): a file that is half of one or was changed is not used.
 
+use std::io::Write;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::publish::publish;
 use super::state_dict::{Array, ArrayData, StateDict};
 use super::weights::{Metadata, OPTIMIZER_PREFIX, parse_safetensors, safetensors_bytes};
+use crate::data::publish::publish;
 use crate::error::{Error, Result};
 
 /// Which cases a run learns from and which it validates on.

@@ -5,8 +5,8 @@
 use std::io::{Cursor, Write};
 use std::path::Path;
 
-use crate::data::publish::publish;
 use super::state_dict::{Array, ArrayData, StateDict};
+use crate::data::publish::publish;
 use crate::error::{Error, Result};
 
 /// What the file's outermost object is.

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::io::Write;
 use std::path::Path;
 
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 
 use super::pt_read::{LEGACY_MAGIC, ZIP_MAGIC, read_pt};
-use crate::data::publish::publish;
 use super::state_dict::{Array, StateDict};
+use crate::data::publish::publish;
 use crate::error::{Error, Result};
 
 /// What a safetensors file says about itself, text by text: config, recipe, commit, split.

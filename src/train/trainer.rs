@@ -51,7 +51,10 @@ impl Trainer {
         if sizes(&moments) != sizes(&self.optimizer.moments) {
             return Err(Error::Shape {
                 op: "optimizer",
-                want: format!("moments of {} parameters of this network and optimizer", self.net.params().len()),
+                want: format!(
+                    "moments of {} parameters of this network and optimizer",
+                    self.net.params().len()
+                ),
                 got: format!("moments of {} others", moments.len()),
             });
         }
@@ -75,7 +78,11 @@ impl Trainer {
         drop(logits);
         if !loss.is_finite() {
             let (step, loss) = (self.steps() + 1, loss as f32);
-            return Err(Error::Diverged { step, loss, cure: "lower --lr or look at the input images".into() });
+            return Err(Error::Diverged {
+                step,
+                loss,
+                cure: "lower --lr or look at the input images".into(),
+            });
         }
         let mut grads = self.net.grads();
         tape.backward(&mut grads)?;

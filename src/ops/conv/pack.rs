@@ -55,16 +55,23 @@ pub fn pack<'a>(
     jobs.into_par_iter().for_each(|(out, source, class, lane)| {
         let w = weights(source.tensor, lane.tensor);
         let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
-        let mut out = out.chunks_exact_mut(LANES);
-        for &(_, _, kd, kh) in &class.rows {
-            for channel in 0..source.len {
-                for &kw in &class.taps_w {
-                    let tap = (kd * kernel + kh) * kernel + kw;
-                    let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-                    let from = start + channel * w.source_stride + tap;
-                    let out = out.next().expect("the block was sized for every tap");
-                    (0..lane.len).for_each(|l| out[l] = w.data[from + l * w.head_stride]);
-                }
+        let columns = class.taps_w.len();
+        // (tap in the tensor, where its lanes of channel 0 go)
+        let mut taps = Vec::with_capacity(class.rows.len() * columns);
+        for (row, &(_, _, kd, kh)) in class.rows.iter().enumerate() {
+            for (column, &kw) in class.taps_w.iter().enumerate() {
+                let tap = (kd * kernel + kh) * kernel + kw;
+                let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
+                taps.push((tap, (row * source.len * columns + column) * LANES));
+            }
+        }
+        // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all
+        // lanes have come.
+        for channel in 0..source.len {
+            for l in 0..lane.len {
+                let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
+                let to = &mut out[channel * columns * LANES + l..];
+                taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
             }
         }
     });

@@ -10,6 +10,9 @@ use rayon::prelude::*;
 /// Floats of all partial sums together, at most about this many: 8 MB, so that they stay in L3.
 const PARTIAL_FLOATS: usize = 2 << 20;
 
+/// Floats of a partial sum that a task adds up.
+const REDUCE_CHUNK: usize = 1 << 12;
+
 /// dw[lane channel][source channel][tap] = sum over samples and anchors of
 /// source[anchor * stride + tap - pad] * lane source[anchor].
 ///
@@ -76,6 +79,15 @@ pub fn wgrad(
             },
         )
         .collect_into_vec(&mut partials);
+    for of_block in partials.chunks_mut(splits) {
+        let (sum, others) = of_block.split_first_mut().expect("at least one split");
+        sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
+            for other in others.iter() {
+                let other = &other[i * REDUCE_CHUNK..];
+                sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
+            }
+        });
+    }
     let taps = map.kernel().pow(3);
     let source_channels: usize = sources.iter().map(|s| s.channels).sum();
     let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
@@ -89,7 +101,7 @@ pub fn wgrad(
         .collect();
     targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
         for (block_index, block) in channels.iter().enumerate() {
-            let sums = &partials[block_index * splits..][..splits];
+            let sum = &partials[block_index * splits];
             let start = (first_channel(block.tensor) + block.first) * taps;
             let mut from = lane_index * LANES;
             for &(_, _, kd, kh) in &class.rows {
@@ -97,8 +109,7 @@ pub fn wgrad(
                     let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
                     for channel in 0..block.len {
                         for l in 0..lane.len {
-                            dw[l * source_channels * taps + start + channel * taps + tap] =
-                                sums.iter().map(|sum| sum[from + l]).sum();
+                            dw[l * source_channels * taps + start + channel * taps + tap] = sum[from + l];
                         }
                         from += width;
                     }
