@@ -10,6 +10,8 @@ pub mod config;
 
 pub mod data;
 
+pub mod nn;
+
 pub mod infer;
 
 pub use error::{Error, Result};
