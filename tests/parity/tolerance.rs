@@ -1,0 +1,55 @@
+//! Every tolerance of the replay, with its reason. Nothing is compared against a number that does not stand here.
+
+/// How far a recomputed tensor may lie from the golden one.
+#[derive(Clone, Copy, Debug)]
+pub struct Tolerance {
+    /// Shown in the table.
+    pub name: &'static str,
+    /// Largest deviation of an element, in the tensor's unit...
+    pub max: f64,
+    /// ...plus this times the largest golden magnitude.
+    pub rel: f64,
+    /// Largest mean deviation of the elements.
+    pub mean: f64,
+    /// Largest L2 norm of the deviation, as a fraction of the golden norm.
+    pub norm: f64,
+    /// Largest deviation of a digest's dot products, as a fraction of the golden norm.
+    pub dot: f64,
+}
+
+/// MANIFEST: "Compare the two dot products against a tolerance of 1e-5 * sqrt(sum x^2) for float32 work".
+const DOT_F32: f64 = 1e-5;
+
+/// Sums of a digest are taken in another order than numpy's: n terms, each rounded at 1.1e-16 of the running
+/// sum, give about 1.6e-13 of the norm for 8 million terms. 1e-11 covers it and sees one wrong voxel.
+pub const SUM_ORDER: f64 = 1e-11;
+
+impl Tolerance {
+    /// Elements within `max`; digests as float32 work.
+    pub const fn abs(name: &'static str, max: f64) -> Self {
+        Tolerance { name, max, rel: 0.0, mean: f64::INFINITY, norm: f64::INFINITY, dot: DOT_F32 }
+    }
+
+    /// Elements within `rel` times the largest golden magnitude; digests as float32 work.
+    pub const fn rel(name: &'static str, rel: f64) -> Self {
+        Tolerance { rel, ..Tolerance::abs(name, 0.0) }
+    }
+
+    /// The L2 norm of the deviation within `norm` of the golden norm; digests as float32 work.
+    pub const fn norm(name: &'static str, norm: f64) -> Self {
+        Tolerance { norm, ..Tolerance::abs(name, f64::INFINITY) }
+    }
+
+    /// Additionally a bound on the mean deviation: for trajectories, where single elements go their own way.
+    pub const fn and_mean(self, mean: f64) -> Self {
+        Tolerance { mean, ..self }
+    }
+
+    /// Digests as tight as the order of summation allows.
+    pub const fn tight_digest(self) -> Self {
+        Tolerance { dot: SUM_ORDER, ..self }
+    }
+}
+
+/// Integers, masks, copies and everything that only moves values: no arithmetic, no tolerance.
+pub const EXACT: Tolerance = Tolerance::abs("exact", 0.0).tight_digest();
