@@ -14,6 +14,8 @@ pub mod nn;
 
 pub mod infer;
 
+pub mod cli;
+
 pub use error::{Error, Result};
 
 /// The commit this program was built from, or `unknown` outside a git checkout.
