@@ -146,10 +146,10 @@ fn every_case_differs_and_fits_the_patch() {
         // What the chain will make of it: at least 64 voxels of 1.5 x 1.5 x 2 mm a side. The slice axis is the
         // one of another spacing.
         let spacing = image.spacing_mm();
-        for a in 0..3 {
+        for (a, spacing) in spacing.into_iter().enumerate() {
             let row = (0..3).max_by(|&r, &s| image.affine[r][a].abs().total_cmp(&image.affine[s][a].abs()));
             let target = if row == Some(2) { 2.0 } else { 1.5 };
-            let voxels = (image.shape[a] as f64 - 1.0) * spacing[a] / target + 1.0;
+            let voxels = (image.shape[a] as f64 - 1.0) * spacing / target + 1.0;
             assert!((64.0..=150.0).contains(&voxels), "case {i} axis {a}: {voxels} voxels");
         }
         // Fat, muscle and bone of the body, air of the lungs and around it.
