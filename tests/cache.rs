@@ -137,6 +137,19 @@ fn only_a_good_file_is_used_again() {
 }
 
 #[test]
+fn processes_that_build_together_agree() {
+    let (dir, cases) = data(1);
+    let cache = dir.path().join("cache");
+    let built: Vec<Vec<u8>> = std::thread::scope(|s| {
+        let work = || fs::read(build(&cases, &params(), &cache).0[0].path()).unwrap();
+        let threads: Vec<_> = (0..4).map(|_| s.spawn(work)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(built.iter().all(|b| *b == built[0]));
+    assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
+}
+
+#[test]
 fn changed_content_or_parameters_are_prepared_anew() {
     let (dir, cases) = data(2);
     let cache = dir.path().join("cache");
