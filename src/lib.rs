@@ -10,6 +10,8 @@ pub mod config;
 
 pub mod data;
 
+pub mod metrics;
+
 pub use error::{Error, Result};
 
 /// The commit this program was built from, or `unknown` outside a git checkout.
