@@ -12,6 +12,8 @@ pub mod data;
 
 pub mod metrics;
 
+pub mod infer;
+
 pub use error::{Error, Result};
 
 /// The commit this program was built from, or `unknown` outside a git checkout.

@@ -19,3 +19,19 @@ pub mod orientation;
 pub mod resample;
 
 pub mod preprocess;
+
+pub(crate) mod publish;
+
+pub mod dataset;
+
+pub mod sampler;
+
+pub mod cache_file;
+
+pub mod cache;
+
+pub mod prefetch;
+
+pub mod anatomy;
+
+pub mod phantom;

@@ -1,20 +1,142 @@
 //! Every number of a run, in one place.
 //!
-//! The parts are plain structs that the stages take by reference; nothing below `cli` reads a flag or a file.
+//! A [`Config`] is a recipe with layers of [`Overrides`] over it: those of a TOML file, then those of the command
+//! line. The parts are plain structs that the stages take by reference; nothing below `cli` reads a flag or a file.
+
+mod overrides;
+mod recipe;
+mod validate;
+
+use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Which version of the bundle's recipe the defaults come from.
+pub use overrides::Overrides;
+
+/// Everything that decides what a run computes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where the defaults came from.
+    pub recipe: Recipe,
+    /// Seed of every random stream.
+    pub seed: u64,
+    /// What computes.
+    pub device: DeviceChoice,
+    /// CPU threads; 0 means one a core. Never changes a result.
+    pub threads: usize,
+    /// From a scan to the network's grid.
+    pub preprocess: Preprocess,
+    /// Patches of a training step.
+    pub sampling: Sampling,
+    /// The network.
+    pub net: Net,
+    /// What training minimises.
+    pub loss: Loss,
+    /// How it is minimised.
+    pub optim: Optim,
+    /// Inference by windows.
+    pub window: Window,
+    /// Length of the run, data split, scores.
+    pub run: Run,
+}
+
+/// Length of a run, split of the cases, and what is scored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// Passes over the training cases.
+    pub epochs: usize,
+    /// Epochs from one validation to the next.
+    pub val_interval: usize,
+    /// Cases at the end of the sorted list that validate (the bundle's split), unless `folds` is set.
+    pub val_cases: usize,
+    /// Number of cross-validation folds, at least 2, instead of the bundle's split.
+    pub folds: Option<usize>,
+    /// Which fold validates, 0-based.
+    pub fold: usize,
+    /// The label value that is the organ; `None`: every value but 0.
+    pub label_value: Option<f32>,
+    /// Precision of cached images.
+    pub cache_dtype: CacheDtype,
+    /// Surface distance in mm that still counts as agreement (normalised surface Dice).
+    pub nsd_tolerance_mm: f64,
+}
+
+/// Precision of cached images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheDtype {
+    /// Half precision: 2 bytes a voxel, within 2^-12 of a [0, 1] image.
+    F16,
+    /// Single precision: exact, 4 bytes a voxel.
+    F32,
+}
+
+/// What the user asked to compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    /// The fastest device that answers.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// CUDA device of this number.
+    Cuda(u32),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("cuda:").map(str::parse);
+        match (text, number) {
+            ("auto", _) => Ok(DeviceChoice::Auto),
+            ("cpu", _) => Ok(DeviceChoice::Cpu),
+            ("cuda", _) => Ok(DeviceChoice::Cuda(0)),
+            (_, Some(Ok(number))) => Ok(DeviceChoice::Cuda(number)),
+            _ => Err(format!("`{text}` is not a device: say auto, cpu, cuda or cuda:N")),
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(device: DeviceChoice) -> String {
+        device.to_string()
+    }
+}
+
+/// Which version of the bundle's recipe the defaults come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 pub enum Recipe {
     /// Bundle 0.3.6 as its README describes it: foreground crop, intensity shift, 1260 epochs.
     #[serde(rename = "seed")]
+    #[value(name = "seed")]
     Seed,
     /// Bundle 0.3.6 exactly: Adam 1e-4, DiceCE 1/1, 100 epochs.
     #[serde(rename = "0.3.6")]
+    #[value(name = "0.3.6")]
     V036,
     /// Bundle 0.5.9 exactly: Novograd 2e-3, DiceCE 0.5/0.5, 800 epochs.
     #[serde(rename = "0.5.9")]
+    #[value(name = "0.5.9")]
     V059,
 }
 
@@ -49,7 +171,7 @@ pub struct Sampling {
 }
 
 /// Normalisation layers of the network.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Norm {
     /// BatchNorm3d, affine, running statistics: the bundle's.
@@ -85,7 +207,7 @@ pub struct Loss {
 }
 
 /// Optimizer algorithm.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Optimizer {
     /// torch.optim.Adam.
@@ -112,7 +234,7 @@ pub struct Optim {
 }
 
 /// How overlapping windows are weighted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Blend {
     /// Every voxel of a window counts 1.

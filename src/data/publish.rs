@@ -1,0 +1,28 @@
+//! Whole files or none: written beside their place, synced, renamed.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Puts what `write` writes at `path` in one step: a crash leaves the old file, or none, never half of the new.
+pub(crate) fn publish(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".writing-");
+    // Temporary files are private by default; a result is as readable as the user's umask says.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder).map_err(Error::io(path, "create"))?;
+    write(file.as_file_mut()).map_err(Error::io(path, "write"))?;
+    file.as_file().sync_all().map_err(Error::io(path, "write"))?;
+    file.persist(path).map_err(|e| Error::io(path, "create")(e.error))?;
+    // The rename itself is in the folder: without this a power cut may undo it.
+    #[cfg(unix)]
+    File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io(folder, "write"))?;
+    Ok(())
+}
