@@ -10,9 +10,13 @@ pub mod config;
 
 pub mod data;
 
+pub mod nn;
+
 pub mod metrics;
 
 pub mod infer;
+
+pub mod cli;
 
 pub use error::{Error, Result};
 

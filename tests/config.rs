@@ -30,7 +30,7 @@ fn recipes_have_the_published_numbers() {
     assert_eq!(old.optim, optim(Optimizer::Adam, 1e-4, 0.999));
     assert_eq!((old.loss.lambda_dice, old.loss.lambda_ce, old.loss.smooth), (1.0, 1.0, 1e-5));
     assert!(old.loss.include_background && old.loss.squared_pred && old.loss.batch);
-    assert_eq!((old.run.epochs, old.run.val_interval, old.run.val_cases), (100, 5, 9));
+    assert_eq!((old.run.epochs, old.run.val_interval, old.run.val_cases), (100, 5, None));
     assert_eq!(old.seed, 123);
     assert_eq!(old.preprocess.spacing_mm, [1.5, 1.5, 2.0]);
     assert_eq!(old.preprocess.hu_window, [-57.0, 164.0]);
@@ -108,13 +108,24 @@ fn the_resolved_file_reproduces_the_config() {
         let again = Config::resolve(&[&file(&config.to_toml()).unwrap()]).unwrap();
         assert_eq!(config, again);
         assert_eq!(config.to_toml(), again.to_toml());
+        let json = Overrides::of(&config).to_json();
+        let again = Overrides::from_json(json, Path::new("checkpoint")).unwrap();
+        assert_eq!(config, Config::resolve(&[&again]).unwrap());
+
+        let record = config.record();
+        for place in ["data", "device", "threads"] {
+            assert!(record.get(place).is_none(), "{place} says where, not what");
+        }
+        let here = Overrides::from_json(record, Path::new("checkpoint")).unwrap();
+        let given = Overrides { data: config.run.data.clone(), device: Some(config.device), ..here };
+        assert_eq!(config, Config::resolve(&[&given]).unwrap());
     }
 }
 
 /// The keys of the file are the names of the flags: none is missing on either side.
 #[test]
 fn keys_are_flags() {
-    let everything = flags(&["--label-value", "1", "--folds", "2"]);
+    let everything = flags(&["--label-value", "1", "--folds", "2", "--val-cases", "1", "--data", "d"]);
     let keys: toml::Table = Config::resolve(&[&everything]).unwrap().to_toml().parse().unwrap();
     let mut keys: Vec<String> = keys.keys().cloned().collect();
     let command = Flags::command();

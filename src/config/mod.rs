@@ -8,6 +8,7 @@ mod recipe;
 mod validate;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -41,15 +42,18 @@ pub struct Config {
     pub run: Run,
 }
 
-/// Length of a run, split of the cases, and what is scored.
+/// Cases of a run and their split, length, and what is scored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
+    /// The data set, laid out like the Medical Segmentation Decathlon's.
+    pub data: Option<PathBuf>,
     /// Passes over the training cases.
     pub epochs: usize,
     /// Epochs from one validation to the next.
     pub val_interval: usize,
-    /// Cases at the end of the sorted list that validate (the bundle's split), unless `folds` is set.
-    pub val_cases: usize,
+    /// Cases at the end of the sorted list that validate, unless `folds` is set; `None`: the bundle's 9, or every
+    /// fifth of a set that is too small for that.
+    pub val_cases: Option<usize>,
     /// Number of cross-validation folds, at least 2, instead of the bundle's split.
     pub folds: Option<usize>,
     /// Which fold validates, 0-based.

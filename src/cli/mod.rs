@@ -1,0 +1,66 @@
+//! The command line: flags in, exit code out, every failure one sentence on stderr.
+
+mod cache;
+mod infer;
+mod interrupt;
+mod network;
+mod phantom;
+mod progress;
+mod settings;
+mod train;
+mod weights;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::Result;
+
+/// The exit code of a shell's command that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
+/// Trains and runs a 3D residual U-Net that segments the spleen in CT, number for number as MONAI's
+/// spleen_ct_segmentation bundle does.
+#[derive(Parser)]
+#[command(
+    name = "spleen-hpc",
+    version = concat!(env!("CARGO_PKG_VERSION"), " (", env!("SPLEEN_COMMIT"), ")"),
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 2 the input or a flag is at fault, 1 something failed inside, 130 interrupted."
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Train(train::Args),
+    Infer(infer::Args),
+    Phantom(phantom::Args),
+    Cache(cache::Args),
+    Import(weights::ImportArgs),
+    Export(weights::ExportArgs),
+}
+
+/// Parses the process's arguments, does what they say, and reports a failure on stderr.
+pub fn run() -> ExitCode {
+    let mut command = settings::hide_foreign_flags(Cli::command());
+    let matches = command.get_matches_mut();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|err| err.exit());
+    let done = settings::refuse_foreign_flags(&matches, &command).and_then(|()| match cli.verb {
+        Verb::Train(args) => train::run(&args),
+        Verb::Infer(args) => infer::run(&args),
+        Verb::Phantom(args) => phantom::run(&args),
+        Verb::Cache(args) => cache::run(&args),
+        Verb::Import(args) => weights::import(&args),
+        Verb::Export(args) => weights::export(&args),
+    });
+    done.unwrap_or_else(|err| {
+        eprintln!("error: {err}");
+        ExitCode::from(err.exit_code())
+    })
+}
+
+/// What a verb leaves for the shell.
+type Outcome = Result<ExitCode>;

@@ -1,0 +1,56 @@
+//! Weights from a file: what they are, how they were trained, and the network they make.
+
+use std::path::Path;
+
+use crate::config::{Net, Overrides};
+use crate::infer::predict::Network;
+use crate::nn::checkpoint::CheckpointMeta;
+use crate::nn::state_dict::{StateDict, infer_net};
+use crate::nn::weights::{Metadata, read_any, read_safetensors};
+use crate::{Error, Result};
+
+/// A weight file of any kind, read and checked.
+pub struct Trained {
+    /// The arrays under MONAI's names.
+    pub weights: StateDict,
+    /// What the file says about itself; empty for MONAI's own files.
+    pub metadata: Metadata,
+    net: Net,
+}
+
+impl Trained {
+    /// Reads `path`: MONAI's model.pt, a checkpoint, or plain safetensors.
+    pub fn open(path: &Path) -> Result<Trained> {
+        let weights = read_any(path)?;
+        let net = infer_net(&weights)?;
+        // Only safetensors carry metadata; whatever else `read_any` took has none.
+        let metadata = read_safetensors(path).map(|(_, metadata)| metadata).unwrap_or_default();
+        Ok(Trained { weights, metadata, net })
+    }
+
+    /// The numbers the weights were trained with, where the file says so.
+    pub fn config(&self) -> Result<Overrides> {
+        let origin = self.weights.origin();
+        let refuse = |err| Error::file(origin, format!("its header cannot be read ({err}): make it again"));
+        let config = match (self.metadata.get("meta"), self.metadata.get("config")) {
+            (Some(meta), _) => serde_json::from_str::<CheckpointMeta>(meta).map_err(refuse)?.config,
+            (None, Some(config)) => serde_json::from_str(config).map_err(refuse)?,
+            (None, None) => return Ok(Overrides::default()),
+        };
+        Overrides::from_json(config, origin)
+    }
+
+    /// The layer no flag can argue with: what network the weights are for.
+    pub fn fixed(&self) -> Overrides {
+        Overrides {
+            norm: Some(self.net.norm),
+            channels: Some(self.net.channels.clone()),
+            ..Overrides::default()
+        }
+    }
+
+    /// The network, ready to predict.
+    pub fn network(&self) -> Result<Box<Network<'static>>> {
+        Err(Error::Internal("this build has no network engine".into()))
+    }
+}

@@ -1,0 +1,51 @@
+//! A bar with an ETA on a terminal, plain lines elsewhere; both on stderr.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Progress of a known number of units.
+pub struct Progress {
+    bar: ProgressBar,
+    /// What is counted, for the plain lines; `None` on a terminal.
+    plain: Option<&'static str>,
+}
+
+impl Progress {
+    /// `total` units of `what` ("cases").
+    pub fn new(total: usize, what: &'static str) -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Progress { bar: ProgressBar::hidden(), plain: Some(what) };
+        }
+        let bar = ProgressBar::new(total as u64);
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {prefix}  {elapsed} + {eta}  {msg}");
+        bar.set_style(style.expect("a constant template that a test draws"));
+        bar.set_prefix(what);
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Progress { bar, plain: None }
+    }
+
+    /// `done` of `total` units are done.
+    pub fn set(&self, done: usize, total: usize) {
+        self.bar.set_position(done as u64);
+        if let Some(what) = self.plain {
+            eprintln!("{done}/{total} {what}");
+        }
+    }
+
+    /// A note beside the bar; nothing where there is no bar.
+    pub fn note(&self, text: String) {
+        self.bar.set_message(text);
+    }
+
+    /// Runs `print` with the bar out of the way.
+    pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
+        self.bar.suspend(print)
+    }
+
+    /// Takes the bar off the screen.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

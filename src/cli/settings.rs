@@ -1,0 +1,116 @@
+//! Flags, TOML file and recipe become one [`Config`].
+
+use std::path::{Path, PathBuf};
+
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Command};
+
+use crate::config::{Config, DeviceChoice, Overrides};
+use crate::{Error, Result};
+
+/// The numbers of a run, as every verb that computes takes them.
+#[derive(clap::Args)]
+pub struct Settings {
+    /// TOML file whose keys are the flags' names, such as `lr = 1e-3`; flags win
+    #[arg(long, value_name = "FILE", help_heading = "General")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Overrides,
+}
+
+impl Settings {
+    /// What the user gave: flags over the TOML file.
+    pub fn given(&self) -> Result<Overrides> {
+        let file = self.config.as_deref().map_or_else(|| Ok(Overrides::default()), read_toml)?;
+        Ok(self.flags.clone().or(file))
+    }
+}
+
+/// recipe < `base` < `given` < `fixed`. Sets the number of threads of the process.
+///
+/// `base` is what the verb knows better than a recipe, such as the config that its weights were trained with; a
+/// recipe named by the user drops it, for then it is the recipe's numbers that are wanted. `fixed` is what is not
+/// the user's to choose, such as the network that the weights are for.
+pub fn resolve(base: &Overrides, given: &Overrides, fixed: &Overrides) -> Result<Config> {
+    let nothing = Overrides::default();
+    let base = if given.recipe.is_some() { &nothing } else { base };
+    let config = Config::resolve(&[base, given, fixed])?;
+    if config.threads > 0 {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(config.threads)
+            .build_global()
+            .map_err(|err| Error::Internal(format!("cannot start {} threads: {err}", config.threads)))?;
+    }
+    Ok(config)
+}
+
+/// The data set of a verb that cannot do without.
+///
+/// # Errors
+/// [`Error::Usage`] where neither flag nor file names one.
+pub fn data(config: &Config) -> Result<&Path> {
+    let missing = || Error::Usage("--data DIR is needed: a folder with imagesTr and labelsTr".into());
+    config.run.data.as_deref().ok_or_else(missing)
+}
+
+/// The layer in a TOML file.
+pub fn read_toml(path: &Path) -> Result<Overrides> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+    Overrides::from_toml(&text, path)
+}
+
+/// Says on stderr what computes and why, or why the device asked for cannot.
+pub fn announce_device(choice: DeviceChoice) -> Result<()> {
+    match choice {
+        DeviceChoice::Auto => eprintln!("device: cpu (this build has no CUDA engine)"),
+        DeviceChoice::Cpu => eprintln!("device: cpu (as asked)"),
+        DeviceChoice::Cuda(_) => {
+            return Err(Error::Usage(format!(
+                "--device {choice}: this build has no CUDA engine, use --device cpu"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The headings of [`Overrides`] that a verb has no use for: hidden in its help and refused on its command line.
+/// A TOML file may hold any key, so that one file serves all verbs.
+fn foreign_headings(verb: &str) -> &'static [&'static str] {
+    match verb {
+        "infer" => {
+            &["Cases", "Cache", "Labels and scores", "Patches", "Network", "Loss", "Optimizer", "Training"]
+        }
+        "evaluate" => &["Cache", "Patches", "Network", "Loss", "Optimizer", "Training"],
+        "cache" => &["Network", "Patches", "Loss", "Optimizer", "Sliding window", "Training"],
+        _ => &[],
+    }
+}
+
+/// Takes the foreign flags of each verb out of its help.
+pub fn hide_foreign_flags(mut command: Command) -> Command {
+    let verbs: Vec<String> = command.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    for verb in verbs {
+        let foreign = foreign_headings(&verb);
+        command = command.mut_subcommand(verb, |verb| {
+            verb.mut_args(|arg| {
+                let hide = arg.get_help_heading().is_some_and(|heading| foreign.contains(&heading));
+                if hide { arg.hide(true) } else { arg }
+            })
+        });
+    }
+    command
+}
+
+/// Refuses a foreign flag that was given all the same: silence would look like consent.
+pub fn refuse_foreign_flags(matches: &ArgMatches, command: &Command) -> Result<()> {
+    let Some((verb, given)) = matches.subcommand() else { return Ok(()) };
+    let arguments = command.find_subcommand(verb).into_iter().flat_map(Command::get_arguments);
+    for arg in arguments {
+        let foreign = arg.get_help_heading().is_some_and(|heading| foreign_headings(verb).contains(&heading));
+        if foreign && given.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine) {
+            let flag = arg.get_long().unwrap_or_default();
+            return Err(Error::Usage(format!("`spleen-hpc {verb}` has no use for --{flag}: leave it out")));
+        }
+    }
+    Ok(())
+}

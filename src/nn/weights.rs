@@ -1,0 +1,131 @@
+//! Weight files: safetensors both ways under MONAI's names, and reading whatever kind a file turns out to be.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::json;
+
+use super::pt_read::{LEGACY_MAGIC, ZIP_MAGIC, read_pt};
+use super::publish::publish;
+use super::state_dict::{Array, StateDict};
+use crate::error::{Error, Result};
+
+/// What a safetensors file says about itself, text by text: config, recipe, commit, split.
+pub type Metadata = BTreeMap<String, String>;
+
+/// Names before which a checkpoint keeps what is not a weight.
+pub(super) const OPTIMIZER_PREFIX: &str = "optim.";
+
+/// The weights in `path`: a `torch.save` file, safetensors, or one of this program's checkpoints. The content
+/// decides, not the name.
+pub fn read_any(path: &Path) -> Result<StateDict> {
+    let mut file = std::fs::File::open(path).map_err(Error::io(path, "read"))?;
+    let mut bytes = Vec::new();
+    file.by_ref().take(LEGACY_MAGIC.len() as u64).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    // A 3 GB scan given by mistake is refused by its first bytes.
+    recognise(path, &bytes)?;
+    file.read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    from_bytes(path, &bytes)
+}
+
+/// [`read_any`] for a file that is in memory; `path` is only for messages.
+pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<StateDict> {
+    match recognise(path, bytes)? {
+        Kind::Torch => read_pt(path, bytes),
+        Kind::Safetensors => {
+            let (all, _) = parse_safetensors(path, bytes)?;
+            let mut weights = StateDict::new(path);
+            for (name, array) in all.iter().filter(|(name, _)| !name.starts_with(OPTIMIZER_PREFIX)) {
+                weights.insert(name, array.clone())?;
+            }
+            Ok(weights)
+        }
+    }
+}
+
+enum Kind {
+    Torch,
+    Safetensors,
+}
+
+fn recognise(path: &Path, head: &[u8]) -> Result<Kind> {
+    if head.starts_with(ZIP_MAGIC) || head.starts_with(LEGACY_MAGIC) {
+        return Ok(Kind::Torch);
+    }
+    // Eight bytes of header length, then JSON.
+    if head.get(8) == Some(&b'{') {
+        return Ok(Kind::Safetensors);
+    }
+    let what = match head {
+        [] => "the file is empty",
+        [0x1f, 0x8b, ..] => "the file is compressed: gunzip it first",
+        [0x80, ..] => "this pickle was not written by torch.save: save net.state_dict() with torch.save",
+        _ => "this is no weight file: neither torch.save nor safetensors wrote it",
+    };
+    Err(Error::file(path, what))
+}
+
+/// Tensors (PyTorch's order where the names are MONAI's, else the file's) and metadata of a safetensors file.
+pub fn read_safetensors(path: &Path) -> Result<(StateDict, Metadata)> {
+    parse_safetensors(path, &std::fs::read(path).map_err(Error::io(path, "read"))?)
+}
+
+pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict, Metadata)> {
+    let foreign = |e| {
+        Error::file(
+            path,
+            format!("this is no safetensors file, or it is damaged or cut short ({e}): make it again"),
+        )
+    };
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(foreign)?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(foreign)?;
+    let mut dict = StateDict::new(path);
+    for name in header.offset_keys() {
+        let view = tensors.tensor(&name).map_err(foreign)?;
+        let (shape, data) = (view.shape().to_vec(), view.data());
+        fn each<const N: usize, T>(data: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
+            data.as_chunks().0.iter().map(|&element| f(element)).collect()
+        }
+        let array = match view.dtype() {
+            Dtype::F32 => Array::f32(shape, each(data, f32::from_le_bytes)),
+            Dtype::F64 => Array::f32(shape, each(data, |b| f64::from_le_bytes(b) as f32)),
+            Dtype::F16 => Array::f32(shape, each(data, |b| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Array::f32(shape, each(data, |b| half::bf16::from_le_bytes(b).to_f32())),
+            Dtype::I64 => Array::i64(shape, each(data, i64::from_le_bytes)),
+            other => return Err(Error::file(path, format!("tensor {name} is {other}, which no weight is"))),
+        };
+        dict.insert(name, array)?;
+    }
+    let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+    Ok((dict.in_torch_order(), metadata))
+}
+
+/// Writes `weights` and `metadata` to `path`, whole or not at all. Same content, same bytes.
+pub fn write_safetensors(path: &Path, weights: &StateDict, metadata: &Metadata) -> Result<()> {
+    publish(path, &safetensors_bytes(weights, metadata))
+}
+
+/// The crate's own writer takes metadata as a HashMap, whose order changes from run to run; this one sorts it. Eight-byte
+/// elements come first, so that every tensor is aligned, then each kind in the dictionary's order.
+pub(super) fn safetensors_bytes(weights: &StateDict, metadata: &Metadata) -> Vec<u8> {
+    let (wide, narrow): (Vec<_>, Vec<_>) = weights.iter().partition(|(_, array)| array.dtype() == "I64");
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), json!(metadata));
+    }
+    let mut data = Vec::new();
+    for (name, array) in wide.into_iter().chain(narrow) {
+        let start = data.len();
+        data.extend(array.to_le_bytes());
+        let info = json!({"dtype": array.dtype(), "shape": array.shape, "data_offsets": [start, data.len()]});
+        header.insert(name.into(), info);
+    }
+    let mut text = serde_json::Value::Object(header).to_string();
+    text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text.bytes());
+    bytes.extend(data);
+    bytes
+}
