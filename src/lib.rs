@@ -18,6 +18,8 @@ pub mod ops;
 
 pub mod nn;
 
+pub mod metrics;
+
 pub mod infer;
 
 pub mod train;
