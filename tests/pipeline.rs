@@ -7,7 +7,7 @@ use spleen_hpc::config::{Config, Recipe, Window};
 use spleen_hpc::data::volume::{Affine, Volume};
 use spleen_hpc::data::{nifti, nifti_write};
 use spleen_hpc::infer::jobs::{Style, jobs};
-use spleen_hpc::infer::pipeline::{Outcome, run};
+use spleen_hpc::infer::pipeline::{Statistics, segment as run};
 use spleen_hpc::rng::Philox;
 
 /// 53.5 HU: half way between -57 and 164.
@@ -23,12 +23,17 @@ fn scan(seed: u64, shape: [usize; 3], affine: Affine) -> Volume<i16> {
     Volume { shape, data, affine }
 }
 
-fn segment(inputs: &[PathBuf], out: &Path, style: Style, stop: &AtomicBool) -> Vec<Outcome> {
+fn segment(
+    inputs: &[PathBuf],
+    out: &Path,
+    style: Style,
+    stop: &AtomicBool,
+) -> Vec<spleen_hpc::Result<Statistics>> {
     let mut config = Config::for_recipe(Recipe::V036);
     config.window = Window { roi: [16, 16, 16], ..config.window };
     let jobs = jobs(inputs, out, style).unwrap();
     let mut told = 0;
-    let outcomes = run(&jobs, &bright, (&config.preprocess, &config.window), style, stop, |_| told += 1);
+    let outcomes = run(&jobs, &bright, (&config.preprocess, &config.window), style, stop, |_, _| told += 1);
     assert_eq!(told, outcomes.len());
     outcomes
 }
@@ -53,8 +58,8 @@ fn masks_are_written_in_the_geometry_of_their_scans() {
     }
     for style in [Style::Mask, Style::Bundle] {
         let out = dir.path().join(format!("{style:?}"));
-        for (outcome, (_, volume)) in segment(&inputs, &out, style, &stop).iter().zip(&scans) {
-            let found = outcome.result.as_ref().unwrap();
+        for (found, (_, volume)) in segment(&inputs, &out, style, &stop).iter().zip(&scans) {
+            let found = found.as_ref().unwrap();
             let mask = nifti::read(&found.output).unwrap();
             let want: Vec<f32> = volume.data.iter().map(|&hu| if hu >= 54 { 1.0 } else { 0.0 }).collect();
             assert_eq!(mask.volume.data, want, "{}", found.output.display());
@@ -76,9 +81,9 @@ fn a_bad_scan_does_not_keep_the_others() {
     nifti_write::write_volume(&inputs[2], &scan(4, [17; 3], LPS)).unwrap();
     let out = dir.path().join("out");
     let outcomes = segment(&inputs, &out, Style::Mask, &AtomicBool::new(false));
-    let names: Vec<_> = outcomes.iter().map(|o| (o.input.clone(), o.result.is_ok())).collect();
-    assert_eq!(names, [(inputs[0].clone(), true), (inputs[1].clone(), false), (inputs[2].clone(), true)]);
-    assert!(outcomes[1].result.as_ref().unwrap_err().to_string().contains("b.nii"));
+    assert_eq!(outcomes[0].as_ref().unwrap().input, inputs[0]);
+    assert!(outcomes[1].as_ref().unwrap_err().to_string().contains("b.nii"));
+    assert_eq!(outcomes[2].as_ref().unwrap().input, inputs[2]);
     let mut written: Vec<_> = std::fs::read_dir(&out).unwrap().map(|f| f.unwrap().file_name()).collect();
     written.sort();
     assert_eq!(written, ["a.nii.gz", "c.nii.gz"], "and nothing half-written");
@@ -97,8 +102,8 @@ fn stopping_finishes_what_is_under_way_and_begins_nothing() {
         stop.store(true, Ordering::Relaxed);
         bright(x, shape)
     };
-    let outcomes = run(&jobs, &network, (&config.preprocess, &config.window), Style::Mask, &stop, |_| ());
+    let outcomes = run(&jobs, &network, (&config.preprocess, &config.window), Style::Mask, &stop, |_, _| ());
     // The first was predicted; at most one more was read and one was being read.
     assert!((1..=3).contains(&outcomes.len()), "{}", outcomes.len());
-    assert!(outcomes.iter().all(|o| o.result.as_ref().is_ok_and(|found| found.output.exists())));
+    assert!(outcomes.iter().all(|o| o.as_ref().is_ok_and(|found| found.output.exists())));
 }
