@@ -7,7 +7,7 @@ use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
-use super::{INTERRUPTED, Outcome, interrupt};
+use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::Error;
 use crate::data::dataset::{Case, training_cases};
 use crate::infer::evaluate::{CaseScores, evaluate};
@@ -70,7 +70,7 @@ pub fn run(args: &Args) -> Outcome {
     let mut ended = 0;
     let results = evaluate(&cases, &progress.counting(&network), &config, stop, |case, result| {
         progress.suspend(|| match result {
-            Ok(scores) => println!("{}", line(scores)),
+            Ok(scores) => say(line(scores)),
             Err(err) => eprintln!("error: {}: {err}", case.name),
         });
         ended += 1;
@@ -82,13 +82,13 @@ pub fn run(args: &Args) -> Outcome {
     let mean = |dice: fn(&CaseScores) -> f32| {
         mean_ignoring_nan(&scored.iter().map(|scores| dice(scores)).collect::<Vec<_>>()).0
     };
-    println!(
+    say(format_args!(
         "mean Dice of {} cases: {:.4} bundle-style, {:.4} native; tables in {}",
         scored.len(),
         mean(|scores| scores.dice_bundle),
         mean(|scores| scores.native.dice),
         args.out.display()
-    );
+    ));
     if results.len() < cases.len() {
         return Ok(ExitCode::from(INTERRUPTED));
     }

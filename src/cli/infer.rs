@@ -9,7 +9,7 @@ use serde_json::json;
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, resolve};
-use super::{INTERRUPTED, Outcome, interrupt};
+use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
 use crate::data::publish::publish;
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 #[command(after_help = "Examples:
   spleen-hpc infer --weights run/best.safetensors ct.nii.gz --out masks
   spleen-hpc infer --weights model.pt --out masks data/imagesTs 'more/*.nii.gz'
-  spleen-hpc infer --weights model.pt --bundle-output --out eval data/imagesTs    as the MONAI bundle writes them")]
+  spleen-hpc infer --weights model.pt --out eval --bundle-output data/imagesTs")]
 pub struct Args {
     /// Scans (.nii, .nii.gz, .hdr with .img), folders of them, or globs
     #[arg(value_name = "INPUT", required = true)]
@@ -64,7 +64,7 @@ pub fn run(args: &Args) -> Outcome {
         stop,
         |_, result| {
             progress.suspend(|| match result {
-                Ok(found) => println!("{}: {:.1} ml", found.output.display(), found.volume_ml),
+                Ok(found) => say(format_args!("{}: {:.1} ml", found.output.display(), found.volume_ml)),
                 Err(err) => eprintln!("error: {err}"),
             });
             ended += 1;

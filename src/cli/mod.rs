@@ -11,6 +11,8 @@ mod settings;
 mod train;
 mod weights;
 
+use std::fmt::Display;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -63,6 +65,11 @@ pub fn run() -> ExitCode {
         eprintln!("error: {err}");
         ExitCode::from(err.exit_code())
     })
+}
+
+/// Prints a line of results. A reader that has gone away (`| head`) is no failure of the work.
+fn say(line: impl Display) {
+    writeln!(std::io::stdout(), "{line}").ok();
 }
 
 /// What a verb leaves for the shell.
