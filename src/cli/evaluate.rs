@@ -1,7 +1,8 @@
 //! `spleen-hpc evaluate`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 
 use super::network::Trained;
 use super::progress::Progress;
@@ -9,8 +10,10 @@ use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
 use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::Error;
+use crate::config::Config;
 use crate::data::dataset::{Case, training_cases};
 use crate::infer::evaluate::{CaseScores, evaluate};
+use crate::infer::predict::Network;
 use crate::metrics::overlap::mean_ignoring_nan;
 
 /// Score weights on labelled scans: Dice bundle-style and native, surface distances, volumes
@@ -31,6 +34,9 @@ pub struct Args {
     /// Which labelled cases
     #[arg(long, value_enum, default_value_t = Which::Val)]
     cases: Which,
+    /// Folder for the masks, u8 in each scan's geometry; without it none are written
+    #[arg(long, value_name = "DIR")]
+    masks: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
 }
@@ -63,12 +69,25 @@ pub fn run(args: &Args) -> Outcome {
     }
     announce_device(config.device)?;
     let network = trained.network()?;
-    std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out, "create"))?;
     let stop = interrupt::watch("the cases under way are finished first")?;
+    score(&cases, &network, &config, &args.out, args.masks.as_deref(), stop)
+}
 
+/// Scores `cases` on the screen and in tables in `out`; masks go to `masks`.
+pub fn score(
+    cases: &[Case],
+    network: &Network,
+    config: &Config,
+    out: &Path,
+    masks: Option<&Path>,
+    stop: &AtomicBool,
+) -> Outcome {
+    for folder in std::iter::once(out).chain(masks) {
+        std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+    }
     let progress = Progress::new(cases.len(), "cases");
     let mut ended = 0;
-    let results = evaluate(&cases, &progress.counting(&network), &config, stop, |case, result| {
+    let results = evaluate(cases, &progress.counting(network), config, masks, stop, |case, result| {
         progress.suspend(|| match result {
             Ok(scores) => say(line(scores)),
             Err(err) => eprintln!("error: {}: {err}", case.name),
@@ -87,7 +106,7 @@ pub fn run(args: &Args) -> Outcome {
         scored.len(),
         mean(|scores| scores.dice_bundle),
         mean(|scores| scores.native.dice),
-        args.out.display()
+        out.display()
     ));
     if results.len() < cases.len() {
         return Ok(ExitCode::from(INTERRUPTED));

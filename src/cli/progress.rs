@@ -30,6 +30,11 @@ impl Progress {
         Progress { bar, plain: None }
     }
 
+    /// A bar and nothing else: where there is no terminal, the caller's own lines tell how far it is.
+    pub fn bar_only(total: usize, what: &'static str) -> Self {
+        Progress { plain: None, ..Progress::new(total, what) }
+    }
+
     /// `done` of `total` units are done.
     pub fn set(&self, done: usize, total: usize) {
         self.bar.set_position(done as u64);

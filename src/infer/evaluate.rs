@@ -5,7 +5,7 @@
 //!   (`evaluate.json` inverts both), which forgives what resampling lost;
 //! * native: against the label of the file, which is what a reader of the mask cares for.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -14,9 +14,10 @@ use super::stages::{self, Stages};
 use crate::Result;
 use crate::config::{Config, Window};
 use crate::data::dataset::Case;
-use crate::data::nifti;
+use crate::data::nifti_header::Header;
 use crate::data::preprocess::{Prepared, preprocess};
 use crate::data::volume::Volume;
+use crate::data::{nifti, nifti_write};
 use crate::metrics::overlap::Overlap;
 use crate::metrics::{Scores, score};
 
@@ -54,6 +55,7 @@ pub fn grid_dice(
 
 /// A case that was read.
 struct Ready {
+    header: Header,
     truth: Volume<u8>,
     prepared: Prepared,
     grid_label: Volume<u8>,
@@ -66,20 +68,23 @@ struct Predicted {
     network_s: f64,
 }
 
-/// Scores every case; `done` is told of each as it ends, in order. An error of one case does not keep the others.
+/// Scores every case, and writes its mask to `masks`/NAME.nii.gz if that is given; `done` is told of each as it ends, in order. An error of one case does not keep the others.
 ///
 /// When `stop` becomes true no further case is begun, those under way are finished, and the answer is shorter.
 pub fn evaluate(
     cases: &[Case],
     network: &Network,
     config: &Config,
+    masks: Option<&Path>,
     stop: &AtomicBool,
     done: impl FnMut(&Case, &Result<CaseScores>) + Send,
 ) -> Vec<Result<CaseScores>> {
     let stages = Stages {
         read: |case: &Case| read(case, config),
         predict: |ready: Ready| predict(ready, network, &config.window),
-        finish: |case: &Case, predicted: Predicted| finish(case, predicted, config.run.nsd_tolerance_mm),
+        finish: |case: &Case, predicted: Predicted| {
+            finish(case, predicted, config.run.nsd_tolerance_mm, masks)
+        },
     };
     stages::run(cases, stop, stages, done)
 }
@@ -91,7 +96,7 @@ fn read(case: &Case, config: &Config) -> Result<Ready> {
     let truth = nifti::label_from(&label.volume, config.run.label_value, &case.label)?;
     let mut prepared = preprocess(&image.volume, Some(&truth), &config.preprocess)?;
     let grid_label = prepared.label.take().expect("a label that goes in comes out");
-    Ok(Ready { truth, prepared, grid_label })
+    Ok(Ready { header: image.header, truth, prepared, grid_label })
 }
 
 fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted> {
@@ -101,10 +106,19 @@ fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted
     Ok(Predicted { ready, probabilities, network_s: start.elapsed().as_secs_f64() })
 }
 
-fn finish(case: &Case, predicted: Predicted, nsd_tolerance_mm: f64) -> Result<CaseScores> {
-    let Predicted { ready: Ready { truth, prepared, grid_label }, probabilities, network_s } = predicted;
+fn finish(
+    case: &Case,
+    predicted: Predicted,
+    nsd_tolerance_mm: f64,
+    masks: Option<&Path>,
+) -> Result<CaseScores> {
+    let Predicted { ready: Ready { header, truth, prepared, grid_label }, probabilities, network_s } =
+        predicted;
     let dice_grid = Overlap::count(&argmax(&probabilities), &grid_label.data)?.dice();
     let mask = prepared.geometry.invert_argmax(bytemuck::cast_slice(&probabilities))?;
+    if let Some(folder) = masks {
+        nifti_write::write_mask(folder.join(format!("{}.nii.gz", case.name)), &header, &mask)?;
+    }
     let round_trip = prepared.geometry.invert_label(&grid_label.data)?;
     let dice_bundle = Overlap::count(&mask, &round_trip)?.dice();
     let mask = Volume { shape: truth.shape, data: mask, affine: truth.affine };

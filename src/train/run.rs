@@ -10,10 +10,9 @@ use crate::data::cache_file::CachedCase;
 use crate::data::prefetch::Prefetcher;
 use crate::data::publish::publish;
 use crate::data::sampler::steps_per_epoch;
-use crate::data::volume::Volume;
 use crate::error::{Error, Result};
-use crate::infer::predict::{argmax, probabilities};
-use crate::metrics::overlap::{Overlap, mean_ignoring_nan};
+use crate::infer::evaluate::grid_dice;
+use crate::metrics::overlap::mean_ignoring_nan;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{self, Checkpoint, CheckpointMeta, EpochRecord, Split};
 use crate::nn::weights::{Metadata, write_safetensors};
@@ -233,11 +232,9 @@ fn names(cases: &[CachedCase]) -> Vec<String> {
 /// Those of the network.
 pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config) -> Result<f64> {
     let network = |x: &[f32], shape: [usize; 4]| Ok(net.infer(x, shape)?.data().to_vec());
-    let mut dice = Vec::new();
-    for case in cases {
-        let image = Volume { shape: case.shape(), data: case.image_f32(), affine: *case.affine() };
-        let mask = argmax(&probabilities(&network, &image, &config.window)?);
-        dice.push(Overlap::count(&mask, case.label())?.dice());
-    }
+    let dice = |case: &CachedCase| {
+        grid_dice(&network, (&case.image_f32(), case.label()), case.shape(), &config.window)
+    };
+    let dice: Vec<f32> = cases.iter().map(dice).collect::<Result<_>>()?;
     Ok(mean_ignoring_nan(&dice).0.into())
 }
