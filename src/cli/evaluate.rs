@@ -1,17 +1,22 @@
 //! `spleen-hpc evaluate`
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
 use super::{INTERRUPTED, Outcome, interrupt, say};
-use crate::Error;
+use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
+use crate::data::publish::publish;
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
+use crate::{Error, Result};
 
 /// Score weights on labelled scans: Dice bundle-style and native, surface distances, volumes
 ///
@@ -25,7 +30,7 @@ pub struct Args {
     /// MONAI's model.pt, a checkpoint of `train`, or safetensors
     #[arg(long, value_name = "FILE")]
     weights: PathBuf,
-    /// Folder for the CSV files
+    /// Folder for scores.json
     #[arg(long, value_name = "DIR", default_value = "eval")]
     out: PathBuf,
     /// Which labelled cases
@@ -45,7 +50,7 @@ enum Which {
     All,
 }
 
-/// Scores the cases and writes the CSV files.
+/// Scores the cases and writes them down.
 pub fn run(args: &Args) -> Outcome {
     let trained = Trained::open(&args.weights)?;
     let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
@@ -79,15 +84,17 @@ pub fn run(args: &Args) -> Outcome {
     progress.finish();
 
     let scored: Vec<&CaseScores> = results.iter().filter_map(|result| result.as_ref().ok()).collect();
+    let scores_file = args.out.join("scores.json");
+    write_scores(&scores_file, &args.weights, &config, &scored)?;
     let mean = |dice: fn(&CaseScores) -> f32| {
         mean_ignoring_nan(&scored.iter().map(|scores| dice(scores)).collect::<Vec<_>>()).0
     };
     say(format_args!(
-        "mean Dice of {} cases: {:.4} bundle-style, {:.4} native; tables in {}",
+        "mean Dice of {} cases: {:.4} bundle-style, {:.4} native; all scores in {}",
         scored.len(),
         mean(|scores| scores.dice_bundle),
         mean(|scores| scores.native.dice),
-        args.out.display()
+        scores_file.display()
     ));
     if results.len() < cases.len() {
         return Ok(ExitCode::from(INTERRUPTED));
@@ -112,4 +119,33 @@ fn line(scores: &CaseScores) -> String {
         native.pred_ml,
         native.truth_ml
     )
+}
+
+/// Every score of this call, and all that decided them; what does not exist (Dice of an empty label) is null.
+fn write_scores(path: &Path, weights: &Path, config: &Config, scored: &[&CaseScores]) -> Result<()> {
+    let case = |scores: &&CaseScores| {
+        let native = &scores.native;
+        json!({
+            "name": scores.name,
+            "image": scores.image,
+            "dice_grid": scores.dice_grid,
+            "dice_bundle": scores.dice_bundle,
+            "dice_native": native.dice,
+            "hd95_mm": native.hd95_mm,
+            "hd_mm": native.hd_mm,
+            "assd_mm": native.assd_mm,
+            "nsd": native.nsd,
+            "volume_ml": native.pred_ml,
+            "label_volume_ml": native.truth_ml,
+            "network_s": scores.network_s,
+        })
+    };
+    let report = json!({
+        "commit": crate::COMMIT,
+        "weights": weights,
+        "config": Overrides::of(config).to_json(),
+        "cases": scored.iter().map(case).collect::<Vec<_>>(),
+    });
+    let text = serde_json::to_string_pretty(&report).map_err(|err| Error::Internal(err.to_string()))?;
+    publish(path, |file| file.write_all(text.as_bytes()))
 }
