@@ -2,7 +2,7 @@
 //! that are right, wrong and missing. A ledger that cannot fail proves nothing.
 
 use crate::Outcome;
-use crate::golden::{Golden, fits};
+use crate::golden::{Golden, fits, numbers};
 use crate::hash;
 use crate::ledger::Ledger;
 use crate::output::Output;
@@ -29,6 +29,7 @@ fn vectors() {
 fn patterns() {
     assert!(fits("*.p<k>_init", "adam32.p3_init") && !fits("*.p<k>_init", "adam32.p3_1"));
     assert!(fits("x", "x") && !fits("x", "xx") && fits("init.*", "init.") && !fits("*.w", "w"));
+    assert_eq!(numbers("Spacing(pixdim=(1.5,2, 3.0), mode)", "pixdim="), Some(vec![1.5, 2.0, 3.0]));
     assert!(!fits("aba*aba", "aba") && fits("a*b*c", "a1b2b3c"));
 }
 
