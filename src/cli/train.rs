@@ -45,9 +45,15 @@ const LAST: &str = "last.safetensors";
 /// Trains from the first epoch or from the last checkpoint.
 pub fn run(args: &Args) -> Outcome {
     let last = args.run.join(LAST);
-    if !args.resume && last.exists() {
-        let what = "is the checkpoint of an earlier run: go on with --resume, or choose another --run";
-        return Err(Error::file(&last, what));
+    match (args.resume, last.exists()) {
+        (true, false) => {
+            return Err(Error::file(&last, "there is no run to go on with: leave --resume out to begin one"));
+        }
+        (false, true) => {
+            let what = "is the checkpoint of an earlier run: go on with --resume, or choose another --run";
+            return Err(Error::file(&last, what));
+        }
+        _ => {}
     }
     let given = args.settings.given()?;
     let base = match (args.resume, &given.data) {
@@ -55,9 +61,11 @@ pub fn run(args: &Args) -> Outcome {
         (false, None) => small_run(),
         (false, Some(_)) => Overrides::default(),
     };
+    if args.resume && given.recipe.is_some_and(|recipe| Some(recipe) != base.recipe) {
+        return Err(Error::Usage("--resume goes on with the recipe of the run: leave --recipe out".into()));
+    }
     let mut config = resolve(&base, &given, &Overrides::default())?;
     announce_device(config.device)?;
-    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
     let data = config.run.data.take().map_or_else(|| phantom::for_run(&args.run), Ok)?;
     // Absolute, so that a run can be resumed from anywhere.
     let data = std::path::absolute(&data).map_err(Error::io(&data, "find"))?;
@@ -65,6 +73,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
+    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(&data), Ok)?;
     let pick = |indices: &[usize]| -> Vec<Case> { indices.iter().map(|&i| cases[i].clone()).collect() };
     let train = build(&pick(&train), &config, &dir)?;
