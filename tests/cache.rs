@@ -187,6 +187,27 @@ fn changed_content_or_parameters_are_prepared_anew() {
     age(&cases[0].image, 400);
     assert_eq!(prepared(&params()), 2);
     assert_eq!(prepared(&params()), 0);
+
+    // The same length: bytes 4 to 7 of a gzip file are a time that nobody reads.
+    let edit = |path: &PathBuf| {
+        let mut bytes = fs::read(path).unwrap();
+        bytes[4] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    edit(&cases[0].image);
+    age(&cases[0].image, 300);
+    assert_eq!(prepared(&params()), 1);
+    // Edited within the clock's tick of being cached: even size and time are the same.
+    let soon = SystemTime::now() + Duration::from_secs(3600);
+    let tick =
+        |path: &PathBuf| fs::File::options().append(true).open(path).unwrap().set_modified(soon).unwrap();
+    edit(&cases[0].image);
+    tick(&cases[0].image);
+    assert_eq!(prepared(&params()), 1);
+    edit(&cases[0].image);
+    tick(&cases[0].image);
+    assert_eq!(prepared(&params()), 1);
+    assert_eq!(prepared(&params()), 0);
 }
 
 #[test]
