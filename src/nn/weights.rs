@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::json;
 
 use super::pt_read::{LEGACY_MAGIC, ZIP_MAGIC, read_pt};
 use super::publish::publish;
-use super::state_dict::{Array, StateDict};
+use super::state_dict::{Array, StateDict, shown};
 use crate::error::{Error, Result};
 
 /// What a safetensors file says about itself, text by text: config, recipe, commit, split.
@@ -73,7 +73,8 @@ pub fn read_safetensors(path: &Path) -> Result<(StateDict, Metadata)> {
 }
 
 pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict, Metadata)> {
-    let foreign = |e| {
+    let foreign = |e: SafeTensorError| {
+        let e = shown(&e.to_string());
         Error::file(
             path,
             format!("this is no safetensors file, or it is damaged or cut short ({e}): make it again"),
@@ -94,7 +95,12 @@ pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict,
             Dtype::F16 => Array::f32(shape, each(data, |b| half::f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => Array::f32(shape, each(data, |b| half::bf16::from_le_bytes(b).to_f32())),
             Dtype::I64 => Array::i64(shape, each(data, i64::from_le_bytes)),
-            other => return Err(Error::file(path, format!("tensor {name} is {other}, which no weight is"))),
+            other => {
+                return Err(Error::file(
+                    path,
+                    format!("tensor {} is {other}, which no weight is", shown(&name)),
+                ));
+            }
         };
         dict.insert(name, array)?;
     }
