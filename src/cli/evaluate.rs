@@ -12,6 +12,7 @@ use crate::Error;
 use crate::data::dataset::{Case, training_cases};
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
+use crate::report::csv;
 
 /// Score weights on labelled scans: Dice bundle-style and native, surface distances, volumes
 ///
@@ -79,6 +80,10 @@ pub fn run(args: &Args) -> Outcome {
     progress.finish();
 
     let scored: Vec<&CaseScores> = results.iter().filter_map(|result| result.as_ref().ok()).collect();
+    let bundle: Vec<(String, f32)> =
+        scored.iter().map(|s| (s.image.display().to_string(), s.dice_bundle)).collect();
+    csv::write_bundle(&args.out, &bundle)?;
+    csv::write_cases(&args.out, &scored, config.run.nsd_tolerance_mm)?;
     let mean = |dice: fn(&CaseScores) -> f32| {
         mean_ignoring_nan(&scored.iter().map(|scores| dice(scores)).collect::<Vec<_>>()).0
     };
