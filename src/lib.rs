@@ -16,6 +16,8 @@ pub mod metrics;
 
 pub mod infer;
 
+pub mod report;
+
 pub mod cli;
 
 pub use error::{Error, Result};

@@ -16,6 +16,7 @@ use crate::data::dataset::{Case, training_cases};
 use crate::data::publish::publish;
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
+use crate::report::csv;
 use crate::{Error, Result};
 
 /// Score weights on labelled scans: Dice bundle-style and native, surface distances, volumes
@@ -30,7 +31,7 @@ pub struct Args {
     /// MONAI's model.pt, a checkpoint of `train`, or safetensors
     #[arg(long, value_name = "FILE")]
     weights: PathBuf,
-    /// Folder for scores.json
+    /// Folder for cases.csv, the bundle's metrics.csv and val_mean_dice_*.csv, and evaluation.json
     #[arg(long, value_name = "DIR", default_value = "eval")]
     out: PathBuf,
     /// Which labelled cases
@@ -84,17 +85,16 @@ pub fn run(args: &Args) -> Outcome {
     progress.finish();
 
     let scored: Vec<&CaseScores> = results.iter().filter_map(|result| result.as_ref().ok()).collect();
-    let scores_file = args.out.join("scores.json");
-    write_scores(&scores_file, &args.weights, &config, &scored)?;
+    write_tables(&args.out, &args.weights, &config, &scored)?;
     let mean = |dice: fn(&CaseScores) -> f32| {
         mean_ignoring_nan(&scored.iter().map(|scores| dice(scores)).collect::<Vec<_>>()).0
     };
     say(format_args!(
-        "mean Dice of {} cases: {:.4} bundle-style, {:.4} native; all scores in {}",
+        "mean Dice of {} cases: {:.4} bundle-style, {:.4} native; tables in {}",
         scored.len(),
         mean(|scores| scores.dice_bundle),
         mean(|scores| scores.native.dice),
-        scores_file.display()
+        args.out.display()
     ));
     if results.len() < cases.len() {
         return Ok(ExitCode::from(INTERRUPTED));
@@ -121,31 +121,17 @@ fn line(scores: &CaseScores) -> String {
     )
 }
 
-/// Every score of this call, and all that decided them; what does not exist (Dice of an empty label) is null.
-fn write_scores(path: &Path, weights: &Path, config: &Config, scored: &[&CaseScores]) -> Result<()> {
-    let case = |scores: &&CaseScores| {
-        let native = &scores.native;
-        json!({
-            "name": scores.name,
-            "image": scores.image,
-            "dice_grid": scores.dice_grid,
-            "dice_bundle": scores.dice_bundle,
-            "dice_native": native.dice,
-            "hd95_mm": native.hd95_mm,
-            "hd_mm": native.hd_mm,
-            "assd_mm": native.assd_mm,
-            "nsd": native.nsd,
-            "volume_ml": native.pred_ml,
-            "label_volume_ml": native.truth_ml,
-            "network_s": scores.network_s,
-        })
-    };
-    let report = json!({
+/// Our table, the bundle's, and all that decided them.
+fn write_tables(out: &Path, weights: &Path, config: &Config, scored: &[&CaseScores]) -> Result<()> {
+    let bundle: Vec<(String, f32)> =
+        scored.iter().map(|scores| (scores.image.display().to_string(), scores.dice_bundle)).collect();
+    csv::write_bundle(out, &bundle)?;
+    csv::write_cases(out, scored, config.run.nsd_tolerance_mm)?;
+    let origin = json!({
         "commit": crate::COMMIT,
         "weights": weights,
         "config": Overrides::of(config).to_json(),
-        "cases": scored.iter().map(case).collect::<Vec<_>>(),
     });
-    let text = serde_json::to_string_pretty(&report).map_err(|err| Error::Internal(err.to_string()))?;
-    publish(path, |file| file.write_all(text.as_bytes()))
+    let text = serde_json::to_string_pretty(&origin).map_err(|err| Error::Internal(err.to_string()))?;
+    publish(&out.join("evaluation.json"), |file| file.write_all(text.as_bytes()))
 }

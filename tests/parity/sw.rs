@@ -29,7 +29,7 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
         let cases: Vec<&str> = file.stems(".windows").filter(|case| case.starts_with("net.")).collect();
         cases.into_iter().try_for_each(|case| net(file, case, ledger))?;
         ledger.leave_out(file, "net.*", "needs the network");
-        ledger.leave_out(file, "scan.cases", "given: the lengths, rois and overlaps to scan");
+        ledger.leave_out(file, "scan.cases", "given: lengths, windows and overlaps");
         toy_batch(file, ledger)
     });
     Ok(())
