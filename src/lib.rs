@@ -22,6 +22,8 @@ pub mod metrics;
 
 pub mod infer;
 
+pub mod report;
+
 pub mod train;
 
 pub mod cli;

@@ -8,7 +8,6 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::cache::build;
-use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, read_toml, resolve};
 use super::{INTERRUPTED, Outcome, evaluate, interrupt, phantom, say};
@@ -132,9 +131,8 @@ fn scores(
     let outcome = match cases {
         [] => ExitCode::SUCCESS,
         _ => {
-            let network = Trained::open(&summary.weights)?.network()?;
             let masks = run.join("masks");
-            evaluate::score(cases, &network, config, &run.join("eval"), Some(&masks), stop)?
+            evaluate::score(cases, &summary.weights, config, &run.join("eval"), Some(&masks), stop)?
         }
     };
     say(format_args!("weights: {weights}"));

@@ -35,8 +35,8 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
     probabilities.par_chunks_exact(CLASSES).map(|p| u8::from(p[1] > p[0])).collect()
 }
 
-/// Logits to probabilities, in place: exp(x - max) / sum, in float32 as torch does.
-fn softmax(logits: &mut [f32]) {
+/// Logits (.., 2) to probabilities, in place: exp(x - max) / sum, in float32 as torch does.
+pub fn softmax(logits: &mut [f32]) {
     logits.par_chunks_exact_mut(CLASSES).for_each(|x| {
         let max = x[0].max(x[1]);
         let exp = [(x[0] - max).exp(), (x[1] - max).exp()];

@@ -3,15 +3,21 @@
 //! `cargo test --test parity [-- GROUP]`. `SPLEEN_GOLDEN` names another folder of the same layout,
 //! `SPLEEN_PARITY_OUT` a folder that receives every recomputed tensor.
 
+mod case;
+mod crop;
 mod golden;
 mod hash;
+mod inverse;
 mod ledger;
+mod metrics;
 mod output;
+mod prep;
 mod self_check;
 mod sw;
 mod table;
 mod tensor;
 mod tolerance;
+mod weights;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -30,7 +36,14 @@ struct Group {
     run: fn(&Golden, &mut Ledger) -> Outcome<()>,
 }
 
-const GROUPS: &[Group] = &[Group { name: "sw", files: &["sw"], run: sw::run }];
+const GROUPS: &[Group] = &[
+    Group { name: "prep", files: &["prep_*"], run: prep::run },
+    Group { name: "inverse", files: &["inverse_*"], run: inverse::run },
+    Group { name: "crop", files: &["crop"], run: crop::run },
+    Group { name: "metrics", files: &["metrics"], run: metrics::run },
+    Group { name: "sw", files: &["sw"], run: sw::run },
+    Group { name: "weights", files: &["weights"], run: weights::run },
+];
 
 fn main() -> ExitCode {
     let Some(filter) = filter() else { return ExitCode::SUCCESS };

@@ -59,3 +59,34 @@ pub const IMPORTANCE: Tolerance = Tolerance::rel("1.2e-7 of max", 1.2e-7);
 
 /// Blended windows: importance maps off by 1.2e-7 in numerator and denominator, and a dozen float32 sums.
 pub const BLEND: Tolerance = Tolerance::rel("1e-6 of max", 1e-6);
+
+/// Affines, coordinates and grid parameters: float64 products and solves of 4x4 matrices with entries up to a few
+/// hundred mm, each off by a few 1e-14, in another order than LAPACK's.
+pub const GEOMETRY: Tolerance = Tolerance::abs("1e-10 (float64 geometry)", 1e-10).tight_digest();
+
+/// Resampled intensities: MONAI's float64 sums rounded to float32. Where the float64 values differ by their last bits,
+/// the rounding may fall to the neighbouring float32: one unit, 1.2e-7 of the largest magnitude.
+pub const RESAMPLED: Tolerance = Tolerance::rel("1.2e-7 of max (one float32)", 1.2e-7);
+
+/// Scaled intensities: one float32 unit of the resampled HU (1.2e-4 at 1024 to 2048 HU), divided by a window of
+/// a few hundred HU.
+pub const SCALED: Tolerance = Tolerance::abs("6e-7 (one float32 of the HU)", 6e-7);
+
+/// Probabilities: exp, sum and quotient in float32, each within one unit (6e-8 below 1) of torch's.
+pub const PROBABILITY: Tolerance = Tolerance::abs("2.5e-7 (float32 softmax)", 2.5e-7);
+
+/// Voxels whose two probabilities are closer than the error of both are a draw that rounding decides.
+pub const DRAW: f32 = 5e-7;
+
+/// Surface distances and their quantiles: float64 square roots rounded to float32, at most one unit apart; means are
+/// summed by torch in float32, where a few thousand terms leave some 1e-7.
+pub const SURFACE: Tolerance = Tolerance::rel("1e-6 of value (float32 means)", 1e-6);
+
+/// The mean of a dozen float32 Dice values, summed by torch in float32.
+pub const MEAN_DICE: Tolerance = Tolerance::abs("2e-7 (float32 mean)", 2e-7);
+
+/// A saved header's float fields: float32 roundings of geometry that agrees to 1e-10.
+pub const HEADER: Tolerance = Tolerance::rel("1.2e-7 of max (float32 header)", 1.2e-7);
+
+/// A coordinate this close to half a voxel (unit: voxels) goes either way: MANIFEST, "labels and masks".
+pub const TIE: f64 = 1e-9;
