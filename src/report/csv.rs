@@ -64,7 +64,7 @@ fn raw(cases: &[(String, f32)]) -> String {
 }
 
 fn summary(dice: &[f32]) -> String {
-    let statistics = statistics(dice).map(|v| fixed(v)).join(",");
+    let statistics = statistics(dice).map(fixed).join(",");
     format!("{SUMMARY}\nclass0,{statistics}\nmean,{statistics}\n")
 }
 
