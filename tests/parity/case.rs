@@ -13,7 +13,6 @@ use crate::tolerance::TIE;
 /// Image and label of `nifti/<case>_img.*` and `nifti/<case>_lab.*`.
 pub struct Case {
     pub image: Nifti,
-    pub image_path: PathBuf,
     pub label: Option<Volume<u8>>,
 }
 
@@ -26,7 +25,7 @@ impl Case {
             Some(path) => Some(label_from(&nifti::read(&path)?.volume, None, &path)?),
             None => None,
         };
-        Ok(Case { image, image_path, label })
+        Ok(Case { image, label })
     }
 }
 

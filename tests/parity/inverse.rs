@@ -128,9 +128,18 @@ fn compare_saved(
 /// Float32 fields of a NIfTI-1 header: pixdim to scl_inter, cal_max to toffset, the quaternion to the sform.
 const FLOATS: [std::ops::Range<usize>; 3] = [76..120, 124..140, 256..328];
 
+/// Where the quaternion's b, c, d stand among those floats.
+const QUATERNION: std::ops::Range<usize> = 15..18;
+
 fn floats(header: &[u8]) -> Tensor {
     let bytes: Vec<u8> = FLOATS.into_iter().flat_map(|r| &header[r]).copied().collect();
-    let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let mut values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    // Of a half turn, q and -q are the same rotation; which one nibabel writes is LAPACK's choice.
+    let quaternion = &mut values[QUATERNION];
+    let half_turn = quaternion.iter().map(|q| q * q).sum::<f32>() > 1.0 - 1e-6;
+    if half_turn && quaternion.iter().find(|q| q.abs() > 1e-3).is_some_and(|&q| q < 0.0) {
+        quaternion.iter_mut().for_each(|q| *q = -*q);
+    }
     Tensor::new(&[values.len()], &values)
 }
 

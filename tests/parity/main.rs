@@ -93,7 +93,7 @@ fn replay(dir: &Path, filter: &str) -> Outcome<bool> {
             ledger.fail(&file.name, "no group replays this file".into());
         }
     }
-    ledger.output.write_left_out(&ledger.left_out)?;
+    ledger.output.write_left_out(&ledger.left_out, &ledger.rows)?;
     table::print(&ledger, &ran);
     let passed = ledger.rows.iter().filter(|r| r.passed()).count();
     let failed = ledger.rows.len() - passed;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::Outcome;
-use crate::ledger::LeftOut;
+use crate::ledger::{LeftOut, Row};
 use crate::tensor::Tensor;
 
 type Stored = (Dtype, Vec<usize>, Vec<u8>);
@@ -52,10 +52,12 @@ impl Output {
         Ok(())
     }
 
-    /// `not_recomputed.txt`: one line a tensor, with the reason.
-    pub fn write_left_out(&self, left_out: &[LeftOut]) -> Outcome<()> {
+    /// `not_recomputed.txt`: one line a tensor, with the reason; what failed before it could be compared, too.
+    pub fn write_left_out(&self, left_out: &[LeftOut], rows: &[Row]) -> Outcome<()> {
         let Some(path) = self.path("not_recomputed.txt")? else { return Ok(()) };
-        let lines = left_out.iter().map(|l| format!("{}: {}: {}\n", l.file, l.name, l.reason));
-        Ok(std::fs::write(path, lines.collect::<String>())?)
+        let excused = left_out.iter().map(|l| format!("{}: {}: {}\n", l.file, l.name, l.reason));
+        let failed =
+            rows.iter().filter_map(|r| r.worst.as_ref().err().map(|why| format!("{}: {why}\n", r.what)));
+        Ok(std::fs::write(path, excused.chain(failed).collect::<String>())?)
     }
 }
