@@ -1,18 +1,23 @@
 //! `spleen-hpc evaluate`
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
 use super::{INTERRUPTED, Outcome, interrupt, say};
-use crate::Error;
+use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
+use crate::data::publish::publish;
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::report::csv;
+use crate::{Error, Result};
 
 /// Score weights on labelled scans: Dice bundle-style and native, surface distances, volumes
 ///
@@ -26,7 +31,7 @@ pub struct Args {
     /// MONAI's model.pt, a checkpoint of `train`, or safetensors
     #[arg(long, value_name = "FILE")]
     weights: PathBuf,
-    /// Folder for the CSV files
+    /// Folder for cases.csv, the bundle's metrics.csv and val_mean_dice_*.csv, and evaluation.json
     #[arg(long, value_name = "DIR", default_value = "eval")]
     out: PathBuf,
     /// Which labelled cases
@@ -46,7 +51,7 @@ enum Which {
     All,
 }
 
-/// Scores the cases and writes the CSV files.
+/// Scores the cases and writes them down.
 pub fn run(args: &Args) -> Outcome {
     let trained = Trained::open(&args.weights)?;
     let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
@@ -80,10 +85,7 @@ pub fn run(args: &Args) -> Outcome {
     progress.finish();
 
     let scored: Vec<&CaseScores> = results.iter().filter_map(|result| result.as_ref().ok()).collect();
-    let bundle: Vec<(String, f32)> =
-        scored.iter().map(|s| (s.image.display().to_string(), s.dice_bundle)).collect();
-    csv::write_bundle(&args.out, &bundle)?;
-    csv::write_cases(&args.out, &scored, config.run.nsd_tolerance_mm)?;
+    write_tables(&args.out, &args.weights, &config, &scored)?;
     let mean = |dice: fn(&CaseScores) -> f32| {
         mean_ignoring_nan(&scored.iter().map(|scores| dice(scores)).collect::<Vec<_>>()).0
     };
@@ -117,4 +119,19 @@ fn line(scores: &CaseScores) -> String {
         native.pred_ml,
         native.truth_ml
     )
+}
+
+/// Our table, the bundle's, and all that decided them.
+fn write_tables(out: &Path, weights: &Path, config: &Config, scored: &[&CaseScores]) -> Result<()> {
+    let bundle: Vec<(String, f32)> =
+        scored.iter().map(|scores| (scores.image.display().to_string(), scores.dice_bundle)).collect();
+    csv::write_bundle(out, &bundle)?;
+    csv::write_cases(out, scored, config.run.nsd_tolerance_mm)?;
+    let origin = json!({
+        "commit": crate::COMMIT,
+        "weights": weights,
+        "config": Overrides::of(config).to_json(),
+    });
+    let text = serde_json::to_string_pretty(&origin).map_err(|err| Error::Internal(err.to_string()))?;
+    publish(&out.join("evaluation.json"), |file| file.write_all(text.as_bytes()))
 }
