@@ -159,3 +159,69 @@ fn mean<'a>(values: impl Iterator<Item = &'a f32> + Clone) -> f32 {
     let n = values.clone().count();
     (values.map(|&v| f64::from(v)).sum::<f64>() / n as f64) as f32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Printed by torch 2.11.
+    #[test]
+    fn quantiles_have_torchs_digits() {
+        for (n, want) in [
+            (1, [0.0039146356, 0.0039146356, 0.0039146356]),
+            (2, [0.01761586, 0.029946962, 0.03104306]),
+            (7, [0.25053668, 1.1935723, 1.3128905]),
+            (20, [3.3842025, 23.03117, 26.086622]),
+            (21, [3.9146354, 22.830156, 26.046417]),
+            (101, [11.027529, 28.80389, 30.166183]),
+            (1000, [15.954098, 29.557457, 30.718735]),
+        ] {
+            let values: Vec<f32> = (1..=n).map(|v: u64| (v * v * v % 7919) as f32 / 7919.0 * 31.0).collect();
+            assert_eq!([0.5, 0.95, 0.99].map(|q| quantile(&values, q)), want, "{n} values");
+        }
+        assert!(quantile(&[f32::INFINITY], 0.95).is_nan() && quantile(&[], 0.95).is_nan());
+    }
+
+    /// Two boxes: every distance by hand. Truth 3x3x3 at the corner of the volume, prediction the same 2 further in i.
+    #[test]
+    fn distances_of_two_boxes() {
+        let shape = [8, 5, 5];
+        let cube = |first: usize| -> Vec<u8> {
+            (0..200)
+                .map(|at| (at / 25, at / 5 % 5, at % 5))
+                .map(|(i, j, k)| u8::from((first..first + 3).contains(&i) && j < 3 && k < 3))
+                .collect()
+        };
+        let (pred, truth) = (cube(2), cube(0));
+        assert_eq!(
+            edges(&truth, shape).iter().filter(|&&e| e).count(),
+            26,
+            "all but the middle, border included"
+        );
+        let d = SurfaceDistances::new(&pred, &truth, shape, [1.5, 1.0, 1.0]).unwrap();
+        // Voxels at i = 2 touch the truth's surface, those at i = 3 and 4 are one and two steps of 1.5 mm away;
+        // at i = 3 the middle voxel is not surface.
+        let count = |mm: f32| d.pred_to_truth.iter().filter(|&&x| x == mm).count();
+        assert_eq!([count(0.0), count(1.5), count(3.0)], [9, 8, 9]);
+        assert_eq!((d.hausdorff(), d.hausdorff_percentile(95.0)), (3.0, 3.0));
+        assert_eq!(d.asd(), ((8.0 * 1.5 + 9.0 * 3.0) / 26.0) as f32);
+        assert_eq!((d.asd(), d.nsd(1.5)), (d.assd(), 34.0 / 52.0));
+    }
+
+    #[test]
+    fn empty_masks_follow_monai() {
+        let (none, one) = ([0u8; 8], [0, 0, 0, 1, 0, 0, 0, 0]);
+        let of = |p: &[u8], t: &[u8]| SurfaceDistances::new(p, t, [2, 2, 2], [1.0; 3]).unwrap();
+        for d in [of(&none, &one), of(&one, &none)] {
+            assert_eq!((d.hausdorff(), d.asd(), d.nsd(2.0)), (f32::INFINITY, f32::INFINITY, 0.0));
+            assert!(d.hausdorff_percentile(95.0).is_nan() && d.directed_percentile(95.0).is_nan());
+        }
+        let d = of(&none, &none);
+        assert!(
+            [d.hausdorff(), d.hausdorff_percentile(95.0), d.asd(), d.assd(), d.nsd(2.0)]
+                .iter()
+                .all(|v| v.is_nan())
+        );
+        assert!(SurfaceDistances::new(&none, &one[1..], [2, 2, 2], [1.0; 3]).is_err());
+    }
+}

@@ -201,6 +201,36 @@ mod tests {
     }
 
     #[test]
+    fn a_line_a_case_under_its_columns() {
+        let overlap = crate::metrics::overlap::Overlap { pred: 10, truth: 8, both: 6 };
+        let native = crate::metrics::Scores {
+            overlap,
+            dice: overlap.dice(),
+            hd95_mm: f32::NAN,
+            hd_mm: f32::INFINITY,
+            assd_mm: 1.5,
+            nsd: 0.0,
+            pred_ml: 0.05,
+            truth_ml: 0.04,
+        };
+        let case = CaseScores {
+            name: "a".into(),
+            image: "in/a, b.nii".into(),
+            dice_grid: 0.5,
+            dice_bundle: 0.25,
+            native,
+            network_s: 1.0,
+        };
+        let folder = tempfile::tempdir().unwrap();
+        write_cases(folder.path(), &[&case], 2.0).unwrap();
+        let text = std::fs::read_to_string(folder.path().join("cases.csv")).unwrap();
+        let line = "a,0.25,0.6666667,0.5,nan,inf,1.5,0.0,2.0,0.05,0.04,10,8,4,2,\"in/a, b.nii\"";
+        assert_eq!(text, format!("{COLUMNS}\n{line}\n"));
+        assert_eq!(COLUMNS.split(',').count(), 16);
+        assert!(write_cases(&folder.path().join("missing"), &[&case], 2.0).is_err());
+    }
+
+    #[test]
     fn names_with_separators_are_quoted() {
         assert_eq!(quoted("a,\"b\""), "\"a,\"\"b\"\"\"");
         assert_eq!(quoted("spleen_2"), "spleen_2");
