@@ -14,7 +14,7 @@ use super::train::split;
 use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
-use crate::data::publish::publish;
+use crate::data::publish::{self, publish};
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::report::csv;
@@ -87,7 +87,7 @@ pub fn score(
 ) -> Outcome {
     let network = Trained::open(weights)?.network()?;
     for folder in std::iter::once(out).chain(masks) {
-        std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        publish::folder(folder)?;
     }
     let progress = Progress::new(cases.len(), "cases");
     let mut ended = 0;

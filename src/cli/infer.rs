@@ -12,7 +12,7 @@ use super::settings::{Settings, announce_device, resolve};
 use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
-use crate::data::publish::publish;
+use crate::data::publish::{self, publish};
 use crate::infer::jobs::{Job, Style, jobs};
 use crate::infer::pipeline::{Statistics, segment};
 use crate::{Error, Result};
@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Outcome {
     let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
     announce_device(config.device)?;
     let network = trained.network()?;
-    std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out, "create"))?;
+    publish::folder(&args.out)?;
     let stop = interrupt::watch("the scans under way are finished first")?;
 
     let progress = Progress::new(jobs.len(), "scans");

@@ -15,7 +15,7 @@ use crate::Error;
 use crate::config::{Config, Overrides, Run};
 use crate::data::cache;
 use crate::data::dataset::{Case, Split, training_cases};
-use crate::data::publish::publish;
+use crate::data::publish::{self, publish};
 use crate::data::sampler::warnings;
 use crate::device::arena;
 use crate::nn::checkpoint;
@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
-    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
+    publish::folder(&args.run)?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(&data), Ok)?;
     let pick = |indices: &[usize]| -> Vec<Case> { indices.iter().map(|&i| cases[i].clone()).collect() };
     let val_cases = pick(&val);

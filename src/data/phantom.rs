@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::anatomy::Anatomy;
 use super::nifti_write;
-use super::publish::publish;
+use super::publish::{self, publish};
 use super::volume::{Affine, Volume};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
@@ -78,7 +78,7 @@ pub fn generate(
     }
     for folder in ["imagesTr", "labelsTr", "imagesTs", "labelsTs"] {
         let path = out_dir.join(folder);
-        std::fs::create_dir_all(&path).map_err(Error::io(&path, "create"))?;
+        publish::folder(&path)?;
     }
     let done = std::sync::atomic::AtomicUsize::new(0);
     let all: Vec<usize> = (0..total).collect();
@@ -124,8 +124,10 @@ fn claim(out_dir: &Path, config: &PhantomConfig) -> Result<bool> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io(&path, "read")(e)),
     }
-    std::fs::create_dir_all(out_dir).map_err(Error::io(out_dir, "create"))?;
-    if std::fs::read_dir(out_dir).map_err(Error::io(out_dir, "read"))?.next().is_some() {
+    publish::folder(out_dir)?;
+    // What a killed process was writing, the marker above all, is no reason to refuse.
+    let mut entries = std::fs::read_dir(out_dir).map_err(Error::io(out_dir, "read"))?.flatten();
+    if entries.any(|entry| !publish::is_unfinished(&entry.file_name())) {
         return Err(Error::file(out_dir, "is not empty and holds no phantom set; name a new folder"));
     }
     write_json(&path, &marker)?;
