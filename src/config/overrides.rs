@@ -26,7 +26,8 @@ pub struct Overrides {
     #[arg(long, value_name = "N", help_heading = "General")]
     pub threads: Option<usize>,
 
-    /// Voxel size in mm along right, anterior, superior; one number or three [default: 1.5,1.5,2]
+    /// Voxel size in mm that scans are resampled to, along right, anterior, superior; one number or three [default:
+    /// 1.5,1.5,2]
     #[arg(long, value_name = "MM", value_parser = one_or_three::<f64>, help_heading = "Preprocessing")]
     #[serde(deserialize_with = "one_or_three_in_toml")]
     pub spacing: Option<[f64; 3]>,
@@ -37,7 +38,7 @@ pub struct Overrides {
     /// Crop to the bounding box of scaled intensity > 0 [seed: true; 0.3.6, 0.5.9: false]
     #[arg(long, value_name = "true|false", help_heading = "Preprocessing")]
     pub crop_foreground: Option<bool>,
-    /// The label value that is the organ [default: every value but 0]
+    /// The label value that is the organ [default: 1, in labels of 0 and 1]
     #[arg(long, value_name = "X", help_heading = "Labels and scores")]
     pub label_value: Option<f32>,
     /// Precision of cached images [default: f16]
@@ -145,7 +146,7 @@ pub struct Overrides {
     /// Which fold validates, counted from 0 [default: 0]
     #[arg(long, value_name = "I", help_heading = "Split")]
     pub fold: Option<usize>,
-    /// Surface distance in mm that counts as agreement [default: 3]
+    /// Surface distance in mm that counts as agreement [default: 3, the Decathlon's for the spleen]
     #[arg(long, value_name = "MM", help_heading = "Labels and scores")]
     pub nsd_tolerance: Option<f64>,
 }

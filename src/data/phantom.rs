@@ -68,7 +68,7 @@ pub fn generate(
     config: &PhantomConfig,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<()> {
-    let total = config.cases + config.test_cases;
+    let total = config.cases.saturating_add(config.test_cases);
     if total == 0 {
         return Err(Error::Usage("a phantom set needs at least one case: raise the number of cases".into()));
     }
@@ -81,9 +81,8 @@ pub fn generate(
         publish::folder(&path)?;
     }
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let all: Vec<usize> = (0..total).collect();
-    for some in all.chunks(AT_ONCE) {
-        some.par_iter().try_for_each(|&index| {
+    for first in (0..total).step_by(AT_ONCE) {
+        (first..total.min(first + AT_ONCE)).into_par_iter().try_for_each(|index| {
             let (image, label) = case(config, index);
             let set = if index < config.cases { "Tr" } else { "Ts" };
             let name = file_name(index, total);

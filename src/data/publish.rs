@@ -41,6 +41,9 @@ pub(crate) fn publish(path: &Path, write: impl FnOnce(&mut File) -> io::Result<(
 
 /// Makes the folder that results go to, and removes what killed processes were writing there.
 pub(crate) fn folder(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return Err(Error::file(path, "is a file where a folder is needed: name another one"));
+    }
     fs::create_dir_all(path).map_err(Error::io(path, "create"))?;
     let entries = fs::read_dir(path).map_err(Error::io(path, "read"))?;
     for entry in entries.flatten().filter(|entry| is_unfinished(&entry.file_name()) && is_dead(entry)) {

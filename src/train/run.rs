@@ -84,6 +84,8 @@ pub struct Summary {
 pub const BEST: &str = "best.safetensors";
 /// Name of the checkpoint to resume from.
 pub const LAST: &str = "last.safetensors";
+/// Name of the resolved numbers: a file for `--config`.
+pub const CONFIG: &str = "config.toml";
 /// Name of the table of epochs.
 pub const HISTORY: &str = "history.csv";
 
@@ -111,7 +113,17 @@ impl Run<'_> {
             self.restore(&mut trainer, &mut meta, from)?;
         }
         let per_epoch = steps_per_epoch(self.train.len(), &c.sampling);
-        let total = c.run.epochs * per_epoch;
+        // Adam's bias correction raises to an i32 power.
+        let total = c.run.epochs.checked_mul(per_epoch).filter(|&total| total <= i32::MAX as usize);
+        let total = total.ok_or_else(|| {
+            Error::Usage(format!(
+                "--epochs {} makes more than {} steps, which cannot be counted: lower it",
+                c.run.epochs,
+                i32::MAX
+            ))
+        })?;
+        // Only now: numbers that do not fit the checkpoint must not replace those that do.
+        publish(&self.dir.join(CONFIG), |file| file.write_all(c.to_toml().as_bytes()))?;
         let start = (meta.epoch, meta.epoch_losses.len());
         let mut batches = Prefetcher::new(Arc::clone(&self.train), &c.sampling, c.seed, start, 1)?;
         while (meta.epoch as usize) < c.run.epochs {
