@@ -23,13 +23,6 @@ impl Buffer {
         Buffer { data: reused.unwrap_or_else(|| vec![0.0; len]) }
     }
 
-    /// A buffer of zeros.
-    pub fn zeroed(len: usize) -> Self {
-        let mut buffer = Self::dirty(len);
-        buffer.fill(0.0);
-        buffer
-    }
-
     /// A copy of `values`.
     pub fn from_slice(values: &[f32]) -> Self {
         let mut buffer = Self::dirty(values.len());
@@ -73,14 +66,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dropped_buffer_is_reused_and_zeroed_on_request() {
+    fn a_dropped_buffer_is_reused() {
         let len = 12_345; // no other test uses this length
-        let mut first = Buffer::dirty(len);
-        first.fill(3.0);
+        let first = Buffer::dirty(len);
         let address = first.as_ptr();
         drop(first);
-        let second = Buffer::zeroed(len);
-        assert_eq!(second.as_ptr(), address);
-        assert!(second.iter().all(|&v| v == 0.0));
+        assert_eq!(Buffer::from_slice(&vec![3.0; len]).as_ptr(), address);
     }
 }
