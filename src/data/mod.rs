@@ -2,6 +2,12 @@
 
 pub mod volume;
 
+pub(crate) mod affine;
+
+pub(crate) mod transpose;
+
+pub(crate) mod nifti_fields;
+
 pub mod nifti_header;
 
 pub mod nifti;

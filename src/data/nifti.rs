@@ -1,10 +1,30 @@
-//! Reads NIfTI files.
+//! Reads NIfTI files as MONAI's `LoadImaged` (nibabel, float32) does.
+//!
+//! read the header -> check every claim against the file's size -> read or inflate -> scale in f64 -> f32,
+//! transposed from file order (i fastest) to ours (k fastest); nothing later changes the order of a file again.
+//!
+//! The reader is our own. The `nifti` crate knows neither NIfTI-2 nor the rules by which nibabel and MONAI
+//! mend contradictory headers, and trusts a header's dimensions before it looks at the file; it serves the tests
+//! as an independent reader of what it can read.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
 
-use super::nifti_header::Header;
+use flate2::read::MultiGzDecoder;
+use rayon::prelude::*;
+
+use super::affine;
+use super::nifti_header::{Header, Scalar, Storage};
+use super::transpose::{Strides, gather};
 use super::volume::Volume;
 use crate::error::{Error, Result};
+
+/// Deflate never expands more: 258 bytes from 2 bits.
+const MAX_INFLATION: u64 = 1032;
+
+/// Bytes accepted behind the voxels; they are read to verify the gzip checksum.
+const MAX_TRAILING: u64 = 1 << 20;
 
 /// A file: what it says and what it holds.
 #[derive(Clone, Debug)]
@@ -15,22 +35,245 @@ pub struct Nifti {
     pub volume: Volume<f32>,
 }
 
-/// Reads a volume as MONAI's `LoadImaged` does.
+/// Reads a volume: `.nii`, or either file of a `.hdr`/`.img` pair, each plain or gzipped whatever its name says.
+///
+/// A voxel is raw · scl_slope + scl_inter in float64, rounded to float32. Refused with a sentence: anything but one
+/// 3-D volume of one of the ten scalar types, headers that contradict the file, and voxels that are not finite.
 pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
-    Err(Error::file(path, "not yet"))
+    let path = path.as_ref();
+    let (header_path, data_path) = resolve(path)?;
+    let mut stream = Stream::open(&header_path)?;
+    let head = stream.head()?;
+    let (header, storage) = Header::parse(&head).map_err(|what| Error::file(&header_path, what))?;
+    let raw = if storage.pair {
+        let data_path = data_path.ok_or_else(|| {
+            Error::file(
+                path,
+                "it is the header of a pair, but there is no .img file beside it to hold the voxels",
+            )
+        })?;
+        Stream::open(&data_path)?.voxels(&storage, &[])?
+    } else {
+        stream.voxels(&storage, &head)?
+    };
+    let data = decode(raw, &header, storage.big_endian);
+    let wrong = data.par_iter().filter(|v| !v.is_finite()).count();
+    if wrong > 0 {
+        let (all, s) = (data.len(), if wrong == 1 { " is" } else { "s are" });
+        let what = format!("{wrong} of its {all} voxel{s} NaN or infinite; replace them by air (-1024 HU)");
+        return Err(Error::file(path, what));
+    }
+    let volume = Volume { shape: header.shape, data, affine: header.affine };
+    Ok(Nifti { header, volume })
 }
 
-/// Reads the header alone.
+/// Reads the header alone, with the same checks of its content as [`read`], but not of the file's size.
 pub fn read_header(path: impl AsRef<Path>) -> Result<Header> {
-    Err(Error::file(path, "not yet"))
+    let (header_path, _) = resolve(path.as_ref())?;
+    let head = Stream::open(&header_path)?.head()?;
+    let (header, _) = Header::parse(&head).map_err(|what| Error::file(&header_path, what))?;
+    Ok(header)
 }
 
 /// A 0/1 label from a volume: `None` wants voxels that are exactly 0 or 1, `Some(v)` makes `voxel == v` 1.
-pub fn label_from(_volume: &Volume<f32>, _value: Option<f32>, path: impl AsRef<Path>) -> Result<Volume<u8>> {
-    Err(Error::file(path, "not yet"))
+///
+/// `path` is for the sentence that refuses other values.
+pub fn label_from(volume: &Volume<f32>, value: Option<f32>, path: impl AsRef<Path>) -> Result<Volume<u8>> {
+    let wanted = value.unwrap_or(1.0);
+    if value.is_none() && !volume.data.par_iter().all(|&v| v == 0.0 || v == 1.0) {
+        return Err(Error::file(path, foreign_values(&volume.data)));
+    }
+    let data = volume.data.par_iter().map(|&v| u8::from(v == wanted)).collect();
+    Ok(Volume { shape: volume.shape, data, affine: volume.affine })
+}
+
+/// Half a sentence on what a label holds besides 0 and 1.
+fn foreign_values(data: &[f32]) -> String {
+    const LISTED: usize = 8;
+    let mut found: Vec<f32> = Vec::new();
+    for &v in data {
+        if !found.contains(&v) {
+            found.push(v);
+            if found.len() > LISTED {
+                break;
+            }
+        }
+    }
+    let more = if found.len() > LISTED { ", ..." } else { "" };
+    found.truncate(LISTED);
+    found.sort_by(f32::total_cmp);
+    let list = found.iter().map(f32::to_string).collect::<Vec<_>>().join(", ");
+    format!(
+        "a label must hold 0 and 1 only, this one holds {list}{more}; name the spleen with --label-value N"
+    )
 }
 
 /// Refuses an image and a label that do not lie on the same grid; the paths are for the sentence.
-pub fn check_same_grid(_image: (&Header, &Path), label: (&Header, &Path)) -> Result<()> {
-    Err(Error::file(label.1, "not yet"))
+///
+/// Shapes must be equal, and no corner of the volume may be more than a tenth of the smallest voxel edge apart:
+/// below that, both name the same voxels, and float32 headers of one scan agree far better.
+pub fn check_same_grid(image: (&Header, &Path), label: (&Header, &Path)) -> Result<()> {
+    let ((a, image_path), (b, label_path)) = (image, label);
+    let beside = image_path.display();
+    if a.shape != b.shape {
+        let what = format!("the label has {:?} voxels, its image {beside} has {:?}", b.shape, a.shape);
+        return Err(Error::file(label_path, what));
+    }
+    let apart = |corner: [f64; 3]| {
+        let (p, q) = (affine::position(&a.affine, corner), affine::position(&b.affine, corner));
+        (0..3).map(|i| (p[i] - q[i]).powi(2)).sum::<f64>().sqrt()
+    };
+    let worst = affine::corners(a.shape).into_iter().map(apart).fold(0.0, f64::max);
+    let edge = affine::column_norms(&a.affine).into_iter().fold(f64::INFINITY, f64::min);
+    if worst > 0.1 * edge {
+        let what = format!(
+            "the label lies up to {worst:.3} mm beside its image {beside}, more than a tenth of a voxel; \
+             resample it onto the image's grid"
+        );
+        return Err(Error::file(label_path, what));
+    }
+    Ok(())
+}
+
+/// The file with the header and, where the name is one of a pair, the file with the voxels if there is one.
+fn resolve(path: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let plain = name.strip_suffix(".gz").unwrap_or(&name);
+    let (stem, is_header) = match (plain.strip_suffix(".hdr"), plain.strip_suffix(".img")) {
+        (Some(stem), _) => (stem, true),
+        (_, Some(stem)) => (stem, false),
+        _ => return Ok((path.to_owned(), None)),
+    };
+    let other = if is_header { ".img" } else { ".hdr" };
+    let beside = ["", ".gz"].map(|gz| path.with_file_name(format!("{stem}{other}{gz}")));
+    let found = beside.into_iter().find(|p| p.is_file());
+    match (is_header, found) {
+        (true, data) => Ok((path.to_owned(), data)),
+        (false, Some(header)) => Ok((header, Some(path.to_owned()))),
+        (false, None) => Err(Error::file(path, format!("there is no {stem}.hdr beside it to describe it"))),
+    }
+}
+
+/// A file that is read from front to back, through gzip where it begins like gzip.
+struct Stream {
+    path: PathBuf,
+    reader: Box<dyn Read>,
+    gzip: bool,
+    /// The most bytes that can come out.
+    limit: u64,
+    /// Bytes that may come out of a CT, which deflates 2- to 4-fold: memory beyond is taken as they turn up.
+    usual: u64,
+}
+
+impl Stream {
+    fn open(path: &Path) -> Result<Stream> {
+        let refuse = |e| Error::io(path, "read")(e);
+        let mut file = File::open(path).map_err(refuse)?;
+        let size = file.metadata().map_err(refuse)?.len();
+        let mut magic = Vec::new();
+        file.by_ref().take(2).read_to_end(&mut magic).map_err(refuse)?;
+        let gzip = magic == [0x1f, 0x8b];
+        let whole = BufReader::with_capacity(1 << 20, std::io::Cursor::new(magic).chain(file));
+        let reader: Box<dyn Read> = if gzip { Box::new(MultiGzDecoder::new(whole)) } else { Box::new(whole) };
+        let limit = if gzip { size.saturating_mul(MAX_INFLATION) } else { size };
+        Ok(Stream { path: path.to_owned(), reader, gzip, limit, usual: size.saturating_mul(8).min(limit) })
+    }
+
+    fn fail(&self, source: std::io::Error) -> Error {
+        if self.gzip {
+            Error::file(
+                &self.path,
+                format!("its gzip stream is damaged ({source}); copy or compress it again"),
+            )
+        } else {
+            Error::io(&self.path, "read")(source)
+        }
+    }
+
+    /// The next bytes, fewer where the file ends.
+    fn upto(&mut self, bytes: u64) -> Result<Vec<u8>> {
+        let mut taken = Vec::with_capacity(bytes.min(self.usual) as usize);
+        match self.reader.by_ref().take(bytes).read_to_end(&mut taken) {
+            Ok(_) => Ok(taken),
+            Err(source) => Err(self.fail(source)),
+        }
+    }
+
+    /// The first 540 bytes: a header of either version.
+    fn head(&mut self) -> Result<Vec<u8>> {
+        self.upto(540)
+    }
+
+    /// The voxels of a file whose first bytes, `head`, were read before.
+    fn voxels(mut self, storage: &Storage, head: &[u8]) -> Result<Vec<u8>> {
+        let end = storage.offset.saturating_add(storage.bytes);
+        let (need, offset) = (storage.bytes, storage.offset);
+        let short = |there: String| {
+            let what = format!("its header promises {need} bytes of voxels from byte {offset} on, {there}");
+            Error::file(&self.path, what)
+        };
+        if end > self.limit {
+            return Err(short(match self.gzip {
+                true => "more than a file of this size can hold compressed".into(),
+                false => {
+                    format!("but the file has {} bytes; it is cut off or its header is wrong", self.limit)
+                }
+            }));
+        }
+        let from_head = head.get(offset.min(head.len() as u64) as usize..).unwrap_or_default();
+        let from_head = &from_head[..from_head.len().min(need as usize)];
+        let gap = offset.saturating_sub(head.len() as u64);
+        let skipped = std::io::copy(&mut self.reader.by_ref().take(gap), &mut std::io::sink());
+        skipped.map_err(|source| self.fail(source))?;
+
+        let mut raw = Vec::with_capacity(need.min(self.usual) as usize);
+        raw.extend_from_slice(from_head);
+        let rest = need - raw.len() as u64;
+        let read = self.reader.by_ref().take(rest).read_to_end(&mut raw);
+        read.map_err(|source| self.fail(source))?;
+        if (raw.len() as u64) < need {
+            let what =
+                format!("its header promises {need} bytes of voxels from byte {offset} on, but there are");
+            return Err(Error::file(&self.path, format!("{what} {}; it is cut off", raw.len())));
+        }
+        if self.gzip {
+            self.upto(MAX_TRAILING)?;
+        }
+        Ok(raw)
+    }
+}
+
+/// File bytes to scaled f32, from i fastest to k fastest.
+fn decode(mut raw: Vec<u8>, header: &Header, big_endian: bool) -> Vec<f32> {
+    let width = header.scalar.bytes();
+    if big_endian && width > 1 {
+        raw.par_chunks_mut(width << 16).for_each(|part| part.chunks_mut(width).for_each(<[u8]>::reverse));
+    }
+    let [ni, nj, _] = header.shape;
+    let order = Strides { first: 0, step: [1, ni as isize, (ni * nj) as isize] };
+    macro_rules! voxels {
+        ($scalar:ty) => {
+            gather(header.shape, order, |at| {
+                const WIDTH: usize = size_of::<$scalar>();
+                let bytes = raw[at * WIDTH..][..WIDTH].try_into().expect("the slice has the type's width");
+                let stored = <$scalar>::from_le_bytes(bytes);
+                match header.scaling {
+                    Some((slope, inter)) => (stored as f64 * slope + inter) as f32,
+                    None => stored as f32,
+                }
+            })
+        };
+    }
+    match header.scalar {
+        Scalar::U8 => voxels!(u8),
+        Scalar::I8 => voxels!(i8),
+        Scalar::U16 => voxels!(u16),
+        Scalar::I16 => voxels!(i16),
+        Scalar::U32 => voxels!(u32),
+        Scalar::I32 => voxels!(i32),
+        Scalar::U64 => voxels!(u64),
+        Scalar::I64 => voxels!(i64),
+        Scalar::F32 => voxels!(f32),
+        Scalar::F64 => voxels!(f64),
+    }
 }

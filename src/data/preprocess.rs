@@ -1,12 +1,24 @@
-//! read -> RAS -> spacing -> scale -> crop, and back.
+//! read -> RAS -> spacing -> scale -> crop to foreground, and the way back.
+//!
+//! RAS first, so that spacings and windows mean the same axes in every case; spacing before scaling, on HU, as the
+//! bundle does it; scaling before the crop, because foreground is scaled intensity > 0 (HU above the window's floor).
+//! [`Geometry`] undoes it, last first: pad with background -> resample to the native spacing -> native axes. Scaling
+//! is not undone: what comes back are probabilities or labels.
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::orientation::Orientation;
-use super::resample::Resampling;
+use super::affine;
+use super::orientation::{Orientation, to_ras};
+use super::resample::{
+    Resampling, Sampler, SpacingPlan, Stored, resample_linear, resample_nearest, tabulate,
+};
 use super::volume::{Affine, Volume};
 use crate::config;
 use crate::error::{Error, Result};
+
+/// Probabilities (background, spleen) of what was cropped away.
+const BACKGROUND: [f32; 2] = [1.0, 0.0];
 
 /// A box of voxels that may reach outside its volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +27,13 @@ pub struct CropBox {
     pub start: [i64; 3],
     /// One past the last voxel.
     pub end: [i64; 3],
+}
+
+impl CropBox {
+    /// Voxels along each axis.
+    pub fn shape(&self) -> [usize; 3] {
+        std::array::from_fn(|a| (self.end[a] - self.start[a]).max(0) as usize)
+    }
 }
 
 /// Everything the way back needs.
@@ -35,7 +54,7 @@ pub struct Geometry {
 /// A preprocessed case.
 #[derive(Clone, Debug)]
 pub struct Prepared {
-    /// Scaled intensities.
+    /// Scaled intensities, 0 to 1.
     pub image: Volume<f32>,
     /// 0/1 label on the same grid.
     pub label: Option<Volume<u8>>,
@@ -43,50 +62,159 @@ pub struct Prepared {
     pub geometry: Geometry,
 }
 
-/// The whole deterministic chain.
+/// The whole deterministic chain of the bundle (LoadImaged comes before it, in [`super::nifti::read`]).
+///
+/// The label is taken to lie on the image's grid ([`super::nifti::check_same_grid`]) and goes the image's way with
+/// nearest neighbours. An image without any foreground is not cropped, where MONAI would return a volume without
+/// voxels. Fails on a label of another shape, a singular affine or an absurd spacing; the caller knows the file.
 pub fn preprocess(
-    _image: &Volume<f32>,
-    _label: Option<&Volume<u8>>,
-    _p: &config::Preprocess,
+    image: &Volume<f32>,
+    label: Option<&Volume<u8>>,
+    p: &config::Preprocess,
 ) -> Result<Prepared> {
-    Err(Error::Internal("not yet".into()))
+    if let Some(label) = label.filter(|l| l.shape != image.shape) {
+        let (want, got) = (format!("a label of {:?} voxels", image.shape), format!("{:?}", label.shape));
+        return Err(Error::Shape { op: "preprocess", want, got });
+    }
+    let (ras, orientation) = to_ras(image)?;
+    let resampling = SpacingPlan::new(ras.shape, &ras.affine, p.spacing_mm)?.resampling;
+    let mut prepared = Prepared {
+        image: resample_linear(&ras, &resampling),
+        label: label.map(|l| resample_nearest(&orientation.apply(l), &resampling)),
+        geometry: Geometry {
+            native_shape: image.shape,
+            native_affine: image.affine,
+            orientation,
+            resampling,
+            crop: None,
+        },
+    };
+    scale_intensity(&mut prepared.image.data, p.hu_window);
+    let foreground =
+        p.crop_foreground.then(|| foreground_box(&prepared.image, |x| x > 0.0, 0, false)).flatten();
+    if let Some(around) = foreground {
+        prepared.image = crop(&prepared.image, &around, 0.0);
+        prepared.label = prepared.label.map(|l| crop(&l, &around, 0));
+        prepared.geometry.crop = Some(around);
+    }
+    Ok(prepared)
 }
 
-/// `ScaleIntensityRanged` to 0..1, clipped, in place.
-pub fn scale_intensity(_data: &mut [f32], _hu_window: [f32; 2]) {}
+/// Maps `hu_window` to 0..1 and clips, in place (MONAI `ScaleIntensityRanged` with clip, in float32).
+pub fn scale_intensity(data: &mut [f32], [floor, ceiling]: [f32; 2]) {
+    let width = ceiling - floor;
+    data.par_iter_mut().for_each(|x| *x = ((*x - floor) / width).clamp(0.0, 1.0));
+}
 
-/// Bounding box of `inside` grown by `margin`; `None` where nothing is inside.
+/// Bounding box of the voxels that are `inside`, grown by `margin`; `None` where there are none.
+///
+/// With `allow_smaller` the box stays within the volume, else it may reach out (MONAI `CropForegroundd`).
 pub fn foreground_box<T: Copy + Sync>(
-    _volume: &Volume<T>,
-    _inside: impl Fn(T) -> bool + Sync,
-    _margin: usize,
-    _allow_smaller: bool,
+    volume: &Volume<T>,
+    inside: impl Fn(T) -> bool + Sync,
+    margin: usize,
+    allow_smaller: bool,
 ) -> Option<CropBox> {
-    None
+    let [_, nj, nk] = volume.shape;
+    let join = |a: Option<CropBox>, b: Option<CropBox>| match (a, b) {
+        (Some(a), Some(b)) => Some(CropBox {
+            start: std::array::from_fn(|x| a.start[x].min(b.start[x])),
+            end: std::array::from_fn(|x| a.end[x].max(b.end[x])),
+        }),
+        (a, b) => a.or(b),
+    };
+    let row_box = |(row, voxels): (usize, &[T])| {
+        let first = voxels.iter().position(|&v| inside(v))?;
+        let last = voxels.iter().rposition(|&v| inside(v))?;
+        let (i, j) = ((row / nj) as i64, (row % nj) as i64);
+        Some(CropBox { start: [i, j, first as i64], end: [i + 1, j + 1, last as i64 + 1] })
+    };
+    let rows = volume.data.par_chunks(nk.max(1)).enumerate();
+    let mut found = rows.map(row_box).reduce(|| None, join)?;
+    for a in 0..3 {
+        let (least, most) = if allow_smaller { (0, volume.shape[a] as i64) } else { (i64::MIN, i64::MAX) };
+        found.start[a] = (found.start[a] - margin as i64).max(least);
+        found.end[a] = (found.end[a] + margin as i64).min(most);
+    }
+    Some(found)
 }
 
-/// Cuts a box out, filling what lies outside with `pad`.
-pub fn crop<T: Copy + Send + Sync>(volume: &Volume<T>, _to: &CropBox, _pad: T) -> Volume<T> {
-    volume.clone()
+/// Cuts a box out, filling what lies outside the volume with `pad`; the affine follows.
+pub fn crop<T: Copy + Default + Send + Sync>(volume: &Volume<T>, to: &CropBox, pad: T) -> Volume<T> {
+    let n = volume.shape;
+    let data = tabulate(to.shape(), |voxel| {
+        let at: [i64; 3] = std::array::from_fn(|a| to.start[a] + voxel[a] as i64);
+        if (0..3).all(|a| (0..n[a] as i64).contains(&at[a])) {
+            volume.data[(at[0] as usize * n[1] + at[1] as usize) * n[2] + at[2] as usize]
+        } else {
+            pad
+        }
+    });
+    let origin = affine::position(&volume.affine, to.start.map(|v| v as f64));
+    let affine = affine::with_translation(&affine::linear_part(&volume.affine), origin);
+    Volume { shape: to.shape(), data, affine }
 }
 
 impl Geometry {
-    /// Both channels on the native grid: `sink(i, slab)` gets slab i (native j, k order), in order.
+    /// Shape of the preprocessed volumes.
+    pub fn prepared_shape(&self) -> [usize; 3] {
+        self.crop.map_or(self.resampling.out_shape, |c| c.shape())
+    }
+
+    /// Probabilities (background, spleen) on the native grid, MONAI's `Invertd` with trilinear interpolation.
+    ///
+    /// `prob` holds the preprocessed grid, k fastest. `sink(i, slab)` gets native slab i, its rows j and voxels k, in
+    /// order of i: no native-size float volume ever exists.
     pub fn invert_probabilities(
         &self,
-        _prob: &[[f32; 2]],
-        _sink: impl FnMut(usize, &[[f32; 2]]) -> Result<()>,
+        prob: &[[f32; 2]],
+        mut sink: impl FnMut(usize, &[[f32; 2]]) -> Result<()>,
     ) -> Result<()> {
-        Err(Error::Internal("not yet".into()))
+        let back = self.way_back(prob.len())?;
+        let sampler = Sampler::new(&back, self.stored());
+        let [ni, nj, nk] = self.native_shape;
+        for i in 0..ni {
+            let slab =
+                tabulate([nj, nk, 1], |[j, k, _]| sampler.linear(prob, BACKGROUND, self.ras([i, j, k])));
+            sink(i, &slab)?;
+        }
+        Ok(())
     }
 
-    /// The mask on the native grid: probability of channel 1 above that of channel 0.
-    pub fn invert_argmax(&self, _prob: &[[f32; 2]]) -> Result<Vec<u8>> {
-        Err(Error::Internal("not yet".into()))
+    /// The mask on the native grid: 1 where the interpolated spleen probability is above the background's.
+    ///
+    /// [`invert_probabilities`](Self::invert_probabilities) and argmax in one pass, byte for byte; a draw is 0.
+    pub fn invert_argmax(&self, prob: &[[f32; 2]]) -> Result<Vec<u8>> {
+        let back = self.way_back(prob.len())?;
+        let sampler = Sampler::new(&back, self.stored());
+        Ok(tabulate(self.native_shape, |voxel| {
+            let [background, spleen] = sampler.linear(prob, BACKGROUND, self.ras(voxel));
+            u8::from(spleen > background)
+        }))
     }
 
-    /// A label on the native grid, nearest neighbour.
-    pub fn invert_label(&self, _label: &[u8]) -> Result<Vec<u8>> {
-        Err(Error::Internal("not yet".into()))
+    /// A preprocessed label on the native grid, nearest neighbour: the round trip of the bundle's evaluate.json.
+    pub fn invert_label(&self, label: &[u8]) -> Result<Vec<u8>> {
+        let back = self.way_back(label.len())?;
+        let sampler = Sampler::new(&back, self.stored());
+        Ok(tabulate(self.native_shape, |voxel| sampler.nearest(label, 0, self.ras(voxel))))
+    }
+
+    fn way_back(&self, voxels: usize) -> Result<Resampling> {
+        let shape = self.prepared_shape();
+        if voxels != shape.iter().product::<usize>() {
+            let (want, got) = (format!("{shape:?} voxels"), format!("{voxels}"));
+            return Err(Error::Shape { op: "invert", want, got });
+        }
+        self.resampling.inverse()
+    }
+
+    fn stored(&self) -> Stored {
+        Stored { start: self.crop.map_or([0; 3], |c| c.start), shape: self.prepared_shape() }
+    }
+
+    #[inline]
+    fn ras(&self, native: [usize; 3]) -> [usize; 3] {
+        self.orientation.ras_index(native, self.native_shape)
     }
 }

@@ -1,9 +1,27 @@
-//! Where the voxels of a resampled grid lie, and what they hold.
+//! Where the voxels of a resampled grid lie, and what they hold: MONAI's `Spacingd` and `SpatialResample`.
+//!
+//! MONAI calls torch's affine_grid and grid_sample (align_corners False, border padding) in float64. The same
+//! operations in the same order, without fused multiply-add, give the same float32 images and, off exact
+//! half-way ties, the same labels:
+//!
+//! ```text
+//! base_a(o) = linspace(-1, 1, m_a)[o] · (m_a - 1) / m_a           per output axis a of m_a voxels
+//! g = theta · (base_k, base_j, base_i, 1)                          torch counts axes from the last
+//! x_a = ((g_a + 1) · n_a - 1) / 2, clamped to [0, n_a - 1]         source voxel on an axis of n_a voxels
+//! ```
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::affine::{self, Matrix};
 use super::volume::{Affine, Volume};
 use crate::error::{Error, Result};
+
+/// MONAI's AFFINE_TOL, in mm for spacings and in voxels for transforms.
+const AFFINE_TOL: f64 = 1e-3;
+
+/// A resampled volume above this many voxels (8 GiB of float32) is a wrong header, not a CT.
+const MAX_VOXELS: f64 = (1u64 << 31) as f64;
 
 /// Resampling of one grid onto another (MONAI `SpatialResample`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -12,7 +30,9 @@ pub struct Resampling {
     pub in_shape: [usize; 3],
     /// Shape of the result.
     pub out_shape: [usize; 3],
-    /// Affine of the result.
+    /// Affine of the source.
+    pub in_affine: Affine,
+    /// Affine of the result: in_affine · xform as MONAI tracks it, or in_affine where nothing is resampled.
     pub out_affine: Affine,
     /// Output voxel to input voxel.
     pub xform: Affine,
@@ -22,14 +42,14 @@ pub struct Resampling {
     pub identity: bool,
 }
 
-/// Output grid of MONAI's `Spacingd`.
+/// Output grid of MONAI's `Spacingd` (diagonal False, scale_extent False).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpacingPlan {
     /// Column norms of the input affine, mm.
     pub in_spacing: [f64; 3],
-    /// Target spacing after the 1e-3 rule, mm.
+    /// Target spacing, or the input's where that is within 1e-3 mm of it.
     pub used_pixdim: [f64; 3],
-    /// Rotation times spacing, without translation (MONAI `zoom_affine`).
+    /// Rotation times spacing, without shear and translation (MONAI `zoom_affine`).
     pub zoom_affine: Affine,
     /// World position of output voxel 0, mm.
     pub offset: [f64; 3],
@@ -38,35 +58,311 @@ pub struct SpacingPlan {
 }
 
 impl SpacingPlan {
-    /// Plans `Spacingd(pixdim = spacing_mm)` for a grid.
-    pub fn new(_shape: [usize; 3], _affine: &Affine, _spacing_mm: [f64; 3]) -> Result<SpacingPlan> {
-        Err(Error::Internal("not yet".into()))
+    /// Plans `Spacingd(pixdim = spacing_mm)` for a grid of `shape` voxels at `affine`.
+    ///
+    /// Fails where the affine is singular or the result would be absurdly large.
+    pub fn new(shape: [usize; 3], affine: &Affine, spacing_mm: [f64; 3]) -> Result<SpacingPlan> {
+        let in_spacing = affine::column_norms(affine);
+        let used_pixdim = std::array::from_fn(|i| {
+            let (d, target) = (in_spacing[i], spacing_mm[i]);
+            if target - AFFINE_TOL <= d && d <= target + AFFINE_TOL { d } else { target }
+        });
+        let zoom_affine = zoom_affine(affine, used_pixdim).ok_or_else(|| singular(affine))?;
+        let (out_shape, offset) = shape_and_offset(shape, affine, &zoom_affine)?;
+        let target = affine::with_translation(&affine::linear_part(&zoom_affine), offset);
+        let resampling = Resampling::new(shape, affine, out_shape, &target)?;
+        Ok(SpacingPlan { in_spacing, used_pixdim, zoom_affine, offset, resampling })
     }
+}
+
+fn singular(affine: &Affine) -> Error {
+    Error::Usage(format!("the affine {affine:?} is singular, so the volume cannot be resampled"))
+}
+
+/// The affine's rotation with new voxel sizes (MONAI `zoom_affine`): RZS = R · ZS by Cholesky, ZS replaced.
+fn zoom_affine(affine: &Affine, spacing: [f64; 3]) -> Option<Affine> {
+    let rzs = affine::linear_part(affine);
+    let zs = affine::transpose(&affine::cholesky(&affine::mul(&affine::transpose(&rzs), &rzs))?);
+    let rotation = affine::mul(&rzs, &affine::solve(&zs, &affine::identity())?);
+    Some(affine::with_translation(&affine::mul(&rotation, &affine::diagonal(spacing)), [0.0; 3]))
+}
+
+/// Output shape and world position of its voxel 0 (MONAI `compute_shape_offset`).
+fn shape_and_offset(shape: [usize; 3], from: &Affine, to: &Affine) -> Result<([usize; 3], [f64; 3])> {
+    let map = affine::solve(to, from).ok_or_else(|| singular(to))?;
+    let corners = affine::corners(shape);
+    let mapped = corners.map(|c| affine::position(&map, c));
+    let low: [f64; 3] = std::array::from_fn(|a| mapped.iter().map(|m| m[a]).fold(f64::INFINITY, f64::min));
+    let high: [f64; 3] =
+        std::array::from_fn(|a| mapped.iter().map(|m| m[a]).fold(f64::NEG_INFINITY, f64::max));
+    let size: [f64; 3] = std::array::from_fn(|a| (high[a] - low[a] + 1.0).round_ties_even());
+    let voxels = size.iter().product::<f64>();
+    if !(1.0..=MAX_VOXELS).contains(&voxels) {
+        return Err(Error::Usage(format!(
+            "resampling {shape:?} voxels of {:?} mm to {:?} mm makes {voxels:e} voxels; check the spacing in the \
+             header and --spacing",
+            affine::column_norms(from),
+            affine::column_norms(to)
+        )));
+    }
+    // The first corner that lies lowest on all axes becomes voxel 0; a shear of 1e-8 voxels already leaves none.
+    let lowest = |m: &[f64; 3]| (0..3).all(|a| (low[a] - m[a]).abs() <= 1e-8);
+    let offset = match mapped.iter().position(lowest) {
+        Some(corner) => affine::position(from, corners[corner]),
+        None => {
+            let centre = |affine: &Affine, size: [f64; 3]| {
+                let half = size.map(|n| n / 2.0);
+                let at = |r: usize| (0..3).fold(0.0, |sum, c| sum + affine[r][c] * half[c]);
+                [at(0), at(1), at(2)]
+            };
+            let (a, b) = (centre(from, shape.map(|n| n as f64)), centre(to, size));
+            std::array::from_fn(|r| a[r] + from[r][3] - b[r])
+        }
+    };
+    Ok((size.map(|n| n as usize), offset))
 }
 
 impl Resampling {
-    /// Resampling from (`in_shape`, `in_affine`) to (`out_shape`, `out_affine`).
+    /// Resampling from (`in_shape`, `in_affine`) to (`out_shape`, `out_affine`). Fails where an affine is singular.
     pub fn new(
-        _in_shape: [usize; 3],
-        _in_affine: &Affine,
-        _out_shape: [usize; 3],
-        _out_affine: &Affine,
+        in_shape: [usize; 3],
+        in_affine: &Affine,
+        out_shape: [usize; 3],
+        out_affine: &Affine,
     ) -> Result<Resampling> {
-        Err(Error::Internal("not yet".into()))
+        let xform = affine::solve(in_affine, out_affine).ok_or_else(|| singular(in_affine))?;
+        let identity = in_shape == out_shape
+            && (all_close(in_affine, out_affine) || all_close(&xform, &affine::identity()));
+        let back = affine::solve(&normaliser(out_shape), &affine::identity())
+            .ok_or_else(|| Error::Internal("an empty grid cannot be resampled".into()))?;
+        let norm = affine::mul(&affine::mul(&normaliser(in_shape), &xform), &back);
+        let reversed = |a: usize| if a < 3 { 2 - a } else { a };
+        let theta = std::array::from_fn(|r| std::array::from_fn(|c| norm[reversed(r)][reversed(c)]));
+        let tracked = if identity { *in_affine } else { affine::mul(in_affine, &xform) };
+        Ok(Resampling {
+            in_shape,
+            out_shape,
+            in_affine: *in_affine,
+            out_affine: tracked,
+            xform,
+            theta,
+            identity,
+        })
+    }
+
+    /// The way back: from the result's grid to the source's, by MONAI's inverse of `SpatialResample`.
+    pub fn inverse(&self) -> Result<Resampling> {
+        Resampling::new(self.out_shape, &self.out_affine, self.in_shape, &self.in_affine)
     }
 
     /// Source coordinates before the border clamp along one output axis, the other indices 0.
-    pub fn src_coord_axis(&self, _axis: usize) -> Vec<f64> {
-        Vec::new()
+    pub fn src_coord_axis(&self, axis: usize) -> Vec<f64> {
+        let bases = self.out_shape.map(base);
+        let along = |o: usize| {
+            let mut b = bases.each_ref().map(|b| b[0]);
+            b[axis] = bases[axis][o];
+            self.source(b)[axis]
+        };
+        (0..self.out_shape[axis]).map(along).collect()
+    }
+
+    /// Positions on the three lines of [`src_coord_axis`](Self::src_coord_axis) within 1e-9 of a half voxel, where
+    /// rounding noise decides the nearest neighbour.
+    pub fn near_ties(&self) -> usize {
+        let tie = |x: &f64| ((x - x.floor()) - 0.5).abs() < 1e-9;
+        (0..3).map(|axis| self.src_coord_axis(axis).iter().filter(|x| tie(x)).count()).sum()
+    }
+
+    /// Source coordinates (i, j, k), not clamped, of normalised output coordinates (i, j, k).
+    fn source(&self, base: [f64; 3]) -> [f64; 3] {
+        std::array::from_fn(|axis| {
+            let t = &self.theta[2 - axis];
+            let g = t[0] * base[2] + t[1] * base[1] + t[2] * base[0] + t[3];
+            unnormalise(g, self.in_shape[axis])
+        })
     }
 }
 
-/// Trilinear, float64 coordinates, float32 result.
-pub fn resample_linear(volume: &Volume<f32>, _to: &Resampling) -> Volume<f32> {
-    volume.clone()
+/// Source voxel of a normalised coordinate on an axis of n voxels.
+fn unnormalise(g: f64, n: usize) -> f64 {
+    ((g + 1.0) * n as f64 - 1.0) / 2.0
 }
 
-/// Nearest neighbour.
-pub fn resample_nearest(volume: &Volume<u8>, _to: &Resampling) -> Volume<u8> {
-    volume.clone()
+/// numpy's allclose(a, b, rtol 1e-5, atol AFFINE_TOL).
+fn all_close(a: &Affine, b: &Affine) -> bool {
+    let close = |(a, b): (&f64, &f64)| (a - b).abs() <= AFFINE_TOL + 1e-5 * b.abs();
+    a.as_flattened().iter().zip(b.as_flattened()).all(close)
+}
+
+/// Voxels -0.5..n-0.5 to -1..1 (MONAI `normalize_transform`).
+fn normaliser(shape: [usize; 3]) -> Matrix<4> {
+    let n = shape.map(|n| n as f64);
+    affine::with_translation(&affine::diagonal(n.map(|n| 2.0 / n)), n.map(|n| 1.0 / n - 1.0))
+}
+
+/// torch's normalised voxel centres of an axis of m voxels: linspace(-1, 1, m) · (m - 1) / m, scalar path.
+fn base(m: usize) -> Vec<f64> {
+    if m == 1 {
+        return vec![0.0];
+    }
+    let step = 2.0 / (m as f64 - 1.0);
+    let line = |o: usize| if o < m / 2 { -1.0 + step * o as f64 } else { 1.0 - step * (m - 1 - o) as f64 };
+    (0..m).map(|o| line(o) * (m as f64 - 1.0) / m as f64).collect()
+}
+
+/// The source voxels around a coordinate on one axis, as offsets into the data.
+#[derive(Clone, Copy, Debug)]
+struct Taps {
+    /// The two neighbours.
+    at: [usize; 2],
+    /// Their weights.
+    weight: [f64; 2],
+    /// The nearer one, half to even.
+    nearest: usize,
+}
+
+/// The part of the source grid that is stored: all of it, or a crop. Voxels outside read as background.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stored {
+    /// First stored voxel on the source grid.
+    pub start: [i64; 3],
+    /// Stored voxels.
+    pub shape: [usize; 3],
+}
+
+/// Offset of a voxel that is not stored; a sum of three stays beyond every slice.
+const OUTSIDE: usize = usize::MAX / 4;
+
+/// Reads the source of a resampling at output voxels.
+pub(super) struct Sampler<'a> {
+    to: &'a Resampling,
+    stored: Stored,
+    base: [Vec<f64>; 3],
+    /// Taps per axis, where each source axis depends on one output axis only: the same numbers, computed once.
+    separable: Option<[Vec<Taps>; 3]>,
+}
+
+impl<'a> Sampler<'a> {
+    pub fn new(to: &'a Resampling, stored: Stored) -> Sampler<'a> {
+        let mut sampler = Sampler { to, stored, base: to.out_shape.map(base), separable: None };
+        let diagonal = (0..3).all(|r| (0..3).all(|c| r == c || to.theta[r][c] == 0.0));
+        if to.identity || diagonal {
+            sampler.separable = Some(std::array::from_fn(|axis| {
+                let coordinates = match to.identity {
+                    true => (0..to.out_shape[axis]).map(|o| o as f64).collect(),
+                    false => to.src_coord_axis(axis),
+                };
+                coordinates.into_iter().map(|x| sampler.taps_at(axis, x)).collect()
+            }));
+        }
+        sampler
+    }
+
+    /// Source of all stored voxels of the whole grid.
+    pub fn whole(to: &'a Resampling) -> Sampler<'a> {
+        Sampler::new(to, Stored { start: [0; 3], shape: to.in_shape })
+    }
+
+    fn taps_at(&self, axis: usize, x: f64) -> Taps {
+        let last = self.to.in_shape[axis] - 1;
+        let x = x.max(0.0).min(last as f64);
+        let low = x.floor();
+        // A neighbour beyond the edge has weight 0; reading the edge in its place adds that 0.
+        let at = [low as usize, last.min(low as usize + 1)].map(|v| self.offset(axis, v));
+        Taps {
+            at,
+            weight: [low + 1.0 - x, x - low],
+            nearest: self.offset(axis, x.round_ties_even() as usize),
+        }
+    }
+
+    /// Offset into the stored data of a source index on one axis.
+    fn offset(&self, axis: usize, index: usize) -> usize {
+        let at = index as i64 - self.stored.start[axis];
+        if !(0..self.stored.shape[axis] as i64).contains(&at) {
+            return OUTSIDE;
+        }
+        at as usize * self.stored.shape[axis + 1..].iter().product::<usize>()
+    }
+
+    #[inline]
+    fn taps(&self, [i, j, k]: [usize; 3]) -> [Taps; 3] {
+        match &self.separable {
+            Some(taps) => [taps[0][i], taps[1][j], taps[2][k]],
+            None => {
+                let x = self.to.source([self.base[0][i], self.base[1][j], self.base[2][k]]);
+                std::array::from_fn(|axis| self.taps_at(axis, x[axis]))
+            }
+        }
+    }
+
+    /// Trilinear value of every channel at an output voxel, summed in float64 in grid_sample's order.
+    #[inline]
+    pub fn linear<const C: usize>(
+        &self,
+        data: &[[f32; C]],
+        outside: [f32; C],
+        voxel: [usize; 3],
+    ) -> [f32; C] {
+        let [ti, tj, tk] = self.taps(voxel);
+        let mut sum = [0.0f64; C];
+        for (oi, wi) in ti.at.into_iter().zip(ti.weight) {
+            for (oj, wj) in tj.at.into_iter().zip(tj.weight) {
+                for (ok, wk) in tk.at.into_iter().zip(tk.weight) {
+                    let value = data.get(oi + oj + ok).unwrap_or(&outside);
+                    let weight = wk * wj * wi;
+                    for (sum, &v) in sum.iter_mut().zip(value) {
+                        *sum += f64::from(v) * weight;
+                    }
+                }
+            }
+        }
+        sum.map(|v| v as f32)
+    }
+
+    /// Nearest value at an output voxel, half to even.
+    #[inline]
+    pub fn nearest<T: Copy>(&self, data: &[T], outside: T, voxel: [usize; 3]) -> T {
+        let [i, j, k] = self.taps(voxel).map(|t| t.nearest);
+        data.get(i + j + k).copied().unwrap_or(outside)
+    }
+}
+
+/// Trilinear interpolation with border padding: float64 coordinates and sums, float32 result.
+///
+/// `volume` must have the source shape.
+pub fn resample_linear(volume: &Volume<f32>, to: &Resampling) -> Volume<f32> {
+    let sampler = Sampler::whole(to);
+    let data: &[[f32; 1]] = bytemuck::cast_slice(&volume.data);
+    fill(volume, to, |voxel| sampler.linear(data, [0.0], voxel)[0])
+}
+
+/// Nearest neighbour, half to even, with border padding. `volume` must have the source shape.
+pub fn resample_nearest(volume: &Volume<u8>, to: &Resampling) -> Volume<u8> {
+    let sampler = Sampler::whole(to);
+    fill(volume, to, |voxel| sampler.nearest(&volume.data, 0, voxel))
+}
+
+fn fill<T: Copy + Default + Send>(
+    source: &Volume<T>,
+    to: &Resampling,
+    value: impl Fn([usize; 3]) -> T + Sync,
+) -> Volume<T> {
+    assert_eq!(source.shape, to.in_shape, "the resampling was planned for another grid");
+    Volume { shape: to.out_shape, data: tabulate(to.out_shape, value), affine: to.out_affine }
+}
+
+/// A volume of `value(i, j, k)`, slabs in parallel.
+pub(super) fn tabulate<T: Copy + Default + Send>(
+    shape: [usize; 3],
+    value: impl Fn([usize; 3]) -> T + Sync,
+) -> Vec<T> {
+    let [n0, n1, n2] = shape;
+    let mut data = vec![T::default(); n0 * n1 * n2];
+    data.par_chunks_mut((n1 * n2).max(1)).enumerate().for_each(|(i, slab)| {
+        for (j, row) in slab.chunks_mut(n2.max(1)).enumerate() {
+            row.iter_mut().enumerate().for_each(|(k, voxel)| *voxel = value([i, j, k]));
+        }
+    });
+    data
 }
