@@ -22,6 +22,8 @@ pub mod infer;
 
 pub mod train;
 
+pub mod cli;
+
 pub use error::{Error, Result};
 
 /// The commit this program was built from, or `unknown` outside a git checkout.

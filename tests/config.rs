@@ -108,13 +108,24 @@ fn the_resolved_file_reproduces_the_config() {
         let again = Config::resolve(&[&file(&config.to_toml()).unwrap()]).unwrap();
         assert_eq!(config, again);
         assert_eq!(config.to_toml(), again.to_toml());
+        let json = Overrides::of(&config).to_json();
+        let again = Overrides::from_json(json, Path::new("checkpoint")).unwrap();
+        assert_eq!(config, Config::resolve(&[&again]).unwrap());
+
+        let record = config.record();
+        for place in ["data", "device", "threads"] {
+            assert!(record.get(place).is_none(), "{place} says where, not what");
+        }
+        let here = Overrides::from_json(record, Path::new("checkpoint")).unwrap();
+        let given = Overrides { data: config.run.data.clone(), device: Some(config.device), ..here };
+        assert_eq!(config, Config::resolve(&[&given]).unwrap());
     }
 }
 
 /// The keys of the file are the names of the flags: none is missing on either side.
 #[test]
 fn keys_are_flags() {
-    let everything = flags(&["--label-value", "1", "--folds", "2", "--val-cases", "1"]);
+    let everything = flags(&["--label-value", "1", "--folds", "2", "--val-cases", "1", "--data", "d"]);
     let keys: toml::Table = Config::resolve(&[&everything]).unwrap().to_toml().parse().unwrap();
     let mut keys: Vec<String> = keys.keys().cloned().collect();
     let command = Flags::command();

@@ -1,11 +1,11 @@
 //! `spleen-hpc cache`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::Outcome;
 use super::progress::Progress;
-use super::settings::Settings;
+use super::settings::{Settings, data, resolve};
 use crate::Result;
 use crate::config::{Config, Overrides};
 use crate::data::cache::{self, CacheParams, CachedCase};
@@ -20,9 +20,6 @@ use crate::data::dataset::{Case, training_cases};
   spleen-hpc cache --data Task09_Spleen
   spleen-hpc cache --data Task09_Spleen --cache-dir /scratch/spleen --spacing 1.5,1.5,2")]
 pub struct Args {
-    /// Data set: imagesTr and labelsTr, or dataset.json
-    #[arg(long, value_name = "DIR")]
-    data: PathBuf,
     /// Folder of the cache files [default: DATA/.spleen-hpc-cache]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -32,19 +29,17 @@ pub struct Args {
 
 /// Prepares every labelled case.
 pub fn run(args: &Args) -> Outcome {
-    let config = args.settings.resolve(&Overrides::default(), &Overrides::default())?;
-    let cases = training_cases(&args.data)?;
-    let dir = match &args.cache_dir {
-        Some(dir) => dir.clone(),
-        None => cache::default_dir(&args.data)?,
-    };
+    let config = resolve(&Overrides::default(), &args.settings.given()?, &Overrides::default())?;
+    let data = data(&config)?;
+    let cases = training_cases(data)?;
+    let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(data), Ok)?;
     let cached = build(&cases, &config, &dir)?;
     println!("{} cases lie in {}", cached.len(), dir.display());
     Ok(ExitCode::SUCCESS)
 }
 
 /// Opens or prepares `cases` under a progress bar.
-pub fn build(cases: &[Case], config: &Config, dir: &std::path::Path) -> Result<Vec<CachedCase>> {
+pub fn build(cases: &[Case], config: &Config, dir: &Path) -> Result<Vec<CachedCase>> {
     let params = CacheParams {
         preprocess: config.preprocess.clone(),
         label_value: config.run.label_value,

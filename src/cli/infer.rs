@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
-use super::settings::{Settings, announce_device};
+use super::settings::{Settings, announce_device, resolve};
 use super::{INTERRUPTED, Outcome, interrupt};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> Outcome {
     let style = if args.bundle_output { Style::Bundle } else { Style::Mask };
     let jobs = jobs(&expand_inputs(&args.inputs)?, &args.out, style)?;
     let trained = Trained::open(&args.weights)?;
-    let config = args.settings.resolve(&trained.config()?, &trained.fixed())?;
+    let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
     announce_device(config.device)?;
     let network = trained.network()?;
     std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out, "create"))?;
@@ -93,7 +93,8 @@ fn write_statistics(
     config: &Config,
     outcomes: &[pipeline::Outcome],
 ) -> Result<()> {
-    let cases: Vec<&Statistics> = outcomes.iter().filter_map(|outcome| outcome.result.as_ref().ok()).collect();
+    let cases: Vec<&Statistics> =
+        outcomes.iter().filter_map(|outcome| outcome.result.as_ref().ok()).collect();
     let failed = outcomes.iter().filter_map(|outcome| {
         let err = outcome.result.as_ref().err()?;
         Some(json!({ "input": outcome.input, "error": err.to_string() }))
@@ -101,7 +102,7 @@ fn write_statistics(
     let report = json!({
         "commit": crate::COMMIT,
         "weights": weights,
-        "config": Overrides::of(config),
+        "config": Overrides::of(config).to_json(),
         "cases": cases,
         "failed": failed.collect::<Vec<_>>(),
     });

@@ -1,7 +1,6 @@
 //! The command line: flags in, exit code out, every failure one sentence on stderr.
 
 mod cache;
-mod evaluate;
 mod infer;
 mod interrupt;
 mod network;
@@ -37,7 +36,6 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Train(train::Args),
-    Evaluate(evaluate::Args),
     Infer(infer::Args),
     Phantom(phantom::Args),
     Cache(cache::Args),
@@ -52,7 +50,6 @@ pub fn run() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|err| err.exit());
     let done = settings::refuse_foreign_flags(&matches, &command).and_then(|()| match cli.verb {
         Verb::Train(args) => train::run(&args),
-        Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Infer(args) => infer::run(&args),
         Verb::Phantom(args) => phantom::run(&args),
         Verb::Cache(args) => cache::run(&args),

@@ -28,18 +28,16 @@ impl Trained {
         Ok(Trained { weights, metadata, net })
     }
 
-    /// The numbers the weights were trained with, where the file says so, less those of the machine.
+    /// The numbers the weights were trained with, where the file says so.
     pub fn config(&self) -> Result<Overrides> {
-        let refuse = |err: serde_json::Error| {
-            Error::file(self.weights.origin(), format!("its record of the training config cannot be read ({err})"))
-        };
+        let origin = self.weights.origin();
+        let refuse = |err| Error::file(origin, format!("its header cannot be read ({err}): make it again"));
         let config = match (self.metadata.get("meta"), self.metadata.get("config")) {
             (Some(meta), _) => serde_json::from_str::<CheckpointMeta>(meta).map_err(refuse)?.config,
             (None, Some(config)) => serde_json::from_str(config).map_err(refuse)?,
             (None, None) => return Ok(Overrides::default()),
         };
-        let config: Overrides = serde_json::from_value(config).map_err(refuse)?;
-        Ok(Overrides { device: None, threads: None, ..config })
+        Overrides::from_json(config, origin)
     }
 
     /// The layer no flag can argue with: what network the weights are for.

@@ -1,10 +1,11 @@
 //! `spleen-hpc phantom`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::Outcome;
 use super::progress::Progress;
+use crate::Result;
 use crate::data::phantom::{PhantomConfig, generate};
 
 /// Make a synthetic CT data set with labels, laid out like the Medical Segmentation Decathlon's
@@ -44,4 +45,14 @@ pub fn run(args: &Args) -> Outcome {
     println!("{} labelled and {} further cases lie in {out}", args.cases, args.test_cases);
     println!("next: spleen-hpc train --data {out}");
     Ok(ExitCode::SUCCESS)
+}
+
+/// The phantoms of a training without data: the default set, made once, in the run's folder.
+pub fn for_run(run: &Path) -> Result<PathBuf> {
+    let config = PhantomConfig::default();
+    let out = run.join("phantoms");
+    let progress = Progress::new(config.cases + config.test_cases, "phantoms");
+    generate(&out, &config, &|done, total| progress.set(done, total))?;
+    progress.finish();
+    Ok(out)
 }

@@ -1,6 +1,6 @@
 //! Flags, TOML file and recipe become one [`Config`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
@@ -19,31 +19,44 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// recipe < `base` < TOML file < flags < `fixed`. Sets the number of threads of the process.
-    ///
-    /// `base` is what the verb knows better than a recipe, such as the config that its weights were trained with;
-    /// a recipe named by the user drops it, for then it is the recipe's numbers that are wanted. `fixed` is what is
-    /// not the user's to choose, such as the network that the weights are for.
-    pub fn resolve(&self, base: &Overrides, fixed: &Overrides) -> Result<Config> {
-        let file = match &self.config {
-            None => Overrides::default(),
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-                Overrides::from_toml(&text, path)?
-            }
-        };
-        let named = file.recipe.or(self.flags.recipe).is_some();
-        let nothing = Overrides::default();
-        let base = if named { &nothing } else { base };
-        let config = Config::resolve(&[base, &file, &self.flags, fixed])?;
-        if config.threads > 0 {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(config.threads)
-                .build_global()
-                .map_err(|err| Error::Internal(format!("cannot start {} threads: {err}", config.threads)))?;
-        }
-        Ok(config)
+    /// What the user gave: flags over the TOML file.
+    pub fn given(&self) -> Result<Overrides> {
+        let file = self.config.as_deref().map_or_else(|| Ok(Overrides::default()), read_toml)?;
+        Ok(self.flags.clone().or(file))
     }
+}
+
+/// recipe < `base` < `given` < `fixed`. Sets the number of threads of the process.
+///
+/// `base` is what the verb knows better than a recipe, such as the config that its weights were trained with; a
+/// recipe named by the user drops it, for then it is the recipe's numbers that are wanted. `fixed` is what is not
+/// the user's to choose, such as the network that the weights are for.
+pub fn resolve(base: &Overrides, given: &Overrides, fixed: &Overrides) -> Result<Config> {
+    let nothing = Overrides::default();
+    let base = if given.recipe.is_some() { &nothing } else { base };
+    let config = Config::resolve(&[base, given, fixed])?;
+    if config.threads > 0 {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(config.threads)
+            .build_global()
+            .map_err(|err| Error::Internal(format!("cannot start {} threads: {err}", config.threads)))?;
+    }
+    Ok(config)
+}
+
+/// The data set of a verb that cannot do without.
+///
+/// # Errors
+/// [`Error::Usage`] where neither flag nor file names one.
+pub fn data(config: &Config) -> Result<&Path> {
+    let missing = || Error::Usage("--data DIR is needed: a folder with imagesTr and labelsTr".into());
+    config.run.data.as_deref().ok_or_else(missing)
+}
+
+/// The layer in a TOML file.
+pub fn read_toml(path: &Path) -> Result<Overrides> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+    Overrides::from_toml(&text, path)
 }
 
 /// Says on stderr what computes and why, or why the device asked for cannot.
@@ -52,7 +65,9 @@ pub fn announce_device(choice: DeviceChoice) -> Result<()> {
         DeviceChoice::Auto => eprintln!("device: cpu (this build has no CUDA engine)"),
         DeviceChoice::Cpu => eprintln!("device: cpu (as asked)"),
         DeviceChoice::Cuda(_) => {
-            return Err(Error::Usage(format!("--device {choice}: this build has no CUDA engine, use --device cpu")));
+            return Err(Error::Usage(format!(
+                "--device {choice}: this build has no CUDA engine, use --device cpu"
+            )));
         }
     }
     Ok(())
@@ -62,9 +77,11 @@ pub fn announce_device(choice: DeviceChoice) -> Result<()> {
 /// A TOML file may hold any key, so that one file serves all verbs.
 fn foreign_headings(verb: &str) -> &'static [&'static str] {
     match verb {
-        "infer" => &["Cache", "Labels and scores", "Patches", "Network", "Loss", "Optimizer", "Training", "Split"],
+        "infer" => {
+            &["Cases", "Cache", "Labels and scores", "Patches", "Network", "Loss", "Optimizer", "Training"]
+        }
         "evaluate" => &["Cache", "Patches", "Network", "Loss", "Optimizer", "Training"],
-        "cache" => &["Network", "Loss", "Optimizer", "Sliding window", "Training", "Split"],
+        "cache" => &["Network", "Patches", "Loss", "Optimizer", "Sliding window", "Training"],
         _ => &[],
     }
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use super::Outcome;
 use super::network::Trained;
+use crate::config::Overrides;
 use crate::nn::pt_write::{Wrap, write_pt};
 use crate::nn::weights::{Metadata, write_safetensors};
 use crate::{Error, Result};
@@ -84,10 +85,11 @@ fn open(weights: &Path, out: &Path) -> Result<Trained> {
 
 /// The weights with the config they were trained with, where it is known.
 fn save_safetensors(trained: &Trained, out: &Path) -> Result<()> {
-    let config = serde_json::to_string(&trained.config()?).map_err(|err| Error::Internal(err.to_string()))?;
-    let mut metadata = Metadata::from([("commit".into(), crate::COMMIT.into()), ("format".into(), "pt".into())]);
-    if config != "{}" {
-        metadata.insert("config".into(), config);
+    let mut metadata =
+        Metadata::from([("commit".into(), crate::COMMIT.into()), ("format".into(), "pt".into())]);
+    let config = trained.config()?;
+    if config != Overrides::default() {
+        metadata.insert("config".into(), config.to_json().to_string());
     }
     write_safetensors(out, &trained.weights, &metadata)
 }

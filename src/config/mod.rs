@@ -8,6 +8,7 @@ mod recipe;
 mod validate;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -41,9 +42,11 @@ pub struct Config {
     pub run: Run,
 }
 
-/// Length of a run, split of the cases, and what is scored.
+/// Cases of a run and their split, length, and what is scored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Run {
+    /// The data set, laid out like the Medical Segmentation Decathlon's.
+    pub data: Option<PathBuf>,
     /// Passes over the training cases.
     pub epochs: usize,
     /// Epochs from one validation to the next.

@@ -133,22 +133,25 @@ pub struct Overrides {
     #[arg(long, value_name = "N", help_heading = "Training")]
     pub val_interval: Option<usize>,
 
+    /// Data set: imagesTr and labelsTr with one .nii.gz a case, or dataset.json
+    #[arg(long, value_name = "DIR", help_heading = "Cases")]
+    pub data: Option<PathBuf>,
     /// Cases at the end of the sorted list that validate [default: 9, a fifth of a set below 45]
-    #[arg(long, value_name = "N", help_heading = "Split")]
+    #[arg(long, value_name = "N", help_heading = "Cases")]
     pub val_cases: Option<usize>,
     /// Cross-validation in this many folds instead of --val-cases
-    #[arg(long, value_name = "K", help_heading = "Split")]
+    #[arg(long, value_name = "K", help_heading = "Cases")]
     pub folds: Option<usize>,
     /// Which fold validates, counted from 0 [default: 0]
-    #[arg(long, value_name = "I", help_heading = "Split")]
+    #[arg(long, value_name = "I", help_heading = "Cases")]
     pub fold: Option<usize>,
     /// Surface distance in mm that counts as agreement [default: 3]
     #[arg(long, value_name = "MM", help_heading = "Labels and scores")]
     pub nsd_tolerance: Option<f64>,
 }
 
-/// One line a key: the field of [`Overrides`] and the number of [`Config`] it stands for. Both directions are made
-/// from it, and the struct literal does not compile when a key is missing.
+/// One line a key: the field of [`Overrides`] and the number of [`Config`] it stands for. All that goes through every key is
+/// made from it, and the struct literal does not compile when a key is missing.
 macro_rules! keys {
     ($($key:ident => $($part:ident).+;)+) => {
         impl Overrides {
@@ -157,6 +160,11 @@ macro_rules! keys {
                 $(if let Some(value) = &self.$key {
                     config.$($part).+ = value.clone().into();
                 })+
+            }
+
+            /// These numbers, and those of `below` where these are silent.
+            pub fn or(self, below: Overrides) -> Overrides {
+                Overrides { $($key: self.$key.or(below.$key),)+ }
             }
 
             /// All numbers of `config`, as a layer that reproduces it.
@@ -204,6 +212,7 @@ keys! {
     blend => window.blend;
     epochs => run.epochs;
     val_interval => run.val_interval;
+    data => run.data;
     val_cases => run.val_cases;
     folds => run.folds;
     fold => run.fold;
@@ -230,6 +239,24 @@ impl Overrides {
         })
     }
 
+    /// The given keys as a JSON object, for the headers of binary files and for reports.
+    pub fn to_json(&self) -> serde_json::Value {
+        let mut json = serde_json::to_value(self).expect("flat numbers and names always make JSON");
+        if let Some(keys) = json.as_object_mut() {
+            keys.retain(|_, value| !value.is_null());
+        }
+        json
+    }
+
+    /// Reads what [`Overrides::to_json`] made; `origin` is the file that errors name.
+    ///
+    /// # Errors
+    /// [`Error::File`] for an unknown key or a value of the wrong type.
+    pub fn from_json(json: serde_json::Value, origin: &Path) -> Result<Overrides> {
+        serde_json::from_value(json)
+            .map_err(|err| Error::file(origin, format!("its record of the config cannot be read ({err})")))
+    }
+
     /// The given keys as TOML, one a line, in the order of the help text.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).expect("flat numbers and names always make TOML")
@@ -253,6 +280,12 @@ impl Config {
     /// The resolved numbers as a TOML file that `--config` takes.
     pub fn to_toml(&self) -> String {
         Overrides::of(self).to_toml()
+    }
+
+    /// What decides a result, for its header; not where files lie or how many threads made it, so that equal results
+    /// are equal bytes. [`Overrides::from_json`] reads it.
+    pub fn record(&self) -> serde_json::Value {
+        Overrides { data: None, device: None, threads: None, ..Overrides::of(self) }.to_json()
     }
 }
 

@@ -47,6 +47,7 @@ impl Config {
             },
             window: Window { roi: [96; 3], overlap: 0.5, batch: 4, blend: Blend::Constant },
             run: Run {
+                data: None,
                 epochs: 100,
                 val_interval: 5,
                 val_cases: None,

@@ -115,6 +115,9 @@ impl Net {
 
 impl Run {
     fn validate(&self) -> Result<()> {
+        // TOML is UTF-8, and the config must be readable again.
+        let data = self.data.as_deref().unwrap_or("".as_ref());
+        check(data.to_str().is_some(), || format!("--data {} must be a UTF-8 name", data.display()))?;
         at_least_1("--epochs", self.epochs)?;
         at_least_1("--val-interval", self.val_interval)?;
         if let Some(folds) = self.folds {

@@ -8,6 +8,7 @@ mod hash;
 mod ledger;
 mod output;
 mod self_check;
+mod sw;
 mod table;
 mod tensor;
 mod tolerance;
@@ -29,7 +30,7 @@ struct Group {
     run: fn(&Golden, &mut Ledger) -> Outcome<()>,
 }
 
-const GROUPS: &[Group] = &[];
+const GROUPS: &[Group] = &[Group { name: "sw", files: &["sw"], run: sw::run }];
 
 fn main() -> ExitCode {
     let Some(filter) = filter() else { return ExitCode::SUCCESS };

@@ -53,3 +53,9 @@ impl Tolerance {
 
 /// Integers, masks, copies and everything that only moves values: no arithmetic, no tolerance.
 pub const EXACT: Tolerance = Tolerance::abs("exact", 0.0).tight_digest();
+
+/// Importance maps: torch's vectorised expf and ours may each be one unit (6e-8) beside the true value.
+pub const IMPORTANCE: Tolerance = Tolerance::rel("1.2e-7 of max", 1.2e-7);
+
+/// Blended windows: importance maps off by 1.2e-7 in numerator and denominator, and a dozen float32 sums.
+pub const BLEND: Tolerance = Tolerance::rel("1e-6 of max", 1e-6);
