@@ -24,7 +24,10 @@ pub(super) const OPTIMIZER_PREFIX: &str = "optim.";
 pub fn read_any(path: &Path) -> Result<StateDict> {
     let mut file = std::fs::File::open(path).map_err(Error::io(path, "read"))?;
     let mut bytes = Vec::new();
-    Read::by_ref(&mut file).take(LEGACY_MAGIC.len() as u64).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    Read::by_ref(&mut file)
+        .take(LEGACY_MAGIC.len() as u64)
+        .read_to_end(&mut bytes)
+        .map_err(Error::io(path, "read"))?;
     // A 3 GB scan given by mistake is refused by its first bytes.
     recognise(path, &bytes)?;
     file.read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;

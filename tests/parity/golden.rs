@@ -27,6 +27,8 @@ pub struct File {
     pub name: String,
     /// `params` of index.json: the hash seed, network, loss, optimizer and hash inputs.
     pub params: Value,
+    /// `text` of index.json: what is in the file, in words.
+    pub text: String,
     /// Name patterns of tensors that are given.
     inputs: Vec<String>,
     bytes: Vec<u8>,
@@ -84,7 +86,8 @@ impl File {
         let tensors = tensors.collect();
         let inputs = index["inputs"].as_array().into_iter().flatten();
         let inputs = inputs.filter_map(|v| v.as_str().map(str::to_owned)).collect();
-        Ok(File { name, params: index["params"].clone(), inputs, bytes, tensors })
+        let text = index["text"].as_str().unwrap_or_default().to_owned();
+        Ok(File { name, params: index["params"].clone(), text, inputs, bytes, tensors })
     }
 
     /// The stored tensor of exactly this name (`NAME`, `NAME#digest` or `NAME#samples`).

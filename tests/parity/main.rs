@@ -5,7 +5,11 @@
 
 mod golden;
 mod hash;
+mod layout;
 mod ledger;
+mod loss;
+mod ops;
+mod optim;
 mod output;
 mod self_check;
 mod sw;
@@ -30,7 +34,12 @@ struct Group {
     run: fn(&Golden, &mut Ledger) -> Outcome<()>,
 }
 
-const GROUPS: &[Group] = &[Group { name: "sw", files: &["sw"], run: sw::run }];
+const GROUPS: &[Group] = &[
+    Group { name: "ops", files: &["ops"], run: ops::run },
+    Group { name: "loss", files: &["loss"], run: loss::run },
+    Group { name: "optim", files: &["optim"], run: optim::run },
+    Group { name: "sw", files: &["sw"], run: sw::run },
+];
 
 fn main() -> ExitCode {
     let Some(filter) = filter() else { return ExitCode::SUCCESS };

@@ -59,3 +59,22 @@ pub const IMPORTANCE: Tolerance = Tolerance::rel("1.2e-7 of max", 1.2e-7);
 
 /// Blended windows: importance maps off by 1.2e-7 in numerator and denominator, and a dozen float32 sums.
 pub const BLEND: Tolerance = Tolerance::rel("1e-6 of max", 1e-6);
+
+/// MANIFEST: whole float32 activations within 1.4e-6 of their norm. Single operations and their gradients are sums
+/// of the same length over inputs rounded from float64, so the same holds for them.
+pub const FLOAT32: Tolerance = Tolerance::norm("1.4e-6 of the norm", 1.4e-6);
+
+/// MANIFEST: MONAI squares a float32 one-hot, which moves its float64 loss by up to 5e-8.
+pub const LOSS_F64: Tolerance = Tolerance::abs("loss, 5e-8", 5e-8);
+
+/// MANIFEST: float64 gradients of the loss.
+pub const DLOGITS_F64: Tolerance = Tolerance::abs("dlogits, 1e-9", 1e-9);
+
+/// A float32 loss: torch sums each term in float32, ours in float64.
+pub const LOSS_F32: Tolerance = Tolerance::rel("float32 loss, 1e-6 of it", 1e-6);
+
+/// A float64 optimizer's parameters (MANIFEST: novograd64).
+pub const OPTIM_F64: Tolerance = Tolerance::abs("float64 parameters, 1e-9", 1e-9);
+
+/// A float32 optimizer: each step rounds a parameter once (6e-8 of it) and torch orders the products otherwise.
+pub const OPTIM_F32: Tolerance = Tolerance::rel("float32 parameters, 3e-7", 3e-7);
