@@ -8,6 +8,7 @@ mod hash;
 mod layout;
 mod ledger;
 mod loss;
+mod network;
 mod ops;
 mod optim;
 mod output;
@@ -16,6 +17,9 @@ mod sw;
 mod table;
 mod tensor;
 mod tolerance;
+mod unet;
+mod unet_eval;
+mod unet_train;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -38,6 +42,7 @@ const GROUPS: &[Group] = &[
     Group { name: "ops", files: &["ops"], run: ops::run },
     Group { name: "loss", files: &["loss"], run: loss::run },
     Group { name: "optim", files: &["optim"], run: optim::run },
+    Group { name: "unet", files: &["unet_*"], run: unet::run },
     Group { name: "sw", files: &["sw"], run: sw::run },
 ];
 

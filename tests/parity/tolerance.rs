@@ -78,3 +78,41 @@ pub const OPTIM_F64: Tolerance = Tolerance::abs("float64 parameters, 1e-9", 1e-9
 
 /// A float32 optimizer: each step rounds a parameter once (6e-8 of it) and torch orders the products otherwise.
 pub const OPTIM_F32: Tolerance = Tolerance::rel("float32 parameters, 3e-7", 3e-7);
+
+/// MANIFEST: loss of a float32 network against float64.
+pub const LOSS_NET: Tolerance = Tolerance::abs("loss of a net, 1e-5", 1e-5);
+
+/// Gradients (MANIFEST): four times torch's own float32 deviation from float64, or 2e-4 of the largest element. The
+/// bias of a convolution before a norm has gradient 0, of which float32 makes noise: anything below 1e-6.
+pub fn gradient(cancelled: bool, torch_deviation: f64, max: f64) -> Tolerance {
+    if cancelled {
+        Tolerance { dot: f64::INFINITY, ..Tolerance::abs("zero gradients, 1e-6", 1e-6) }
+    } else {
+        let bound = (4.0 * torch_deviation).max(2e-4 * max);
+        Tolerance::abs("4 yardsticks or 2e-4 of max", bound)
+    }
+}
+
+/// Parameters after steps of Adam (MANIFEST): a step is at most lr, in a direction that float32 noise decides where
+/// the true gradient is nearly 0, so that single elements go their own way while the mean stays.
+pub fn parameters(steps: usize) -> Tolerance {
+    match steps {
+        0..=1 => Tolerance::abs("parameters, 1 step: 5e-6", 5e-6),
+        2..=5 => Tolerance::abs("parameters, 5 steps: 1e-4", 1e-4),
+        _ => Tolerance::abs("parameters, 20 steps: 5e-4, mean 5e-5", 5e-4).and_mean(5e-5),
+    }
+}
+
+/// Running statistics after 20 steps: 20 forward passes of slightly different parameters.
+pub const TRAINED_STATISTICS: Tolerance = Tolerance::rel("statistics after steps, 1e-4", 1e-4);
+
+/// Losses of steps of Adam: 1e-5 (MANIFEST) for small networks. Millions of weights that go their own way move the
+/// loss further: torch 2.11 itself, run again with 1 or 2 threads and in float64 against losses that it had recorded
+/// for the 16..256 network, deviated by 1.3e-5, 2.0e-5 and 3.6e-5.
+pub fn step_losses(weights: usize) -> Tolerance {
+    if weights < 1_000_000 {
+        Tolerance::abs("losses of steps, 1e-5", 1e-5)
+    } else {
+        Tolerance::abs("losses of steps, large net, 4e-5", 4e-5)
+    }
+}
