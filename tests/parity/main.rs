@@ -14,12 +14,14 @@ mod optim;
 mod output;
 mod self_check;
 mod sw;
+mod sw_net;
 mod table;
 mod tensor;
 mod tolerance;
 mod unet;
 mod unet_eval;
 mod unet_train;
+mod weights;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,6 +46,7 @@ const GROUPS: &[Group] = &[
     Group { name: "optim", files: &["optim"], run: optim::run },
     Group { name: "unet", files: &["unet_*"], run: unet::run },
     Group { name: "sw", files: &["sw"], run: sw::run },
+    Group { name: "weights", files: &["weights"], run: weights::run },
 ];
 
 fn main() -> ExitCode {

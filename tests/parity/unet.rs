@@ -5,7 +5,7 @@ use crate::golden::{File, Golden};
 use crate::ledger::Ledger;
 use crate::network;
 use crate::tensor::Tensor;
-use crate::tolerance::{EXACT, FLOAT32};
+use crate::tolerance::{EXACT, Tolerance};
 use crate::{unet_eval, unet_train};
 
 /// Every network file.
@@ -29,12 +29,12 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
 }
 
 /// Compares `name` and its strided forms `name_s<step>`.
-pub fn compare_logits(file: &File, name: &str, got: &Tensor, ledger: &mut Ledger) {
-    ledger.compare(file, name, got, FLOAT32);
+pub fn compare_logits(file: &File, name: &str, got: &Tensor, tolerance: Tolerance, ledger: &mut Ledger) {
+    ledger.compare(file, name, got, tolerance);
     let prefix = format!("{name}_s");
     for strided in file.base_names().into_iter().filter(|n| n.starts_with(&prefix)) {
         if let Ok(step) = strided[prefix.len()..].parse() {
-            ledger.compare(file, strided, &got.strided(step), FLOAT32);
+            ledger.compare(file, strided, &got.strided(step), tolerance);
         }
     }
 }

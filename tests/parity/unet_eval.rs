@@ -23,11 +23,11 @@ pub fn run(file: &File, ledger: &mut Ledger) -> Outcome<()> {
             ledger.compare(file, &format!("evalact.{module}"), &to_torch(&value), FLOAT32)
         }),
     )?;
-    compare_logits(file, "eval.logits", &to_torch(&logits), ledger);
+    compare_logits(file, "eval.logits", &to_torch(&logits), FLOAT32, ledger);
     for x in network::hash_inputs(file)? {
         let names = size_names(&x.shape[2..]);
         if let Some(name) = names.iter().find(|n| file.base_names().contains(n.as_str())) {
-            compare_logits(file, name, &network::evaluate(&net, &x)?, ledger);
+            compare_logits(file, name, &network::evaluate(&net, &x)?, FLOAT32, ledger);
         }
     }
     ledger.leave_out(file, "eval.lowprec_maxabs", "a yardstick of other precisions");

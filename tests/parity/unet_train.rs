@@ -1,6 +1,7 @@
 //! The U-Net in training: activations, loss, gradients, running statistics, and the parameters after steps of Adam.
 
 use spleen_hpc::config::{Loss, Optimizer};
+use spleen_hpc::nn::state_dict::ArrayData;
 use spleen_hpc::nn::{Mode, UNet};
 use spleen_hpc::ops::dice_ce;
 use spleen_hpc::tensor::{ParamId, Tape};
@@ -12,7 +13,9 @@ use crate::layout::{to_engine, to_torch};
 use crate::ledger::Ledger;
 use crate::network::bias_is_cancelled;
 use crate::tensor::Tensor;
-use crate::tolerance::{FLOAT32, LOSS_NET, TRAINED_STATISTICS, gradient, parameters, step_losses};
+use crate::tolerance::{
+    FLOAT32, LOSS_NET, STATISTICS, Tolerance, gradient, parameters, step_losses, trained_statistics,
+};
 use crate::unet::compare_logits;
 use crate::{loss, optim};
 
@@ -44,7 +47,7 @@ pub fn forward_backward(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome
             ledger.compare(file, &format!("act.{module}"), &to_torch(&value), FLOAT32)
         }),
     )?;
-    compare_logits(file, "train.logits", &to_torch(&logits), ledger);
+    compare_logits(file, "train.logits", &to_torch(&logits), FLOAT32, ledger);
     let value = dice_ce::loss(&mut tape, &logits, &labels, &loss_of(file))?.loss;
     // [torch float32, torch float64]
     ledger.compare(file, "loss", &Tensor::new(&[2], &[value; 2]), LOSS_NET);
@@ -62,7 +65,7 @@ pub fn forward_backward(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome
     }
     let mut after = net.clone();
     after.update_running(&statistics);
-    compare_buffers(file, "buf1", &after, FLOAT32, ledger);
+    compare_buffers(file, "buf1", &after, STATISTICS, ledger);
     Ok(())
 }
 
@@ -82,15 +85,21 @@ pub fn steps(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
     let x = file.need("x")?;
     let [n, _, d, h, w] = x.shape[..] else { return Err("x is not (N, 1, D, H, W)".into()) };
     let (images, labels) = (x.to_f32(), file.need("label")?.to_u8());
+    let weights = net.params().iter().map(|p| p.value.len()).sum();
     let mut losses = Vec::new();
     for step in 1..=last {
         losses.push(trainer.step(&images, &labels, [n, d, h, w])?);
         if recorded.binary_search(&step).is_ok() {
             compare_parameters(file, step, &trainer.net, ledger);
-            compare_buffers(file, &format!("adam{step}.buf"), &trainer.net, TRAINED_STATISTICS, ledger);
+            compare_buffers(
+                file,
+                &format!("adam{step}.buf"),
+                &trainer.net,
+                trained_statistics(weights),
+                ledger,
+            );
         }
     }
-    let weights = net.params().iter().map(|p| p.value.len()).sum();
     losses.truncate(curve);
     ledger.compare(file, "adam_losses", &Tensor::new(&[curve], &losses), step_losses(weights));
     Ok(())
@@ -103,21 +112,15 @@ fn compare_parameters(file: &File, step: usize, net: &UNet, ledger: &mut Ledger)
             ledger.leave_out(file, &golden, "its true gradient is 0: Adam makes steps of rounding noise");
         } else {
             let got = Tensor::new(&param.shape, &param.value);
-            ledger.compare(file, &golden, &got, parameters(step));
+            ledger.compare(file, &golden, &got, parameters(step, param.value.len()));
         }
     }
 }
 
-/// Running statistics as `PREFIX.<buffer>`.
-fn compare_buffers(
-    file: &File,
-    prefix: &str,
-    net: &UNet,
-    tolerance: crate::tolerance::Tolerance,
-    ledger: &mut Ledger,
-) {
-    for (name, array) in net.state_dict().iter().filter(|(name, _)| name.contains(".running_")) {
-        if let Ok(values) = net.state_dict().expect_f32(name, &array.shape) {
+/// State as `PREFIX.<name>`: running statistics, of which alone the file has such names.
+fn compare_buffers(file: &File, prefix: &str, net: &UNet, tolerance: Tolerance, ledger: &mut Ledger) {
+    for (name, array) in net.state_dict().iter() {
+        if let ArrayData::F32(values) = &array.data {
             ledger.compare(file, &format!("{prefix}.{name}"), &Tensor::new(&array.shape, values), tolerance);
         }
     }
