@@ -18,7 +18,11 @@ pub mod ops;
 
 pub mod nn;
 
+pub mod metrics;
+
 pub mod infer;
+
+pub mod report;
 
 pub mod train;
 

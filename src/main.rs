@@ -1,3 +1,5 @@
 //! The `spleen-hpc` binary.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    spleen_hpc::cli::run()
+}

@@ -170,7 +170,8 @@ fn round_trips() {
     let Some(dir) = golden() else { return };
     let tmp = tempfile::tempdir().unwrap();
     let metadata = Metadata::from([("recipe".into(), "seed".into()), ("commit".into(), "é\"\\".into())]);
-    for file in FILES.map(|(file, ..)| file).into_iter().chain(["torch_seed_small_half.pt"]) {
+    let more = ["torch_seed_small_half.pt", "../convergence/novograd2e-3_b059_model.pt"];
+    for file in FILES.map(|(file, ..)| file).into_iter().chain(more) {
         let dict = read(&dir.join("pt").join(file));
         infer_net(&dict).unwrap();
         for wrap in [Wrap::Bare, Wrap::Model] {
@@ -232,7 +233,8 @@ fn sentences_say_which_network_the_file_holds() {
     let message = said(instance.check(&other).unwrap_err());
     assert!(message.contains("[4, 6, 8, 12, 16]") && message.contains("[4, 6, 8]"), "{message}");
 
-    let change = |edit: &dyn Fn(&str, &Array) -> Option<(String, Array)>| {
+    type Edit<'a> = &'a dyn Fn(&str, &Array) -> Option<(String, Array)>;
+    let change = |edit: Edit| {
         let mut dict = StateDict::new("file");
         for (name, array) in instance.iter().filter_map(|(name, array)| edit(name, array)) {
             dict.insert(name, array).unwrap();

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::Outcome;
 use super::progress::Progress;
 use super::settings::{Settings, data, resolve};
+use super::{Outcome, say};
 use crate::Result;
 use crate::config::{Config, Overrides};
 use crate::data::cache::{self, CacheParams, CachedCase};
@@ -34,7 +34,7 @@ pub fn run(args: &Args) -> Outcome {
     let cases = training_cases(data)?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(data), Ok)?;
     let cached = build(&cases, &config, &dir)?;
-    println!("{} cases lie in {}", cached.len(), dir.display());
+    say(format_args!("{} cases lie in {}", cached.len(), dir.display()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,19 +3,18 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, resolve};
-use super::{INTERRUPTED, Outcome, interrupt};
+use super::{INTERRUPTED, Outcome, interrupt, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
 use crate::data::publish::publish;
-use crate::infer::jobs::{Style, jobs};
-use crate::infer::pipeline::{self, Statistics};
+use crate::infer::jobs::{Job, Style, jobs};
+use crate::infer::pipeline::{Statistics, segment};
 use crate::{Error, Result};
 
 /// Segment scans: one mask a scan, in the scan's own geometry, and statistics.json with volumes in ml
@@ -26,7 +25,7 @@ use crate::{Error, Result};
 #[command(after_help = "Examples:
   spleen-hpc infer --weights run/best.safetensors ct.nii.gz --out masks
   spleen-hpc infer --weights model.pt --out masks data/imagesTs 'more/*.nii.gz'
-  spleen-hpc infer --weights model.pt --bundle-output --out eval data/imagesTs    as the MONAI bundle writes them")]
+  spleen-hpc infer --weights model.pt --out eval --bundle-output data/imagesTs")]
 pub struct Args {
     /// Scans (.nii, .nii.gz, .hdr with .img), folders of them, or globs
     #[arg(value_name = "INPUT", required = true)]
@@ -56,34 +55,32 @@ pub fn run(args: &Args) -> Outcome {
     let stop = interrupt::watch("the scans under way are finished first")?;
 
     let progress = Progress::new(jobs.len(), "scans");
-    let windows = AtomicUsize::new(0);
-    let counted = |x: &[f32], shape: [usize; 4]| {
-        let logits = network(x, shape)?;
-        let seen = windows.fetch_add(shape[0], Ordering::Relaxed) + shape[0];
-        progress.note(format!("{seen} windows"));
-        Ok(logits)
-    };
     let mut ended = 0;
-    let outcomes =
-        pipeline::run(&jobs, &counted, (&config.preprocess, &config.window), style, stop, |outcome| {
-            progress.suspend(|| match &outcome.result {
-                Ok(found) => println!("{}: {:.1} ml", found.output.display(), found.volume_ml),
+    let results = segment(
+        &jobs,
+        &progress.counting(&network),
+        (&config.preprocess, &config.window),
+        style,
+        stop,
+        |_, result| {
+            progress.suspend(|| match result {
+                Ok(found) => say(format_args!("{}: {:.1} ml", found.output.display(), found.volume_ml)),
                 Err(err) => eprintln!("error: {err}"),
             });
             ended += 1;
             progress.set(ended, jobs.len());
-        });
+        },
+    );
     progress.finish();
 
-    let failed = outcomes.iter().filter(|outcome| outcome.result.is_err()).count();
-    write_statistics(&args.out, &args.weights, &config, &outcomes)?;
-    if outcomes.len() < jobs.len() {
+    write_statistics(&args.out, &args.weights, &config, &jobs, &results)?;
+    if results.len() < jobs.len() {
         return Ok(ExitCode::from(INTERRUPTED));
     }
-    if failed > 0 {
-        return Err(Error::Usage(format!("{failed} of {} scans have no mask: see above", jobs.len())));
+    match results.iter().filter(|result| result.is_err()).count() {
+        0 => Ok(ExitCode::SUCCESS),
+        failed => Err(Error::Usage(format!("{failed} of {} scans have no mask, see above", jobs.len()))),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 /// `OUT/statistics.json`: every case of this call, and all that decided its masks.
@@ -91,20 +88,23 @@ fn write_statistics(
     out: &Path,
     weights: &Path,
     config: &Config,
-    outcomes: &[pipeline::Outcome],
+    jobs: &[Job],
+    results: &[Result<Statistics>],
 ) -> Result<()> {
-    let cases: Vec<&Statistics> =
-        outcomes.iter().filter_map(|outcome| outcome.result.as_ref().ok()).collect();
-    let failed = outcomes.iter().filter_map(|outcome| {
-        let err = outcome.result.as_ref().err()?;
-        Some(json!({ "input": outcome.input, "error": err.to_string() }))
-    });
+    let cases: Vec<&Statistics> = results.iter().filter_map(|result| result.as_ref().ok()).collect();
+    let failed: Vec<_> = jobs
+        .iter()
+        .zip(results)
+        .filter_map(|(job, result)| {
+            Some(json!({ "input": job.input, "error": result.as_ref().err()?.to_string() }))
+        })
+        .collect();
     let report = json!({
         "commit": crate::COMMIT,
         "weights": weights,
         "config": Overrides::of(config).to_json(),
         "cases": cases,
-        "failed": failed.collect::<Vec<_>>(),
+        "failed": failed,
     });
     let text = serde_json::to_string_pretty(&report).map_err(|err| Error::Internal(err.to_string()))?;
     publish(&out.join("statistics.json"), |file| file.write_all(text.as_bytes()))

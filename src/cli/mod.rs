@@ -1,6 +1,7 @@
 //! The command line: flags in, exit code out, every failure one sentence on stderr.
 
 mod cache;
+mod evaluate;
 mod infer;
 mod interrupt;
 mod network;
@@ -10,6 +11,8 @@ mod settings;
 mod train;
 mod weights;
 
+use std::fmt::Display;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -36,6 +39,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Train(train::Args),
+    Evaluate(evaluate::Args),
     Infer(infer::Args),
     Phantom(phantom::Args),
     Cache(cache::Args),
@@ -50,6 +54,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|err| err.exit());
     let done = settings::refuse_foreign_flags(&matches, &command).and_then(|()| match cli.verb {
         Verb::Train(args) => train::run(&args),
+        Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Infer(args) => infer::run(&args),
         Verb::Phantom(args) => phantom::run(&args),
         Verb::Cache(args) => cache::run(&args),
@@ -60,6 +65,11 @@ pub fn run() -> ExitCode {
         eprintln!("error: {err}");
         ExitCode::from(err.exit_code())
     })
+}
+
+/// Prints a line of results. A reader that has gone away (`| head`) is no failure of the work.
+fn say(line: impl Display) {
+    writeln!(std::io::stdout(), "{line}").ok();
 }
 
 /// What a verb leaves for the shell.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::config::{Net, Overrides};
 use crate::infer::predict::Network;
+use crate::nn::UNet;
 use crate::nn::checkpoint::CheckpointMeta;
 use crate::nn::state_dict::{StateDict, infer_net};
 use crate::nn::weights::{Metadata, read_any, read_safetensors};
@@ -51,6 +52,7 @@ impl Trained {
 
     /// The network, ready to predict.
     pub fn network(&self) -> Result<Box<Network<'static>>> {
-        Err(Error::Internal("this build has no network engine".into()))
+        let net = UNet::from_state_dict(&self.weights)?;
+        Ok(Box::new(move |images, shape| Ok(net.infer(images, shape)?.data().to_vec())))
     }
 }

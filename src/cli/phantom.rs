@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::Outcome;
 use super::progress::Progress;
+use super::{Outcome, say};
 use crate::Result;
 use crate::data::phantom::{PhantomConfig, generate};
 
@@ -42,8 +42,8 @@ pub fn run(args: &Args) -> Outcome {
     generate(&args.out, &config, &|done, total| progress.set(done, total))?;
     progress.finish();
     let out = args.out.display();
-    println!("{} labelled and {} further cases lie in {out}", args.cases, args.test_cases);
-    println!("next: spleen-hpc train --data {out}");
+    say(format_args!("{} labelled and {} further cases lie in {out}", args.cases, args.test_cases));
+    say(format_args!("next: spleen-hpc train --data {out}"));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -28,12 +28,13 @@ impl Settings {
 
 /// recipe < `base` < `given` < `fixed`. Sets the number of threads of the process.
 ///
-/// `base` is what the verb knows better than a recipe, such as the config that its weights were trained with; a
-/// recipe named by the user drops it, for then it is the recipe's numbers that are wanted. `fixed` is what is not
-/// the user's to choose, such as the network that the weights are for.
+/// `base` is what the verb knows better than a recipe, such as the config that its weights were trained with; naming
+/// another recipe than its own drops it, for then it is that recipe's numbers that are wanted. `fixed` is what is
+/// not the user's to choose, such as the network that the weights are for.
 pub fn resolve(base: &Overrides, given: &Overrides, fixed: &Overrides) -> Result<Config> {
     let nothing = Overrides::default();
-    let base = if given.recipe.is_some() { &nothing } else { base };
+    let other = given.recipe.is_some() && base.recipe.is_some() && given.recipe != base.recipe;
+    let base = if other { &nothing } else { base };
     let config = Config::resolve(&[base, given, fixed])?;
     if config.threads > 0 {
         rayon::ThreadPoolBuilder::new()
@@ -81,7 +82,7 @@ fn foreign_headings(verb: &str) -> &'static [&'static str] {
             &["Cases", "Cache", "Labels and scores", "Patches", "Network", "Loss", "Optimizer", "Training"]
         }
         "evaluate" => &["Cache", "Patches", "Network", "Loss", "Optimizer", "Training"],
-        "cache" => &["Network", "Patches", "Loss", "Optimizer", "Sliding window", "Training"],
+        "cache" => &["Network", "Patches", "Loss", "Optimizer", "Sliding window", "Training", "Split"],
         _ => &[],
     }
 }

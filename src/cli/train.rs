@@ -1,17 +1,25 @@
 //! `spleen-hpc train`
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
-use super::Outcome;
 use super::cache::build;
-use super::phantom;
+use super::progress::Progress;
 use super::settings::{Settings, announce_device, read_toml, resolve};
+use super::{INTERRUPTED, Outcome, evaluate, interrupt, phantom, say};
 use crate::Error;
-use crate::config::{Overrides, Run};
+use crate::config::{Config, Overrides, Run};
 use crate::data::cache;
 use crate::data::dataset::{Case, Split, training_cases};
 use crate::data::publish::publish;
+use crate::data::sampler::warnings;
+use crate::device::arena;
+use crate::nn::checkpoint;
+use crate::train::run as train;
 
 /// Train the network; without --data on phantoms it makes itself
 ///
@@ -39,15 +47,19 @@ pub struct Args {
 
 /// The resolved numbers, in the run's folder.
 const CONFIG: &str = "config.toml";
-/// The checkpoint a run resumes from.
-const LAST: &str = "last.safetensors";
 
 /// Trains from the first epoch or from the last checkpoint.
 pub fn run(args: &Args) -> Outcome {
-    let last = args.run.join(LAST);
-    if !args.resume && last.exists() {
-        let what = "is the checkpoint of an earlier run: go on with --resume, or choose another --run";
-        return Err(Error::file(&last, what));
+    let last = args.run.join(train::LAST);
+    match (args.resume, last.exists()) {
+        (true, false) => {
+            return Err(Error::file(&last, "there is no run to go on with: leave --resume out to begin one"));
+        }
+        (false, true) => {
+            let what = "is the checkpoint of an earlier run: go on with --resume, or choose another --run";
+            return Err(Error::file(&last, what));
+        }
+        _ => {}
     }
     let given = args.settings.given()?;
     let base = match (args.resume, &given.data) {
@@ -55,9 +67,11 @@ pub fn run(args: &Args) -> Outcome {
         (false, None) => small_run(),
         (false, Some(_)) => Overrides::default(),
     };
+    if args.resume && given.recipe.is_some_and(|recipe| Some(recipe) != base.recipe) {
+        return Err(Error::Usage("--resume goes on with the recipe of the run: leave --recipe out".into()));
+    }
     let mut config = resolve(&base, &given, &Overrides::default())?;
     announce_device(config.device)?;
-    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
     let data = config.run.data.take().map_or_else(|| phantom::for_run(&args.run), Ok)?;
     // Absolute, so that a run can be resumed from anywhere.
     let data = std::path::absolute(&data).map_err(Error::io(&data, "find"))?;
@@ -65,22 +79,136 @@ pub fn run(args: &Args) -> Outcome {
 
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
+    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(&data), Ok)?;
     let pick = |indices: &[usize]| -> Vec<Case> { indices.iter().map(|&i| cases[i].clone()).collect() };
+    let val_cases = pick(&val);
     let train = build(&pick(&train), &config, &dir)?;
-    let val = build(&pick(&val), &config, &dir)?;
+    let val = build(&val_cases, &config, &dir)?;
+    for warning in warnings(train.iter().map(|c| (c.name(), c.candidates())), &config.sampling) {
+        eprintln!("warning: {warning}");
+    }
     let text = config.to_toml();
     publish(&args.run.join(CONFIG), |file| file.write_all(text.as_bytes()))?;
-    Err(Error::Internal(format!(
-        "this build cannot train on {} and validate on {} cases",
+
+    let resume = args.resume.then(|| checkpoint::load(&last)).transpose()?;
+    let stop = interrupt::watch("the run is saved first")?;
+    say(format_args!(
+        "training on {} cases, validating on {}; results go to {}",
         train.len(),
-        val.len()
-    )))
+        val.len(),
+        args.run.display()
+    ));
+    let run = train::Run { config: &config, dir: &args.run, train: Arc::new(train), val: &val, resume, stop };
+    let mut screen = Screen::new(config.run.epochs);
+    let summary = run.train(&mut |event| screen.show(event))?;
+    screen.finish();
+    if !summary.finished {
+        say(format_args!(
+            "stopped after {} steps; go on with: spleen-hpc train --run {} --resume",
+            summary.step,
+            args.run.display()
+        ));
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    drop(val);
+    arena::trim();
+    scores(&args.run, &summary, &val_cases, &config, stop)
 }
 
-/// Numbers for the small phantoms on a few cores: the whole run takes minutes.
+/// Scores the best weights on the validation scans themselves, leaves masks, and says what to do next.
+fn scores(
+    run: &Path,
+    summary: &train::Summary,
+    cases: &[Case],
+    config: &Config,
+    stop: &AtomicBool,
+) -> Outcome {
+    let weights = summary.weights.display();
+    if let Some((dice, epoch)) = summary.best {
+        say(format_args!("best validation Dice on the network's grid: {dice:.4} in epoch {epoch}"));
+    }
+    let outcome = match cases {
+        [] => ExitCode::SUCCESS,
+        _ => {
+            let masks = run.join("masks");
+            evaluate::score(cases, &summary.weights, config, &run.join("eval"), Some(&masks), stop)?
+        }
+    };
+    say(format_args!("weights: {weights}"));
+    if !cases.is_empty() {
+        say(format_args!("masks:   {}", run.join("masks").display()));
+        say(format_args!("scores:  {}", run.join("eval").display()));
+    }
+    say(format_args!("next:    spleen-hpc infer --weights {weights} --out masks YOUR_SCANS"));
+    Ok(outcome)
+}
+
+/// The run on the screen: a bar over all steps, and a line an epoch.
+struct Screen {
+    bar: Option<Progress>,
+    epochs: usize,
+    begun: Instant,
+    /// Steps that were done before this call.
+    before: Option<usize>,
+    done: usize,
+    total: usize,
+}
+
+impl Screen {
+    fn new(epochs: usize) -> Self {
+        Screen { bar: None, epochs, begun: Instant::now(), before: None, done: 0, total: 0 }
+    }
+
+    fn show(&mut self, event: &train::Event) {
+        match *event {
+            train::Event::Step { epoch, done, total, loss } => {
+                self.before.get_or_insert(done - 1);
+                (self.done, self.total) = (done, total);
+                let bar = self.bar.get_or_insert_with(|| Progress::bar_only(total, "steps"));
+                bar.note(format!("epoch {epoch}/{} loss {loss:.4}", self.epochs));
+                bar.set(done, total);
+            }
+            train::Event::Epoch { epoch, loss, dice, best, patches_per_s } => {
+                let mut line = format!("epoch {epoch:>4}/{}  loss {loss:.4}", self.epochs);
+                if let Some(dice) = dice {
+                    line += &format!("  val Dice {dice:.4}{}", if best { " best" } else { "     " });
+                }
+                line += &format!("  {patches_per_s:.1} patches/s  ETA {}", self.eta());
+                match &self.bar {
+                    Some(bar) => bar.suspend(|| say(&line)),
+                    None => say(&line),
+                }
+            }
+        }
+    }
+
+    /// What is left at the pace so far, validation included.
+    fn eta(&self) -> String {
+        let steps = self.done - self.before.unwrap_or(0);
+        let seconds =
+            self.begun.elapsed().as_secs_f64() / steps.max(1) as f64 * (self.total - self.done) as f64;
+        indicatif::HumanDuration(Duration::from_secs_f64(seconds.ceil())).to_string()
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+}
+
+/// Numbers for the small phantoms on a few cores: the whole run takes minutes. Patches and windows are half as large
+/// as the bundle's, like the patients; ten times its learning rate suits a run a thirtieth as long.
 fn small_run() -> Overrides {
-    Overrides::default()
+    Overrides {
+        patch: Some([48; 3]),
+        roi: Some([48; 3]),
+        lr: Some(1e-3),
+        epochs: Some(60),
+        val_interval: Some(5),
+        ..Overrides::default()
+    }
 }
 
 /// The split that the numbers of a run ask for.

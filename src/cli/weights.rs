@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::Outcome;
 use super::network::Trained;
+use super::{Outcome, say};
 use crate::config::Overrides;
 use crate::nn::pt_write::{Wrap, write_pt};
 use crate::nn::weights::{Metadata, write_safetensors};
@@ -52,8 +52,8 @@ pub fn import(args: &ImportArgs) -> Outcome {
     }
     let trained = open(&args.weights, &args.out)?;
     save_safetensors(&trained, &args.out)?;
-    println!("{} arrays are in {}", trained.weights.len(), args.out.display());
-    println!("next: spleen-hpc infer --weights {} SCAN.nii.gz --out masks", args.out.display());
+    say(format_args!("{} arrays are in {}", trained.weights.len(), args.out.display()));
+    say(format_args!("next: spleen-hpc infer --weights {} SCAN.nii.gz --out masks", args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -69,7 +69,7 @@ pub fn export(args: &ExportArgs) -> Outcome {
         "pt" => write_pt(&args.out, &trained.weights, if args.wrap { Wrap::Model } else { Wrap::Bare })?,
         _ => save_safetensors(&trained, &args.out)?,
     }
-    println!("{} arrays are in {}", trained.weights.len(), args.out.display());
+    say(format_args!("{} arrays are in {}", trained.weights.len(), args.out.display()));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -137,13 +137,13 @@ pub struct Overrides {
     #[arg(long, value_name = "DIR", help_heading = "Cases")]
     pub data: Option<PathBuf>,
     /// Cases at the end of the sorted list that validate [default: 9, a fifth of a set below 45]
-    #[arg(long, value_name = "N", help_heading = "Cases")]
+    #[arg(long, value_name = "N", help_heading = "Split")]
     pub val_cases: Option<usize>,
     /// Cross-validation in this many folds instead of --val-cases
-    #[arg(long, value_name = "K", help_heading = "Cases")]
+    #[arg(long, value_name = "K", help_heading = "Split")]
     pub folds: Option<usize>,
     /// Which fold validates, counted from 0 [default: 0]
-    #[arg(long, value_name = "I", help_heading = "Cases")]
+    #[arg(long, value_name = "I", help_heading = "Split")]
     pub fold: Option<usize>,
     /// Surface distance in mm that counts as agreement [default: 3]
     #[arg(long, value_name = "MM", help_heading = "Labels and scores")]

@@ -93,9 +93,10 @@ pub fn test_images(dir: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
 pub fn expand_inputs(inputs: &[String]) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for input in inputs {
-        let path = Path::new(input);
+        // Without the `.` components, that one file has one place in the order.
+        let path: PathBuf = Path::new(input).components().collect();
         if path.exists() {
-            found.extend(volumes_at(path)?);
+            found.extend(volumes_at(&path)?);
             continue;
         }
         let options = glob::MatchOptions { require_literal_leading_dot: true, ..Default::default() };

@@ -20,15 +20,15 @@ pub mod resample;
 
 pub mod preprocess;
 
-pub mod publish;
+pub(crate) mod publish;
 
 pub mod dataset;
 
-pub mod cache;
+pub mod sampler;
 
 pub mod cache_file;
 
-pub mod sampler;
+pub mod cache;
 
 pub mod prefetch;
 

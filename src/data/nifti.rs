@@ -89,20 +89,24 @@ pub fn label_from(volume: &Volume<f32>, value: Option<f32>, path: impl AsRef<Pat
 
 /// Half a sentence on what a label holds besides 0 and 1.
 fn foreign_values(data: &[f32]) -> String {
-    const LISTED: usize = 8;
+    const LISTED: usize = 10;
+    /// A label map has hundreds of values, an image taken for one has any number.
+    const COUNTED: usize = 1000;
     let mut found: Vec<f32> = Vec::new();
-    for &v in data {
-        if !found.contains(&v) {
-            found.push(v);
-            if found.len() > LISTED {
-                break;
-            }
+    for runs in data.chunk_by(|a, b| a == b) {
+        if let Err(place) = found.binary_search_by(|v| v.total_cmp(&runs[0])) {
+            found.insert(place, runs[0]);
+        }
+        if found.len() > COUNTED {
+            break;
         }
     }
-    let more = if found.len() > LISTED { ", ..." } else { "" };
-    found.truncate(LISTED);
-    found.sort_by(f32::total_cmp);
-    let list = found.iter().map(f32::to_string).collect::<Vec<_>>().join(", ");
+    let list = found.iter().take(LISTED).map(f32::to_string).collect::<Vec<_>>().join(", ");
+    let more = match found.len() {
+        n if n <= LISTED => String::new(),
+        n if n <= COUNTED => format!(", ... ({n} values)"),
+        _ => format!(", ... (over {COUNTED} values)"),
+    };
     format!(
         "a label must hold 0 and 1 only, this one holds {list}{more}; name the spleen with --label-value N"
     )

@@ -143,8 +143,8 @@ impl Header {
         if (3000.0..3100.0).contains(&number(table.intent_code, 0)) {
             return Err("it is a CIFTI file, which holds no volume".into());
         }
-        let (shape, n_dims) = shape(std::array::from_fn(|i| number(table.dim, i)))?;
         let scalar = Scalar::from_code(number(table.datatype, 0))?;
+        let (shape, n_dims) = shape(std::array::from_fn(|i| number(table.dim, i)))?;
         let bits = number(table.bitpix, 0);
         if bits != 8.0 * scalar.bytes() as f64 {
             return Err(format!("its header gives {bits} bits to voxels of type {scalar:?}"));
@@ -386,7 +386,7 @@ fn pixdim(mut pixdim: [f64; 8]) -> Result<[f64; 8], String> {
     Ok(pixdim)
 }
 
-/// First byte of the voxels; 0 in a single file means right behind the header.
+/// First byte of the voxels; 0 in a single file means right behind the header (nibabel would read the header).
 fn vox_offset(offset: f64, pair: bool, table: &Fields) -> Result<u64, String> {
     let least = if pair { 0 } else { (table.size + 4) as u64 };
     if offset == 0.0 {

@@ -5,10 +5,9 @@ use std::path::Path;
 
 use flate2::{Compression, GzBuilder};
 
-use super::affine;
 use super::nifti_header::{Header, Scalar};
 use super::transpose::{Strides, gather};
-use super::volume::Volume;
+use super::volume::{Affine, Volume};
 use crate::error::{Error, Result};
 
 /// Masks deflate 100-fold at any level and CT hardly better at a higher one.
@@ -62,7 +61,7 @@ pub fn write_volume<T: Voxel>(path: impl AsRef<Path>, volume: &Volume<T>) -> Res
 }
 
 /// A header that says nothing but where the voxels lie.
-fn fresh_header(path: &Path, shape: [usize; 3], at: &affine::Matrix<4>, units: i32) -> Result<Header> {
+fn fresh_header(path: &Path, shape: [usize; 3], at: &Affine, units: i32) -> Result<Header> {
     let single = |v: f64| f64::from(v as f32);
     let mut header = Header {
         version: 1,

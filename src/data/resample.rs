@@ -174,6 +174,7 @@ impl Resampling {
     }
 
     /// Source coordinates (i, j, k), not clamped, of normalised output coordinates (i, j, k).
+    #[inline]
     fn source(&self, base: [f64; 3]) -> [f64; 3] {
         std::array::from_fn(|axis| {
             let t = &self.theta[2 - axis];
@@ -237,6 +238,8 @@ const OUTSIDE: usize = usize::MAX / 4;
 pub(super) struct Sampler<'a> {
     to: &'a Resampling,
     stored: Stored,
+    /// Stored voxels from one source index to the next, per axis.
+    stride: [usize; 3],
     base: [Vec<f64>; 3],
     /// Taps per axis, where each source axis depends on one output axis only: the same numbers, computed once.
     separable: Option<[Vec<Taps>; 3]>,
@@ -244,7 +247,9 @@ pub(super) struct Sampler<'a> {
 
 impl<'a> Sampler<'a> {
     pub fn new(to: &'a Resampling, stored: Stored) -> Sampler<'a> {
-        let mut sampler = Sampler { to, stored, base: to.out_shape.map(base), separable: None };
+        let [_, n1, n2] = stored.shape;
+        let stride = [n1 * n2, n2, 1];
+        let mut sampler = Sampler { to, stored, stride, base: to.out_shape.map(base), separable: None };
         let diagonal = (0..3).all(|r| (0..3).all(|c| r == c || to.theta[r][c] == 0.0));
         if to.identity || diagonal {
             sampler.separable = Some(std::array::from_fn(|axis| {
@@ -263,26 +268,25 @@ impl<'a> Sampler<'a> {
         Sampler::new(to, Stored { start: [0; 3], shape: to.in_shape })
     }
 
+    #[inline]
     fn taps_at(&self, axis: usize, x: f64) -> Taps {
         let last = self.to.in_shape[axis] - 1;
         let x = x.max(0.0).min(last as f64);
-        let low = x.floor();
+        // Not negative, so that truncation is the floor, without a call where the CPU's baseline has no such
+        // instruction.
+        let low = x as usize;
+        let part = x - low as f64;
+        let up = part > 0.5 || (part == 0.5 && low % 2 == 1);
         // A neighbour beyond the edge has weight 0; reading the edge in its place adds that 0.
-        let at = [low as usize, last.min(low as usize + 1)].map(|v| self.offset(axis, v));
-        Taps {
-            at,
-            weight: [low + 1.0 - x, x - low],
-            nearest: self.offset(axis, x.round_ties_even() as usize),
-        }
+        let at = [low, last.min(low + 1)].map(|v| self.offset(axis, v));
+        Taps { at, weight: [(low + 1) as f64 - x, part], nearest: at[usize::from(up)] }
     }
 
     /// Offset into the stored data of a source index on one axis.
+    #[inline]
     fn offset(&self, axis: usize, index: usize) -> usize {
-        let at = index as i64 - self.stored.start[axis];
-        if !(0..self.stored.shape[axis] as i64).contains(&at) {
-            return OUTSIDE;
-        }
-        at as usize * self.stored.shape[axis + 1..].iter().product::<usize>()
+        let at = (index as i64 - self.stored.start[axis]) as usize;
+        if at < self.stored.shape[axis] { at * self.stride[axis] } else { OUTSIDE }
     }
 
     #[inline]

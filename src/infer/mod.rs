@@ -2,8 +2,10 @@
 //!
 //! read -> preprocess -> windows -> blend -> softmax -> inverse resample + argmax -> write
 
+pub mod evaluate;
 pub mod importance;
 pub mod jobs;
 pub mod pipeline;
 pub mod predict;
 pub mod sliding_window;
+pub mod stages;

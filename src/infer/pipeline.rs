@@ -1,22 +1,22 @@
-//! Many scans through one network, with the next one read and the last one written meanwhile.
+//! Many scans to masks: read + preprocess | windows + softmax | inverse resample + argmax + write.
 //!
-//! Three threads, each holding at most one case and handing on at most one: read + preprocess | windows + softmax |
-//! inverse resample + argmax + write. The probabilities never exist on the native grid.
+//! The probabilities never exist on the native grid.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use serde::Serialize;
 
 use super::jobs::{Job, Style};
 use super::predict::{Network, probabilities};
+use super::stages::{self, Stages};
 use crate::config::{Preprocess, Window};
+use crate::data::affine::column_norms;
 use crate::data::nifti_header::Header;
 use crate::data::preprocess::{Geometry, Prepared, preprocess};
-use crate::data::volume::Affine;
 use crate::data::{nifti, nifti_write};
+use crate::metrics::overlap::voxel_ml;
 use crate::{Error, Result};
 
 /// What was found in one scan.
@@ -49,21 +49,6 @@ pub struct Seconds {
     pub write: f64,
 }
 
-/// A case that ended, well or not.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The scan.
-    pub input: PathBuf,
-    /// What was found, or why it could not be.
-    pub result: Result<Statistics>,
-}
-
-/// A case between two stages; `Err` passes through those that are left.
-struct Case<T> {
-    job: Job,
-    result: Result<T>,
-}
-
 /// After the first stage.
 struct Ready {
     header: Header,
@@ -80,49 +65,23 @@ struct Predicted {
     network_s: f64,
 }
 
-/// Segments every job; `done` is told of each as it ends, in order. An error of one case does not keep the others.
+/// Segments every job; `done` is told of each as it ends, in order. An error of one scan does not keep the others.
 ///
-/// When `stop` becomes true no further case is begun, and those under way are finished.
-pub fn run(
+/// When `stop` becomes true no further scan is begun, those under way are finished, and the answer is shorter.
+pub fn segment(
     jobs: &[Job],
     network: &Network,
-    numbers: (&Preprocess, &Window),
+    (transform, window): (&Preprocess, &Window),
     style: Style,
     stop: &AtomicBool,
-    mut done: impl FnMut(&Outcome) + Send,
-) -> Vec<Outcome> {
-    let (transform, window) = numbers;
-    // A rendezvous: a finished case waits in its own stage, so that no more than three are in memory.
-    let (to_network, ready) = sync_channel(0);
-    let (to_writer, predicted) = sync_channel(0);
-    std::thread::scope(|scope| {
-        scope.spawn(move || read_all(jobs, transform, stop, &to_network));
-        let writer = scope.spawn(move || {
-            let mut outcomes = Vec::new();
-            for case in predicted {
-                let outcome = finish(case, style);
-                done(&outcome);
-                outcomes.push(outcome);
-            }
-            outcomes
-        });
-        predict_all(ready, network, window, &to_writer);
-        drop(to_writer);
-        writer.join().expect("a stage returns its errors")
-    })
-}
-
-fn read_all(jobs: &[Job], transform: &Preprocess, stop: &AtomicBool, next: &SyncSender<Case<Ready>>) {
-    for job in jobs {
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-        let case = Case { job: job.clone(), result: read(job, transform) };
-        // The receiver is gone only when its thread panicked, which the scope reports.
-        if next.send(case).is_err() {
-            return;
-        }
-    }
+    done: impl FnMut(&Job, &Result<Statistics>) + Send,
+) -> Vec<Result<Statistics>> {
+    let stages = Stages {
+        read: |job: &Job| read(job, transform),
+        predict: |ready: Ready| predict(ready, network, window),
+        finish: |job: &Job, predicted: Predicted| write(job, predicted, style),
+    };
+    stages::run(jobs, stop, stages, done)
 }
 
 fn read(job: &Job, transform: &Preprocess) -> Result<Ready> {
@@ -132,29 +91,11 @@ fn read(job: &Job, transform: &Preprocess) -> Result<Ready> {
     Ok(Ready { header: file.header, prepared, read_s: start.elapsed().as_secs_f64() })
 }
 
-fn predict_all(
-    ready: Receiver<Case<Ready>>,
-    network: &Network,
-    window: &Window,
-    next: &SyncSender<Case<Predicted>>,
-) {
-    for Case { job, result } in ready {
-        let result = result.and_then(|Ready { header, prepared, read_s }| {
-            let start = Instant::now();
-            let probabilities = probabilities(network, &prepared.image, window)?;
-            let network_s = start.elapsed().as_secs_f64();
-            Ok(Predicted { header, geometry: prepared.geometry, probabilities, read_s, network_s })
-        });
-        if next.send(Case { job, result }).is_err() {
-            return;
-        }
-    }
-}
-
-fn finish(case: Case<Predicted>, style: Style) -> Outcome {
-    let Case { job, result } = case;
-    let result = result.and_then(|predicted| write(&job, predicted, style));
-    Outcome { input: job.input, result }
+fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted> {
+    let Ready { header, prepared: Prepared { image, geometry, .. }, read_s } = ready;
+    let start = Instant::now();
+    let probabilities = probabilities(network, &image.data, image.shape, window)?;
+    Ok(Predicted { header, geometry, probabilities, read_s, network_s: start.elapsed().as_secs_f64() })
 }
 
 fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
@@ -171,20 +112,9 @@ fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
         input: job.input.clone(),
         output: job.output.clone(),
         shape: case.header.shape,
-        spacing_mm: spacing_mm(&case.header.affine),
+        spacing_mm: column_norms(&case.header.affine),
         voxels,
         volume_ml: voxels as f64 * voxel_ml(&case.header.affine),
         seconds: Seconds { read: case.read_s, network: case.network_s, write: start.elapsed().as_secs_f64() },
     })
-}
-
-/// Column norms of the affine.
-fn spacing_mm(affine: &Affine) -> [f64; 3] {
-    std::array::from_fn(|c| (0..3).map(|r| affine[r][c].powi(2)).sum::<f64>().sqrt())
-}
-
-/// Volume of a voxel: the determinant, which also holds for sheared grids.
-pub(super) fn voxel_ml(affine: &Affine) -> f64 {
-    let [[a, b, c, _], [d, e, f, _], [g, h, i, _], _] = *affine;
-    (a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)).abs() / 1000.0
 }

@@ -5,7 +5,6 @@ use rayon::prelude::*;
 use super::sliding_window::sliding_window;
 use crate::Result;
 use crate::config::Window;
-use crate::data::volume::Volume;
 
 /// Background and organ.
 pub const CLASSES: usize = 2;
@@ -13,15 +12,20 @@ pub const CLASSES: usize = 2;
 /// A network in inference mode: (N,D,H,W) intensities and that shape in, (N,D,H,W,2) logits out.
 pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Vec<f32>> + Sync + 'a;
 
-/// Probabilities of background and organ a voxel, (D,H,W,2), on the grid of `image`: logits are blended first and
-/// go through the softmax once, as in the bundle.
+/// Probabilities of background and organ a voxel, (D,H,W,2), of an `image` of `shape` = (D,H,W): logits are blended
+/// first and go through the softmax once, as in the bundle.
 ///
 /// # Errors
 /// Those of the network, and [`crate::Error::Shape`] for logits of the wrong size.
-pub fn probabilities(network: &Network, image: &Volume<f32>, window: &Window) -> Result<Vec<f32>> {
+pub fn probabilities(
+    network: &Network,
+    image: &[f32],
+    shape: [usize; 3],
+    window: &Window,
+) -> Result<Vec<f32>> {
     let [d, h, w] = window.roi;
     let mut predict = |windows: &[f32], n: usize, _: usize| network(windows, [n, d, h, w]);
-    let mut logits = sliding_window(&image.data, image.shape, window, CLASSES, &mut predict)?;
+    let mut logits = sliding_window(image, shape, window, CLASSES, &mut predict)?;
     softmax(&mut logits);
     Ok(logits)
 }
@@ -31,8 +35,8 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
     probabilities.par_chunks_exact(CLASSES).map(|p| u8::from(p[1] > p[0])).collect()
 }
 
-/// Logits to probabilities, in place: exp(x - max) / sum, in float32 as torch does.
-fn softmax(logits: &mut [f32]) {
+/// Logits (.., 2) to probabilities, in place: exp(x - max) / sum, in float32 as torch does.
+pub fn softmax(logits: &mut [f32]) {
     logits.par_chunks_exact_mut(CLASSES).for_each(|x| {
         let max = x[0].max(x[1]);
         let exp = [(x[0] - max).exp(), (x[1] - max).exp()];
@@ -48,18 +52,14 @@ mod tests {
 
     #[test]
     fn probabilities_are_the_logistic_of_the_difference() {
-        let image = Volume {
-            shape: [1, 2, 3],
-            data: vec![-90.0, -1.5, 0.0, 0.25, 3.0, 200.0],
-            affine: [[0.0; 4]; 4],
-        };
+        let image = [-90.0, -1.5, 0.0, 0.25, 3.0, 200.0];
         let window = Window { roi: [2, 4, 4], overlap: 0.5, batch: 2, blend: Blend::Constant };
         let network = |x: &[f32], shape: [usize; 4]| {
             assert_eq!(x.len(), shape.iter().product::<usize>());
             Ok(x.iter().flat_map(|v| [0.5 * v, 1.5 * v]).collect())
         };
-        let p = probabilities(&network, &image, &window).unwrap();
-        for (p, &x) in p.chunks(2).zip(&image.data) {
+        let p = probabilities(&network, &image, [1, 2, 3], &window).unwrap();
+        for (p, x) in p.chunks(2).zip(image) {
             let organ = 1.0 / (1.0 + f64::from(-x).exp());
             // exp, sum and quotient: a few float32 roundings of a number below 1.
             assert!((f64::from(p[1]) - organ).abs() < 3e-7, "{x}: {} {organ}", p[1]);

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::pickle::Refusal;
+use super::pickle_class::Refusal;
 use super::state_dict::shown;
 
 /// An archive in memory.
@@ -19,6 +19,8 @@ pub(super) struct Archive<'a> {
 struct Entry {
     range: Range<usize>,
     crc: u32,
+    /// Neither compressed nor encrypted.
+    plain: bool,
 }
 
 /// Bytes of a central directory entry, a local header and the end record, without their names and comments.
@@ -43,23 +45,18 @@ impl<'a> Archive<'a> {
             let name_length = usize::from(u16_at(head, 28).ok_or(cut)?);
             let name = head.get(CENTRAL..CENTRAL + name_length).ok_or(cut)?;
             let name = String::from_utf8_lossy(name).into_owned();
-            let (flags, method) = (u16_at(head, 8).ok_or(cut)?, u16_at(head, 10).ok_or(cut)?);
-            if method != 0 || flags & 1 != 0 {
-                return Err(format!(
-                    "entry {} of the archive is compressed or encrypted, which torch.save never does: store it \
-                     plainly (unzip, then zip -0 -r)",
-                    shown(&name)
-                ));
-            }
+            // Refused when it is read: a TorchScript archive, to be named as such, compresses its code.
+            let plain = u16_at(head, 8).ok_or(cut)? & 1 == 0 && u16_at(head, 10) == Some(0);
             let crc = u32_at(head, 16).ok_or(cut)?;
-            let size = size_at(head, 24).filter(|&size| size_at(head, 20) == Some(size)).ok_or(cut)?;
+            let size =
+                size_at(head, 20).filter(|&size| !plain || size_at(head, 24) == Some(size)).ok_or(cut)?;
             let start = content_start(bytes, size_at(head, 42).ok_or(cut)?).ok_or(cut)?;
             let range = start..start.checked_add(size).filter(|&end| end <= bytes.len()).ok_or(cut)?;
             total += size;
             if total > bytes.len() {
                 return Err("entries of the zip archive overlap".into());
             }
-            entries.insert(name, Entry { range, crc });
+            entries.insert(name, Entry { range, crc, plain });
             let tail = usize::from(u16_at(head, 30).ok_or(cut)?) + usize::from(u16_at(head, 32).ok_or(cut)?);
             at += CENTRAL + name_length + tail;
         }
@@ -75,6 +72,13 @@ impl<'a> Archive<'a> {
     /// 0 then.
     pub(super) fn content(&self, name: &str) -> Result<Option<&'a [u8]>, Refusal> {
         let Some(entry) = self.entries.get(name) else { return Ok(None) };
+        if !entry.plain {
+            return Err(format!(
+                "its entry {} is compressed or encrypted, which torch.save never does: store it plainly (unzip, then \
+                 zip -0 -r)",
+                shown(name)
+            ));
+        }
         let content = &self.bytes[entry.range.clone()];
         let mut crc = flate2::Crc::new();
         crc.update(content);

@@ -3,6 +3,7 @@
 mod archive;
 pub mod checkpoint;
 pub mod pickle;
+pub mod pickle_class;
 pub mod pt_read;
 pub mod pt_write;
 pub mod state_dict;

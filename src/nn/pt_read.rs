@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::archive::Archive;
-use super::pickle::{self, Dtype, Id, Pickle, Refusal, Tensor, Value};
+use super::pickle::{self, Id, Pickle, Tensor, Value};
+use super::pickle_class::{Dtype, Refusal};
 use super::state_dict::{Array, StateDict, shown};
 use crate::error::{Error, Result};
 

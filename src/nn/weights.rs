@@ -5,11 +5,11 @@ use std::io::Read;
 use std::io::Write;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::json;
 
 use super::pt_read::{LEGACY_MAGIC, ZIP_MAGIC, read_pt};
-use super::state_dict::{Array, StateDict};
+use super::state_dict::{Array, StateDict, shown};
 use crate::data::publish::publish;
 use crate::error::{Error, Result};
 
@@ -77,7 +77,8 @@ pub fn read_safetensors(path: &Path) -> Result<(StateDict, Metadata)> {
 }
 
 pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict, Metadata)> {
-    let foreign = |e| {
+    let foreign = |e: SafeTensorError| {
+        let e = shown(&e.to_string());
         Error::file(
             path,
             format!("this is no safetensors file, or it is damaged or cut short ({e}): make it again"),
@@ -98,7 +99,12 @@ pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict,
             Dtype::F16 => Array::f32(shape, each(data, |b| half::f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => Array::f32(shape, each(data, |b| half::bf16::from_le_bytes(b).to_f32())),
             Dtype::I64 => Array::i64(shape, each(data, i64::from_le_bytes)),
-            other => return Err(Error::file(path, format!("tensor {name} is {other}, which no weight is"))),
+            other => {
+                return Err(Error::file(
+                    path,
+                    format!("tensor {} is {other}, which no weight is", shown(&name)),
+                ));
+            }
         };
         dict.insert(name, array)?;
     }

@@ -1,5 +1,5 @@
 //! Training: optimizer, steps, validation, checkpoints.
 
 pub mod optimizer;
-//pub mod run;
+pub mod run;
 pub mod trainer;

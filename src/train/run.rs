@@ -5,15 +5,14 @@
 
 use super::optimizer::Moments;
 use super::trainer::Trainer;
-use crate::config::{Config, Overrides};
+use crate::config::Config;
 use crate::data::cache_file::CachedCase;
 use crate::data::prefetch::Prefetcher;
 use crate::data::publish::publish;
 use crate::data::sampler::steps_per_epoch;
-use crate::data::volume::Volume;
 use crate::error::{Error, Result};
-use crate::infer::predict::{argmax, probabilities};
-use crate::metrics::overlap;
+use crate::infer::evaluate::grid_dice;
+use crate::metrics::overlap::mean_ignoring_nan;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{self, Checkpoint, CheckpointMeta, EpochRecord, Split};
 use crate::nn::weights::{Metadata, write_safetensors};
@@ -102,7 +101,7 @@ impl Run<'_> {
             epoch: 0,
             best_dice: None,
             best_epoch: None,
-            config: serde_json::to_value(Overrides::of(c)).map_err(|e| Error::Internal(e.to_string()))?,
+            config: c.record(),
             split: Split { train: names(&self.train), val: names(self.val) },
             commit: crate::COMMIT.into(),
             history: Vec::new(),
@@ -127,14 +126,16 @@ impl Run<'_> {
                 let batch = batches.next_batch()?;
                 let [d, h, w] = c.sampling.patch;
                 let n = batch.specs.len();
-                let loss = trainer.step(&batch.image, &batch.label, [n, d, h, w]).map_err(|e| self.diverged(e))?;
+                let loss =
+                    trainer.step(&batch.image, &batch.label, [n, d, h, w]).map_err(|e| self.diverged(e))?;
                 (patches, seconds) = (patches + n, seconds + begun.elapsed().as_secs_f64());
                 meta.epoch_losses.push(loss);
                 watch(&Event::Step { epoch, done: trainer.steps() as usize, total, loss });
             }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
-            let dice = if due && !self.val.is_empty() { Some(validate(&trainer.net, self.val, c)?) } else { None };
+            let dice =
+                if due && !self.val.is_empty() { Some(validate(&trainer.net, self.val, c)?) } else { None };
             // MONAI's CheckpointSaver: strictly better only.
             let best = dice.is_some_and(|d| meta.best_dice.is_none_or(|b| d > b));
             meta.epoch = epoch as u64;
@@ -231,11 +232,9 @@ fn names(cases: &[CachedCase]) -> Vec<String> {
 /// Those of the network.
 pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config) -> Result<f64> {
     let network = |x: &[f32], shape: [usize; 4]| Ok(net.infer(x, shape)?.data().to_vec());
-    let mut dice = Vec::new();
-    for case in cases {
-        let image = Volume { shape: case.shape(), data: case.image_f32(), affine: *case.affine() };
-        let mask = argmax(&probabilities(&network, &image, &config.window)?);
-        dice.push(overlap::dice(&mask, case.label()));
-    }
-    Ok(overlap::mean(&dice))
+    let dice = |case: &CachedCase| {
+        grid_dice(&network, (&case.image_f32(), case.label()), case.shape(), &config.window)
+    };
+    let dice: Vec<f32> = cases.iter().map(dice).collect::<Result<_>>()?;
+    Ok(mean_ignoring_nan(&dice).0.into())
 }

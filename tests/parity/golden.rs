@@ -27,8 +27,10 @@ pub struct File {
     pub name: String,
     /// `params` of index.json: the hash seed, network, loss, optimizer and hash inputs.
     pub params: Value,
-    /// `text` of index.json: what is in the file, in words.
+    /// What index.json says about the whole file.
     pub text: String,
+    /// What it says about single tensors.
+    about: BTreeMap<String, String>,
     /// Name patterns of tensors that are given.
     inputs: Vec<String>,
     bytes: Vec<u8>,
@@ -87,7 +89,9 @@ impl File {
         let inputs = index["inputs"].as_array().into_iter().flatten();
         let inputs = inputs.filter_map(|v| v.as_str().map(str::to_owned)).collect();
         let text = index["text"].as_str().unwrap_or_default().to_owned();
-        Ok(File { name, params: index["params"].clone(), text, inputs, bytes, tensors })
+        let about = index["tensors"].as_object().into_iter().flatten();
+        let about = about.map(|(n, v)| (n.clone(), v[2].as_str().unwrap_or_default().to_owned())).collect();
+        Ok(File { name, params: index["params"].clone(), text, about, inputs, bytes, tensors })
     }
 
     /// The stored tensor of exactly this name (`NAME`, `NAME#digest` or `NAME#samples`).
@@ -104,6 +108,17 @@ impl File {
     /// The type of a whole stored tensor.
     pub fn dtype(&self, name: &str) -> Option<Dtype> {
         self.tensors.get(name).map(|t| t.0)
+    }
+
+    /// What index.json says about a tensor, in whatever form it is stored.
+    pub fn about(&self, base: &str) -> &str {
+        let forms = ["", "#digest", "#samples"].map(|form| format!("{base}{form}"));
+        forms
+            .iter()
+            .filter_map(|f| self.about.get(f))
+            .map(String::as_str)
+            .find(|t| !t.is_empty())
+            .unwrap_or_default()
     }
 
     /// Names without `#digest` and `#samples`, each once, sorted.
@@ -125,6 +140,12 @@ impl File {
     pub fn seed(&self) -> Outcome<u64> {
         self.params["seed"].as_u64().ok_or_else(|| format!("{}: index.json has no seed", self.name).into())
     }
+}
+
+/// The numbers of the bracket that follows `marker` in a description: `numbers("pixdim=(1.5,2)", "pixdim=")`.
+pub fn numbers(text: &str, marker: &str) -> Option<Vec<f64>> {
+    let list = text.split_once(marker)?.1.trim_start().strip_prefix('(')?.split_once(')')?.0;
+    Some(list.split(',').map_while(|n| n.trim().parse().ok()).collect())
 }
 
 /// Whether `name` fits a pattern of index.json: `*` and `<anything>` stand for any characters, also none.

@@ -114,8 +114,16 @@ impl Ledger {
     }
 
     /// Compares two tensors where the golden one is not in a safetensors file (a saved NIfTI, a JSON curve).
-    pub fn compare_with(&mut self, what: &str, got: &Tensor, want: &Tensor, tolerance: Tolerance) {
-        self.push(what.to_owned(), tolerance, against_whole(got, want, tolerance, &[]), 0);
+    pub fn compare_with(
+        &mut self,
+        what: &str,
+        got: &Tensor,
+        want: &Tensor,
+        tolerance: Tolerance,
+        tie: impl Fn(usize) -> bool,
+    ) {
+        let ties: Vec<usize> = (0..got.data.len()).filter(|&i| tie(i)).collect();
+        self.push(what.to_owned(), tolerance, against_whole(got, want, tolerance, &ties), ties.len());
     }
 
     /// Outputs of `file` that fit `pattern` are not recomputed, for this reason.

@@ -5,7 +5,7 @@ use spleen_hpc::ops::dice_ce::{Real, dice_ce, dice_ce_backward};
 use spleen_hpc::tensor::Shape;
 
 use crate::Outcome;
-use crate::golden::{File, Golden};
+use crate::golden::Golden;
 use crate::layout::{channels_first, channels_last, shape};
 use crate::ledger::Ledger;
 use crate::tensor::{Elem, Tensor};

@@ -2,7 +2,7 @@
 //! that are right, wrong and missing. A ledger that cannot fail proves nothing.
 
 use crate::Outcome;
-use crate::golden::{Golden, fits};
+use crate::golden::{Golden, fits, numbers};
 use crate::hash;
 use crate::ledger::Ledger;
 use crate::output::Output;
@@ -13,6 +13,7 @@ use crate::tolerance::{EXACT, Tolerance};
 pub fn run() -> Outcome<()> {
     vectors();
     patterns();
+    strides();
     verdicts()
 }
 
@@ -29,7 +30,17 @@ fn vectors() {
 fn patterns() {
     assert!(fits("*.p<k>_init", "adam32.p3_init") && !fits("*.p<k>_init", "adam32.p3_1"));
     assert!(fits("x", "x") && !fits("x", "xx") && fits("init.*", "init.") && !fits("*.w", "w"));
+    assert_eq!(numbers("Spacing(pixdim=(1.5,2, 3.0), mode)", "pixdim="), Some(vec![1.5, 2.0, 3.0]));
     assert!(!fits("aba*aba", "aba") && fits("a*b*c", "a1b2b3c"));
+}
+
+fn strides() {
+    let t = Tensor::new(&[2, 1, 3, 2, 3], &(0..36).collect::<Vec<i64>>());
+    let s = t.strided(2);
+    assert_eq!(
+        (s.shape, s.data),
+        (vec![2, 1, 2, 1, 2], [0, 2, 12, 14, 18, 20, 30, 32].map(f64::from).to_vec())
+    );
 }
 
 /// Writes a folder with one tensor in each form and compares right, slightly wrong and wrong tensors with it.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::ledger::{Ledger, Row};
 
 /// Failures shown a group: enough to see the pattern of a bug.
-const SHOWN: usize = 40;
+const SHOWN: usize = 12;
 
 /// One line a (group, tolerance): tensors, worst error and how much of its bound it uses, verdict.
 pub fn print(ledger: &Ledger, groups: &[&'static str]) {

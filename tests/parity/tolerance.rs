@@ -1,5 +1,7 @@
 //! Every tolerance of the replay, with its reason. Nothing is compared against a number that does not stand here.
 
+use spleen_hpc::config::Optimizer;
+
 /// How far a recomputed tensor may lie from the golden one.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
@@ -153,3 +155,64 @@ pub const MARGIN: Tolerance = Tolerance::abs("smallest margin, 1e-5", MASK_TIE);
 /// torch in float64, torch's float32 deviates by up to 1.25e-6 of the norm and ours by up to 1.42e-6; both together
 /// by up to 1.7e-6 where each alone is within the 1.4e-6 of activations.
 pub const BLENDED_LOGITS: Tolerance = Tolerance::norm("blended logits, 2e-6 of the norm", 2e-6);
+
+/// Affines, coordinates and grid parameters: float64 products and solves of 4x4 matrices with entries up to a few
+/// hundred mm, each off by a few 1e-14, in another order than LAPACK's.
+pub const GEOMETRY: Tolerance = Tolerance::abs("1e-10 (float64 geometry)", 1e-10).tight_digest();
+
+/// Resampled intensities: MONAI's float64 sums rounded to float32. Where the float64 values differ by their last bits,
+/// the rounding may fall to the neighbouring float32: one unit, 1.2e-7 of the largest magnitude.
+pub const RESAMPLED: Tolerance = Tolerance::rel("1.2e-7 of max (one float32)", 1.2e-7);
+
+/// Scaled intensities: one float32 unit of the resampled HU (1.2e-4 at 1024 to 2048 HU), divided by a window of
+/// a few hundred HU.
+pub const SCALED: Tolerance = Tolerance::abs("6e-7 (one float32 of the HU)", 6e-7);
+
+/// Probabilities: exp, sum and quotient in float32, each within one unit (6e-8 below 1) of torch's.
+pub const PROBABILITY: Tolerance = Tolerance::abs("2.5e-7 (float32 softmax)", 2.5e-7);
+
+/// Voxels whose two probabilities are closer than the error of both are a draw that rounding decides.
+pub const DRAW: f32 = 5e-7;
+
+/// Surface distances and their quantiles: float64 square roots rounded to float32, at most one unit apart; means are
+/// summed by torch in float32, where a few thousand terms leave some 1e-7.
+pub const SURFACE: Tolerance = Tolerance::rel("1e-6 of value (float32 means)", 1e-6);
+
+/// The mean of a dozen float32 Dice values, summed by torch in float32.
+pub const MEAN_DICE: Tolerance = Tolerance::abs("2e-7 (float32 mean)", 2e-7);
+
+/// A saved header's float fields: float32 roundings of geometry that agrees to 1e-10.
+pub const HEADER: Tolerance = Tolerance::rel("1.2e-7 of max (float32 header)", 1.2e-7);
+
+/// A coordinate this close to half a voxel (unit: voxels) goes either way: MANIFEST, "labels and masks".
+pub const TIE: f64 = 1e-9;
+
+/// Losses of replayed batches: about twice what torch itself deviates by, with one thread or in float64, over 40
+/// steps (convergence/README.md).
+pub fn replayed_losses(optimizer: Optimizer, lr: f64) -> Tolerance {
+    match optimizer {
+        Optimizer::Novograd => Tolerance::abs("replayed losses, Novograd 1.5e-3", 1.5e-3),
+        Optimizer::Adam if lr > 1e-4 => Tolerance::abs("replayed losses, Adam 1e-3", 1e-3),
+        Optimizer::Adam => Tolerance::abs("replayed losses, Adam 1.5e-4", 1.5e-4),
+    }
+}
+
+/// The end of a whole run, where trajectories have parted: the level of the loss.
+pub fn last_losses(optimizer: Optimizer) -> Tolerance {
+    match optimizer {
+        Optimizer::Adam => Tolerance::rel("last losses, Adam 20 %", 0.2),
+        Optimizer::Novograd => Tolerance::rel("last losses, Novograd 30 %", 0.3),
+    }
+}
+
+/// Validation Dice after a whole run: two seeds of one setting differ by as much (convergence/README.md).
+pub const FINAL_DICE: Tolerance = Tolerance::abs("final Dice, 0.06", 0.06);
+
+/// Logits of a trained network on a volume preprocessed here: as [`BLENDED_LOGITS`].
+pub const TRAINED_LOGITS: Tolerance = Tolerance::norm("trained logits, 2e-6 of the norm", 2e-6);
+
+/// Its probabilities: a logit difference that is off by 1e-5 moves a probability by a quarter of that.
+pub const TRAINED_PROBABILITY: Tolerance = Tolerance::abs("trained probabilities, 2.5e-6", 2.5e-6);
+
+/// Scores of a mask: those of MONAI, rounded to float32, where the mask is MONAI's.
+pub const SCORE: Tolerance = Tolerance::rel("scores, float32", 1.2e-7);

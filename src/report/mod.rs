@@ -1,0 +1,3 @@
+//! What a run leaves for people and other programs to read.
+
+pub mod csv;

@@ -1,0 +1,262 @@
+//! Odd, foreign and broken files: every one is read right or refused in a sentence, and none can do harm.
+
+use std::path::{Path, PathBuf};
+
+use nifti::{NiftiObject, NiftiVolume, RandomAccessNiftiVolume};
+use spleen_hpc::data::nifti as ours;
+use spleen_hpc::data::nifti_write::{write_mask, write_volume};
+use spleen_hpc::data::volume::Volume;
+use spleen_hpc::rng::Philox;
+
+/// What reading a file must give: its shape and the sum of its voxels (nibabel 5.4), or a part of the sentence.
+enum Want {
+    Read([usize; 3], f64),
+    Refuse(&'static str),
+}
+use Want::{Read, Refuse};
+
+const TABLE: &[(&str, Want)] = &[
+    ("example_mr_sm.nii.gz", Read([117, 91, 20], 41_238_711.0)),
+    ("nibabel/analyze.hdr", Refuse("Analyze 7.5")),
+    ("nibabel/anatomical.nii", Read([33, 41, 25], 284_166_082.0)),
+    ("nibabel/example4d.nii.gz", Refuse("4-dimensional data (128x96x24x2)")),
+    ("nibabel/example_nifti2.nii.gz", Refuse("4-dimensional data (32x20x12x2)")),
+    ("nibabel/functional.nii", Refuse("4-dimensional data (17x21x3x20)")),
+    ("nibabel/nifti1.hdr", Refuse("no .img file beside it")),
+    ("nibabel/nifti2.hdr", Refuse("no .img file beside it")),
+    ("nibabel/reoriented_anat_moved.nii", Read([21, 26, 22], 32_739_769.449_157_715)),
+    ("nibabel/resampled_anat_moved.nii", Refuse("153 of its 1071 voxels are NaN or infinite")),
+    ("nibabel/row_major.dconn.nii", Refuse("CIFTI")),
+    ("nibabel/standard.nii.gz", Read([4, 5, 7], 7650.0)),
+    ("nibabel/test.mgz", Refuse("FreeSurfer MGH")),
+    ("nifti-rs/27_float32.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_float64.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_int16.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_int32.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_int64.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_int8.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_uint16.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_uint32.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_uint64.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/27_uint8.nii", Read([3, 3, 3], 351.0)),
+    ("nifti-rs/complex_complex32.nii", Refuse("complex")),
+    ("nifti-rs/complex_complex64.nii", Refuse("complex")),
+    ("nifti-rs/f32.nii.gz", Read([11, 11, 11], 166.000_000_715_255_74)),
+    ("nifti-rs/fuzz_artifacts_crash-1.nii", Refuse("not a NIfTI file")),
+    (
+        "nifti-rs/fuzz_artifacts_crash-ed7d46344d7efb3b9f0c374d66d2e02f66cc447d.nii",
+        Refuse("not a NIfTI file"),
+    ),
+    ("nifti-rs/minimal.hdr", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal.img", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal.img.gz", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal.nii", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal.nii.gz", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal2.hdr", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal2.img.gz", Read([64, 64, 10], 1_290_240.0)),
+    ("nifti-rs/minimal_extended_hdr.nii", Refuse("an image (8x8) and not a 3-D volume")),
+    ("nifti-rs/rgb_3D.nii", Refuse("colours")),
+    ("nifti-rs/rgb_4D.nii", Refuse("colours")),
+    ("nifti-rs/rgba_4D.nii", Refuse("colours")),
+    ("nifti-rs/zstat1.nii.gz", Read([64, 64, 21], 11_648.372_022_011_292)),
+    ("niivue/FLAIR.nrrd", Refuse("NRRD")),
+    ("niivue/complex.nii.gz", Refuse("complex")),
+    ("niivue/ct_perfusion.nii.gz", Refuse("colours")),
+    ("niivue/draw.nii.gz", Read([79, 67, 64], 1337.0)),
+    ("niivue/hippo.nii.gz", Read([91, 109, 91], 4698.0)),
+    ("niivue/labels256.nii.gz", Read([256, 256, 256], 1_839_145.0)),
+    ("niivue/ras.hdr", Read([62, 41, 34], 15_024_169.0)),
+    ("niivue/ras.img", Read([62, 41, 34], 15_024_169.0)),
+];
+
+fn odd_folder() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data/odd");
+    let there = folder.is_dir();
+    if !there {
+        println!("skipped: {} is not there", folder.display());
+    }
+    there.then_some(folder)
+}
+
+#[test]
+fn every_odd_file_is_read_right_or_refused_in_a_sentence() {
+    let Some(folder) = odd_folder() else { return };
+    for (name, want) in TABLE {
+        let path = folder.join(name);
+        match (ours::read(&path), want) {
+            (Ok(file), Read(shape, sum)) => {
+                let got: f64 = file.volume.data.iter().map(|&v| f64::from(v)).sum();
+                assert_eq!(file.volume.shape, *shape, "{name}");
+                // Both sums are of the same float32 voxels, in another order.
+                assert!((got - sum).abs() <= 1e-9 * sum.abs(), "{name}: sum {got}, want {sum}");
+            }
+            (Err(error), Refuse(part)) => {
+                let sentence = error.to_string();
+                assert!(sentence.contains(part), "{name}: {sentence}");
+                assert!(sentence.contains(&folder.display().to_string()), "names no file: {sentence}");
+                assert!(!sentence.contains('\n'), "more than a sentence: {sentence}");
+                assert_eq!(error.exit_code(), 2, "{name}");
+            }
+            (Ok(_), Refuse(part)) => panic!("{name} was read; wanted a refusal with {part:?}"),
+            (Err(error), Read(..)) => panic!("{error}"),
+        }
+    }
+}
+
+#[test]
+fn the_ten_scalar_types_hold_0_to_26() {
+    let Some(folder) = odd_folder() else { return };
+    for name in
+        ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64"]
+    {
+        let volume = ours::read(folder.join(format!("nifti-rs/27_{name}.nii"))).expect(name).volume;
+        // They count with k fastest, which is our order and not the file's.
+        let want: Vec<f32> = (0..27).map(|v| v as f32).collect();
+        assert_eq!(volume.data, want, "{name}");
+    }
+}
+
+/// The `nifti` crate as a second opinion on every voxel of the files that it can read.
+#[test]
+fn voxels_agree_with_an_independent_reader() {
+    let Some(folder) = odd_folder() else { return };
+    let mut compared = 0;
+    for (name, want) in TABLE {
+        let (Read(..), Ok(theirs)) = (want, nifti::ReaderOptions::new().read_file(folder.join(name))) else {
+            continue;
+        };
+        let mine = ours::read(folder.join(name)).expect(name).volume;
+        let theirs = theirs.into_volume();
+        let [ni, nj, nk] = mine.shape;
+        assert_eq!(theirs.dim(), [ni as u16, nj as u16, nk as u16], "{name}");
+        // Their access is slow: up to 5000 voxels spread over the volume.
+        let stride = (mine.len() / 5000).max(1);
+        for at in (0..mine.len()).step_by(stride) {
+            let voxel = [(at / (nj * nk)) as u16, (at / nk % nj) as u16, (at % nk) as u16];
+            let want = theirs.get_f64(&voxel).expect("inside") as f32;
+            // They scale in the stored type; none of these files is scaled, so equality is exact.
+            assert_eq!(mine.data[at], want, "{name} at {voxel:?}");
+        }
+        compared += 1;
+    }
+    assert!(compared >= 15, "only {compared} files compared");
+}
+
+/// A small valid file of either version, as bytes.
+fn specimen(folder: &Path, version: u8) -> Vec<u8> {
+    let affine = [[0.0, -2.0, 0.0, 10.0], [1.5, 0.0, 0.0, -20.0], [0.0, 0.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0]];
+    let volume = Volume { shape: [3, 4, 5], data: (0..60).collect::<Vec<i16>>(), affine };
+    let path = folder.join("specimen.nii");
+    write_volume(&path, &volume).expect("written");
+    if version == 2 {
+        let mut header = ours::read_header(&path).expect("own file");
+        header.version = 2;
+        write_mask(&path, &header, &[1; 60]).expect("written");
+    }
+    std::fs::read(&path).expect("own file")
+}
+
+/// Reading must not panic, and must give the same twice.
+fn read_twice(path: &Path, bytes: &[u8]) -> Result<ours::Nifti, String> {
+    std::fs::write(path, bytes).expect("a temporary file");
+    let read = || ours::read(path).map_err(|e| e.to_string());
+    let (a, b) = (read(), read());
+    assert_eq!(format!("{a:?}"), format!("{b:?}"));
+    if let Ok(file) = &a {
+        assert_eq!(file.volume.len(), file.volume.shape.iter().product::<usize>());
+        assert!(file.volume.data.iter().all(|v| v.is_finite()));
+    }
+    a
+}
+
+#[test]
+fn mutated_files_never_panic() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut read = 0;
+    for version in [1, 2] {
+        let good = specimen(folder.path(), version);
+        let mut zipped = Vec::new();
+        let mut gz = flate2::read::GzEncoder::new(&good[..], flate2::Compression::fast());
+        std::io::Read::read_to_end(&mut gz, &mut zipped).expect("in memory");
+        for (kind, whole) in [(0, &good), (1, &zipped)] {
+            let mut rng = Philox::keyed(11, &[u64::from(version), kind]);
+            for name in ["m.nii", "m.img"].iter().cycle().take(400) {
+                let mut bytes = whole.clone();
+                for _ in 0..=rng.below(3) {
+                    let at = rng.below(bytes.len() as u64) as usize;
+                    bytes[at] = match rng.below(4) {
+                        0 => 0,
+                        1 => 0xff,
+                        2 => bytes[at] ^ 1 << rng.below(8),
+                        _ => rng.next_u32() as u8,
+                    };
+                }
+                if rng.below(4) == 0 {
+                    bytes.truncate(rng.below(bytes.len() as u64) as usize);
+                }
+                // An .img needs its .hdr: here the mutant serves as both.
+                if *name == "m.img" {
+                    std::fs::write(folder.path().join("m.hdr"), &bytes).expect("a temporary file");
+                }
+                read += usize::from(read_twice(&folder.path().join(name), &bytes).is_ok());
+            }
+        }
+    }
+    // Many mutations hit voxels or unused fields: if none were read, the test would prove nothing.
+    assert!(read > 200, "only {read} mutants were readable");
+}
+
+#[test]
+fn lying_headers_are_refused_before_memory_is_taken() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("liar.nii");
+    let good = specimen(folder.path(), 1);
+    let with = |at: usize, value: &[u8]| {
+        let mut bytes = good.clone();
+        bytes[at..at + value.len()].copy_from_slice(value);
+        bytes
+    };
+    let dims = |d: [i16; 4]| with(40, &d.map(i16::to_le_bytes).concat());
+    let one_way = [1.5f32, 2.0, 3.0].map(f32::to_le_bytes).concat();
+    let cases: Vec<(Vec<u8>, &str)> = vec![
+        (dims([3, 32767, 32767, 32767]), "but the file has"),
+        (dims([3, 0, 4, 5]), "at least 1"),
+        (dims([3, -3, 4, 5]), "at least 1"),
+        (dims([0, 3, 4, 5]), "counts 0 dimensions"),
+        (dims([9, 3, 4, 5]), "counts 9 dimensions"),
+        (dims([2, 3, 4, 5]), "an image (3x4)"),
+        (with(72, &8i16.to_le_bytes()), "8 bits to voxels of type I16"),
+        (with(108, &100f32.to_le_bytes()), "vox_offset is 100"),
+        (with(108, &f32::NAN.to_le_bytes()), "vox_offset is NaN"),
+        (with(108, &1e30f32.to_le_bytes()), "vox_offset is 1"),
+        (with(280, &f32::NAN.to_le_bytes()), "sform holds numbers that are not finite"),
+        // Three columns of the right length in one direction.
+        (with(280, &[&one_way[..], &[0; 36]].concat()), "singular"),
+        (with(112, &[2f32, f32::INFINITY].map(f32::to_le_bytes).concat()), "scl_inter is inf"),
+        (with(344, b"ni1\0"), "no .img file beside it"),
+        (good[..good.len() - 1].to_vec(), "cut off"),
+        (good[..300].to_vec(), "ends inside its 348-byte header"),
+        (good[..3].to_vec(), "too short"),
+        (Vec::new(), "too short"),
+    ];
+    for (bytes, part) in cases {
+        let error = read_twice(&path, &bytes).expect_err(part);
+        assert!(error.contains(part), "wanted {part:?}: {error}");
+    }
+
+    // Compressed, the size of the voxels is unknown; the claim is held against the most that deflate can do.
+    let mut zipped = Vec::new();
+    let liar = dims([3, 32767, 32767, 32767]);
+    let mut gz = flate2::read::GzEncoder::new(&liar[..], flate2::Compression::fast());
+    std::io::Read::read_to_end(&mut gz, &mut zipped).expect("in memory");
+    let error = read_twice(&path, &zipped).expect_err("a lie");
+    assert!(error.contains("can hold compressed"), "{error}");
+    // One flipped bit of the checksum.
+    let mut gz = flate2::read::GzEncoder::new(&good[..], flate2::Compression::fast());
+    zipped.clear();
+    std::io::Read::read_to_end(&mut gz, &mut zipped).expect("in memory");
+    let crc = zipped.len() - 8;
+    zipped[crc] ^= 1;
+    let error = read_twice(&path, &zipped).expect_err("a wrong checksum");
+    assert!(error.contains("gzip stream is damaged"), "{error}");
+}

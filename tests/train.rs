@@ -1,0 +1,126 @@
+//! Whole runs of a small network on a few phantoms: stopping and resuming anywhere leaves the same bytes, training
+//! lowers the loss, and a loss that is not a number stops with the last good checkpoint named.
+
+use spleen_hpc::config::{CacheDtype, Config, Recipe};
+use spleen_hpc::data::cache::{CacheParams, build_all};
+use spleen_hpc::data::cache_file::CachedCase;
+use spleen_hpc::data::dataset::training_cases;
+use spleen_hpc::data::phantom::{PhantomConfig, generate};
+use spleen_hpc::nn::checkpoint;
+use spleen_hpc::train::run::{BEST, Event, HISTORY, LAST, Run, Summary};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn config() -> Config {
+    let mut c = Config::for_recipe(Recipe::Seed);
+    c.net.channels = vec![4, 6, 8];
+    c.sampling.patch = [16, 20, 24];
+    c.window.roi = [48; 3];
+    c.optim.lr = 3e-3;
+    c.run.epochs = 4;
+    c.run.val_interval = 2;
+    c.seed = 5;
+    c
+}
+
+/// Cached phantoms, all in one temporary folder: (folder, training cases, validation cases).
+fn cases(dtype: CacheDtype) -> (tempfile::TempDir, Vec<CachedCase>, Vec<CachedCase>) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let data = dir.path().join("data");
+    generate(&data, &PhantomConfig { cases: 4, test_cases: 0, seed: 3, full: false }, &|_, _| {})
+        .expect("phantoms");
+    let found = training_cases(&data).expect("cases");
+    let params = CacheParams { preprocess: config().preprocess, label_value: None, dtype };
+    let mut train = build_all(&found, &params, &dir.path().join("cache"), &|_| {}).expect("a cache");
+    let val = train.split_off(3);
+    (dir, train, val)
+}
+
+/// Runs in `dir`, resuming if it holds a checkpoint, until `steps` optimizer steps of this call are done.
+fn run(
+    c: &Config,
+    dir: &Path,
+    train: &Arc<Vec<CachedCase>>,
+    val: &[CachedCase],
+    steps: usize,
+) -> (Summary, Vec<f64>) {
+    std::fs::create_dir_all(dir).expect("a run folder");
+    let last = dir.join(LAST);
+    let resume = last.exists().then(|| checkpoint::load(&last).expect("a checkpoint"));
+    let stop = AtomicBool::new(false);
+    let mut losses = vec![];
+    let run = Run { config: c, dir, train: Arc::clone(train), val, resume, stop: &stop };
+    let summary = run.train(&mut |event| {
+        if let Event::Step { loss, .. } = event {
+            losses.push(*loss);
+            stop.store(losses.len() >= steps, Ordering::Relaxed);
+        }
+    });
+    (summary.expect("a run"), losses)
+}
+
+#[test]
+fn a_run_stopped_anywhere_resumes_to_the_same_bytes() {
+    let (dir, train, val) = cases(CacheDtype::F16);
+    let (c, train) = (config(), Arc::new(train));
+    let whole = dir.path().join("whole");
+    let (summary, losses) = run(&c, &whole, &train, &val, usize::MAX);
+    assert!(summary.finished);
+    assert_eq!((summary.step, losses.len()), (8, 8), "4 epochs of 3 cases, 2 a step");
+    let read = |dir: &Path, name: &str| std::fs::read(dir.join(name)).expect(name);
+    for at in [1, 2, 3, 5] {
+        let parts = dir.path().join(format!("stopped at {at}"));
+        let (first, mut seen) = run(&c, &parts, &train, &val, at);
+        assert!(!first.finished && first.step == at as u64);
+        loop {
+            let (summary, losses) = run(&c, &parts, &train, &val, 2);
+            seen.extend(losses);
+            if summary.finished {
+                break;
+            }
+        }
+        assert_eq!(seen, losses, "stopped at {at}: losses");
+        for name in [LAST, BEST, HISTORY] {
+            assert!(read(&parts, name) == read(&whole, name), "stopped at {at}: {name} differs");
+        }
+    }
+}
+
+#[test]
+fn training_lowers_the_loss_and_f16_images_do_not_matter() {
+    let mut c = config();
+    c.run.epochs = 20;
+    c.sampling.shift_prob = 0.0;
+    let mut ends = vec![];
+    for dtype in [CacheDtype::F16, CacheDtype::F32] {
+        let (dir, train, val) = cases(dtype);
+        let (summary, losses) = run(&c, &dir.path().join("run"), &Arc::new(train), &val, usize::MAX);
+        let mean = |l: &[f64]| l.iter().sum::<f64>() / l.len() as f64;
+        let (start, end) = (mean(&losses[..5]), mean(&losses[35..]));
+        assert!(end < 0.8 * start, "{dtype:?}: loss {start} at first, {end} at the end");
+        ends.push((losses[0], end, summary.best.expect("a validated run").0));
+    }
+    let ((first16, end16, dice16), (first32, end32, dice32)) = (ends[0], ends[1]);
+    // Rounding a [0, 1] image to f16 moves a voxel by at most 2^-12: the first loss moves by about as much. Later
+    // the two runs are as two seeds would be, only closer.
+    assert!((first16 - first32).abs() < 2.5e-4, "first losses {first16} and {first32}");
+    assert!((end16 - end32).abs() < 0.1 * end32, "last losses {end16} and {end32}");
+    assert!((dice16 - dice32).abs() < 0.1, "Dice {dice16} and {dice32}");
+}
+
+#[test]
+fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
+    let (dir, train, val) = cases(CacheDtype::F32);
+    let (mut c, train) = (config(), Arc::new(train));
+    let folder = dir.path().join("run");
+    run(&c, &folder, &train, &val, 2);
+    let good = std::fs::read(folder.join(LAST)).expect("a checkpoint");
+    c.optim.lr = f64::INFINITY;
+    let stop = AtomicBool::new(false);
+    let resume = Some(checkpoint::load(&folder.join(LAST)).expect("a checkpoint"));
+    let run = Run { config: &c, dir: &folder, train: Arc::clone(&train), val: &val, resume, stop: &stop };
+    let error = run.train(&mut |_| {}).expect_err("weights that are infinite").to_string();
+    assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
+    assert!(std::fs::read(folder.join(LAST)).expect("still there") == good, "the checkpoint was overwritten");
+}
