@@ -6,14 +6,14 @@ use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
 use spleen_hpc::ops::conv3d::{Filter, conv3d};
 use spleen_hpc::ops::norm_prelu::{Affine, Statistics, norm_prelu};
 use spleen_hpc::ops::residual::materialize;
-use spleen_hpc::tensor::{Activation, Grads, Param, ParamId, Tape, ValueId};
+use spleen_hpc::tensor::{Activation, Grads, Param, ParamId, Tape, Tensor as Engine, ValueId};
 
 use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::layout::{to_engine, to_torch};
 use crate::ledger::Ledger;
 use crate::tensor::Tensor;
-use crate::tolerance::FLOAT32;
+use crate::tolerance::{FLOAT32, parameter_gradient};
 
 /// Every case of `ops`: an operation, by the start of its name, on `CASE.x`.
 pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
@@ -38,10 +38,10 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
 struct Case<'g> {
     file: &'g File,
     name: &'g str,
-    x: spleen_hpc::tensor::Tensor,
+    x: Engine,
     w: Option<Param>,
     b: Option<Param>,
-    dy: spleen_hpc::tensor::Tensor,
+    dy: Engine,
 }
 
 impl<'g> Case<'g> {
@@ -77,10 +77,13 @@ impl<'g> Case<'g> {
         tape.backward(&mut grads)?;
         let dx = grads.take(x).ok_or("no gradient reached x")?;
         ledger.compare(self.file, &name("dx"), &to_torch(&dx), FLOAT32);
+        let norm = |t: &Engine| t.data().iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let rms = norm(&self.x) / (self.x.data().len() as f64).sqrt();
+        let sums = parameter_gradient(rms, norm(&self.dy));
         for (param, part) in params.iter().zip(["dw", "db"]) {
             if let Some(param) = param {
                 let got = Tensor::new(&param.shape, grads.param(param.id));
-                ledger.compare(self.file, &name(part), &got, FLOAT32);
+                ledger.compare(self.file, &name(part), &got, sums);
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::ledger::Ledger;
 use crate::tensor::{Elem, Tensor};
-use crate::tolerance::{OPTIM_F32, OPTIM_F64, Tolerance};
+use crate::tolerance::{OPTIM_F32, Tolerance, float64_parameters};
 
 /// Every run of `optim`.
 pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
@@ -30,7 +30,7 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
                 }
             };
             if run[family.len()..].starts_with("64") {
-                replay(file, run, config, |t| t.data.clone(), OPTIM_F64, ledger)?;
+                replay(file, run, config, |t| t.data.clone(), float64_parameters(config.lr), ledger)?;
             } else {
                 replay(file, run, config, Tensor::to_f32, OPTIM_F32, ledger)?;
             }
