@@ -72,6 +72,14 @@ impl Error {
         move |source| Error::Io { path, action, source }
     }
 
+    /// Names the file that a message about its content ([`Error::Usage`]) does not name; others stay as they are.
+    pub fn in_file(self, path: impl AsRef<Path>) -> Self {
+        match self {
+            Error::Usage(what) => Error::file(path, what),
+            other => other,
+        }
+    }
+
     /// The process exit code: 2 for what the user can mend (input, flags), 1 for what went wrong inside,
     /// 130 as a shell has it for a command that was interrupted.
     pub fn exit_code(&self) -> u8 {

@@ -231,3 +231,13 @@ fn a_folder_is_reused_finished_or_refused() {
     assert!(message.contains("not empty"), "{message}");
     assert_eq!(std::fs::read_dir(&foreign).unwrap().count(), 1, "a refused folder was written to");
 }
+
+/// A process killed before the first file was whole must not leave a folder that nothing can be made in.
+#[test]
+fn what_a_killed_process_was_writing_is_no_reason_to_refuse() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join(".writing-Xq3f"), "{\"gener").unwrap();
+    let config = PhantomConfig { cases: 1, test_cases: 0, ..SMALL };
+    generate(dir.path(), &config, &|_, _| {}).expect("a set");
+    assert!(dir.path().join("dataset.json").is_file());
+}

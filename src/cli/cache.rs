@@ -47,6 +47,7 @@ pub fn build(cases: &[Case], config: &Config, dir: &Path) -> Result<Vec<CachedCa
     };
     let progress = Progress::new(cases.len(), "cases prepared");
     let cached = cache::build_all(cases, &params, dir, &|step| {
+        progress.suspend(|| step.warnings.iter().for_each(|warning| eprintln!("warning: {warning}")));
         let why = step.prepared.map_or("cached".to_owned(), |why| format!("prepared: {why}"));
         progress.note(format!("{} {why}", step.name));
         progress.set(step.done, step.total);

@@ -94,7 +94,10 @@ pub fn score(
     let mut ended = 0;
     let results = evaluate(cases, &progress.counting(&network), config, masks, stop, |case, result| {
         progress.suspend(|| match result {
-            Ok(scores) => say(line(scores)),
+            Ok(scores) => {
+                scores.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                say(line(scores));
+            }
             Err(err) => eprintln!("error: {}: {err}", case.name),
         });
         ended += 1;

@@ -65,7 +65,10 @@ pub fn run(args: &Args) -> Outcome {
         stop,
         |_, result| {
             progress.suspend(|| match result {
-                Ok(found) => say(format_args!("{}: {:.1} ml", found.output.display(), found.volume_ml)),
+                Ok(found) => {
+                    found.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                    say(format_args!("{}: {:.1} ml", found.output.display(), found.volume_ml));
+                }
                 Err(err) => eprintln!("error: {err}"),
             });
             ended += 1;

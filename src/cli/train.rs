@@ -184,6 +184,11 @@ impl Screen {
                 bar.note(format!("epoch {epoch}/{} loss {loss:.4}", self.epochs));
                 bar.set(done, total);
             }
+            train::Event::Validation { epoch } => {
+                if let Some(bar) = &self.bar {
+                    bar.note(format!("epoch {epoch}/{} validates", self.epochs));
+                }
+            }
             train::Event::Epoch { epoch, loss, dice, best, patches_per_s } => {
                 // Columns stay where they are in epochs that are not validated.
                 let dice = dice.map_or(String::new(), |dice| {

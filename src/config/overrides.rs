@@ -38,7 +38,7 @@ pub struct Overrides {
     /// Crop to the bounding box of scaled intensity > 0 [seed: true; 0.3.6, 0.5.9: false]
     #[arg(long, value_name = "true|false", help_heading = "Preprocessing")]
     pub crop_foreground: Option<bool>,
-    /// The label value that is the organ [default: 1, in labels of 0 and 1]
+    /// The label value that is the organ [default: 1, and labels with other values than 0 and 1 are refused]
     #[arg(long, value_name = "X", help_heading = "Labels and scores")]
     pub label_value: Option<f32>,
     /// Precision of cached images [default: f16]

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rayon::prelude::*;
 
 use super::dataset::Case;
-use super::{nifti, preprocess, publish};
+use super::{nifti, publish, scan};
 use crate::error::{Error, Result};
 
 pub use super::cache_file::{CacheParams, CachedCase, Image, Made, Source, candidates};
@@ -39,6 +39,8 @@ pub struct Progress<'a> {
     pub name: &'a str,
     /// Why it was prepared; `None`: its cache file was good.
     pub prepared: Option<&'a str>,
+    /// What was mended while it was prepared, a sentence each.
+    pub warnings: &'a [String],
 }
 
 /// Opens or prepares every case; the result is in the order of `cases`. `dir` is created.
@@ -52,23 +54,23 @@ pub fn build_all(
 ) -> Result<Vec<CachedCase>> {
     publish::folder(dir)?;
     let done = AtomicUsize::new(0);
-    let tell = |name: &str, prepared: Option<&str>| {
+    let tell = |name: &str, prepared: Option<&str>, warnings: &[String]| {
         let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-        progress(Progress { done, total: cases.len(), name, prepared });
+        progress(Progress { done, total: cases.len(), name, prepared, warnings });
     };
     let mut built: Vec<Result<CachedCase, String>> = cases
         .par_iter()
         .map(|case| {
             let good = reuse(case, params, &file_of(case, params, dir));
-            good.inspect(|_| tell(&case.name, None))
+            good.inspect(|_| tell(&case.name, None, &[]))
         })
         .collect();
     let mut missing: Vec<(&Case, &mut Result<CachedCase, String>)> =
         cases.iter().zip(&mut built).filter(|(_, b)| b.is_err()).collect();
     for some in missing.chunks_mut(AT_ONCE) {
         some.par_iter_mut().try_for_each(|(case, slot)| {
-            let fresh = prepare(case, params, &file_of(case, params, dir))?;
-            tell(&case.name, slot.as_ref().err().map(String::as_str));
+            let (fresh, warnings) = prepare(case, params, &file_of(case, params, dir))?;
+            tell(&case.name, slot.as_ref().err().map(String::as_str), &warnings);
             **slot = Ok(fresh);
             Ok(())
         })?;
@@ -146,30 +148,18 @@ fn reuse(case: &Case, params: &CacheParams, file: &Path) -> Result<CachedCase, S
     Ok(cached)
 }
 
-/// Runs the chain on a case and writes its cache file.
-fn prepare(case: &Case, params: &CacheParams, file: &Path) -> Result<CachedCase> {
+/// Runs the chain on a case and writes its cache file; also returns what was mended.
+fn prepare(case: &Case, params: &CacheParams, file: &Path) -> Result<(CachedCase, Vec<String>)> {
     // Before reading: what changes meanwhile differs from the record and is made again.
     let sources = source_files(case).iter().map(|path| Source::of(path)).collect::<Result<_>>()?;
-    let image = nifti::read(&case.image)?;
-    let label = nifti::read(&case.label)?;
-    nifti::check_same_grid((&image.header, &case.image), (&label.header, &case.label))?;
-    let label = nifti::label_from(&label.volume, params.label_value, &case.label)?;
-    let prepared = preprocess::preprocess(&image.volume, Some(&label), &params.preprocess)?;
+    let (scan, _) = scan::read_labelled(case, params.label_value, &params.preprocess)?;
     let made = Made { chain: CHAIN, params: params.clone(), sources };
-    CachedCase::write(file, &case.name, made, image.header, &prepared)
+    Ok((CachedCase::write(file, &case.name, made, scan.header, &scan.prepared)?, scan.warnings))
 }
 
 /// The files behind a case: one a volume, two where header and voxels are a pair.
 fn source_files(case: &Case) -> Vec<PathBuf> {
-    let mut files = Vec::new();
-    for path in [&case.image, &case.label] {
-        files.push(path.clone());
-        if path.extension().is_some_and(|e| e == "hdr") {
-            let voxels = [path.with_extension("img"), path.with_extension("img.gz")];
-            files.extend(voxels.into_iter().find(|p| p.is_file()));
-        }
-    }
-    files
+    [&case.image, &case.label].into_iter().flat_map(nifti::files_of).collect()
 }
 
 /// What the file system says of a file.

@@ -157,10 +157,12 @@ fn volumes_in(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// File name without the ending of a volume; `None` for other files and dot-files.
+/// File name without the ending of a volume, whatever its case; `None` for other files and dot-files.
 fn volume_name(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_string_lossy();
-    let stem = [".nii.gz", ".nii", ".hdr"].iter().find_map(|ending| name.strip_suffix(ending))?;
+    let lower = name.to_ascii_lowercase();
+    let stem = [".nii.gz", ".nii", ".hdr"].iter().find_map(|ending| lower.strip_suffix(ending))?;
+    let stem = &name[..stem.len()];
     (!stem.is_empty() && !stem.starts_with('.')).then(|| stem.to_owned())
 }
 

@@ -10,6 +10,8 @@ pub(crate) mod nifti_fields;
 
 pub mod nifti_header;
 
+pub(crate) mod gunzip;
+
 pub mod nifti;
 
 pub mod nifti_write;
@@ -23,6 +25,8 @@ pub mod preprocess;
 pub(crate) mod publish;
 
 pub mod dataset;
+
+pub mod scan;
 
 pub mod sampler;
 

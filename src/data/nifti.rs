@@ -11,10 +11,10 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::read::MultiGzDecoder;
 use rayon::prelude::*;
 
 use super::affine;
+use super::gunzip::Gunzip;
 use super::nifti_header::{Header, Scalar, Storage};
 use super::transpose::{Strides, gather};
 use super::volume::Volume;
@@ -33,12 +33,14 @@ pub struct Nifti {
     pub header: Header,
     /// Voxels after scaling, in (i, j, k) order, k fastest.
     pub volume: Volume<f32>,
+    /// How many of them are NaN or infinite; they are left as they are.
+    pub not_finite: usize,
 }
 
 /// Reads a volume: `.nii`, or either file of a `.hdr`/`.img` pair, each plain or gzipped whatever its name says.
 ///
 /// A voxel is raw · scl_slope + scl_inter in float64, rounded to float32. Refused with a sentence: anything but one
-/// 3-D volume of one of the ten scalar types, headers that contradict the file, and voxels that are not finite.
+/// 3-D volume of one of the ten scalar types, and headers that contradict the file.
 pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
     let path = path.as_ref();
     let (header_path, data_path) = resolve(path)?;
@@ -57,14 +59,9 @@ pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
         stream.voxels(&storage, &head)?
     };
     let data = decode(raw, &header, storage.big_endian);
-    let wrong = data.par_iter().filter(|v| !v.is_finite()).count();
-    if wrong > 0 {
-        let (all, s) = (data.len(), if wrong == 1 { " is" } else { "s are" });
-        let what = format!("{wrong} of its {all} voxel{s} NaN or infinite; replace them by air (-1024 HU)");
-        return Err(Error::file(path, what));
-    }
+    let not_finite = count_not_finite(&data);
     let volume = Volume { shape: header.shape, data, affine: header.affine };
-    Ok(Nifti { header, volume })
+    Ok(Nifti { header, volume, not_finite })
 }
 
 /// Reads the header alone, with the same checks of its content as [`read`], but not of the file's size.
@@ -75,11 +72,23 @@ pub fn read_header(path: impl AsRef<Path>) -> Result<Header> {
     Ok(header)
 }
 
+fn count_not_finite(data: &[f32]) -> usize {
+    data.par_iter().filter(|v| !v.is_finite()).count()
+}
+
 /// A 0/1 label from a volume: `None` wants voxels that are exactly 0 or 1, `Some(v)` makes `voxel == v` 1.
 ///
-/// `path` is for the sentence that refuses other values.
+/// `path` is for the sentence that refuses other values, and NaN or infinity in either case.
 pub fn label_from(volume: &Volume<f32>, value: Option<f32>, path: impl AsRef<Path>) -> Result<Volume<u8>> {
     let wanted = value.unwrap_or(1.0);
+    let not_finite = count_not_finite(&volume.data);
+    if not_finite > 0 {
+        let what = format!(
+            "{not_finite} of its {} voxels are NaN or infinite, which no label is; write 0 there",
+            volume.len()
+        );
+        return Err(Error::file(path, what));
+    }
     if value.is_none() && !volume.data.par_iter().all(|&v| v == 0.0 || v == 1.0) {
         return Err(Error::file(path, foreign_values(&volume.data)));
     }
@@ -139,18 +148,31 @@ pub fn check_same_grid(image: (&Header, &Path), label: (&Header, &Path)) -> Resu
     Ok(())
 }
 
+/// The files behind a volume: itself, or header and voxels where its name is one of a pair.
+pub fn files_of(path: impl AsRef<Path>) -> Vec<PathBuf> {
+    match resolve(path.as_ref()) {
+        Ok((header, voxels)) => std::iter::once(header).chain(voxels).collect(),
+        Err(_) => vec![path.as_ref().to_owned()],
+    }
+}
+
 /// The file with the header and, where the name is one of a pair, the file with the voxels if there is one.
+///
+/// Endings may be in capitals; the partner's is looked for in those of the given file first.
 fn resolve(path: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let plain = name.strip_suffix(".gz").unwrap_or(&name);
-    let (stem, is_header) = match (plain.strip_suffix(".hdr"), plain.strip_suffix(".img")) {
-        (Some(stem), _) => (stem, true),
-        (_, Some(stem)) => (stem, false),
-        _ => return Ok((path.to_owned(), None)),
-    };
-    let other = if is_header { ".img" } else { ".hdr" };
-    let beside = ["", ".gz"].map(|gz| path.with_file_name(format!("{stem}{other}{gz}")));
-    let found = beside.into_iter().find(|p| p.is_file());
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let lower = name.to_ascii_lowercase();
+    let plain = lower.strip_suffix(".gz").unwrap_or(&lower);
+    let is_header = plain.ends_with(".hdr");
+    if !is_header && !plain.ends_with(".img") {
+        return Ok((path.to_owned(), None));
+    }
+    let (stem, ending) = name[..plain.len()].split_at(plain.len() - ".hdr".len());
+    let small = if is_header { ".img" } else { ".hdr" };
+    let capital = small.to_ascii_uppercase();
+    let endings = if ending == ending.to_ascii_uppercase() { [&capital, small] } else { [small, &capital] };
+    let beside = endings.into_iter().flat_map(|end| ["", ".gz", ".GZ"].map(|gz| format!("{stem}{end}{gz}")));
+    let found = beside.map(|name| path.with_file_name(name)).find(|p| p.is_file());
     match (is_header, found) {
         (true, data) => Ok((path.to_owned(), data)),
         (false, Some(header)) => Ok((header, Some(path.to_owned()))),
@@ -178,7 +200,7 @@ impl Stream {
         file.by_ref().take(2).read_to_end(&mut magic).map_err(refuse)?;
         let gzip = magic == [0x1f, 0x8b];
         let whole = BufReader::with_capacity(1 << 20, std::io::Cursor::new(magic).chain(file));
-        let reader: Box<dyn Read> = if gzip { Box::new(MultiGzDecoder::new(whole)) } else { Box::new(whole) };
+        let reader: Box<dyn Read> = if gzip { Box::new(Gunzip::new(whole)) } else { Box::new(whole) };
         let limit = if gzip { size.saturating_mul(MAX_INFLATION) } else { size };
         Ok(Stream { path: path.to_owned(), reader, gzip, limit, usual: size.saturating_mul(8).min(limit) })
     }

@@ -7,31 +7,20 @@ use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-/// Readable floats past the end of every buffer, so that a 16-lane load may start at its last element.
-pub const SLACK: usize = 16;
-
 /// Free buffers by length. One pool for the process: a buffer has no owner but the tensor that holds it.
 static FREE: Mutex<Option<HashMap<usize, Vec<Vec<f32>>>>> = Mutex::new(None);
 
-/// `len` floats plus [`SLACK`]; returns to the arena when dropped.
+/// Floats that return to the arena when dropped.
 #[derive(Debug)]
 pub struct Buffer {
     data: Vec<f32>,
-    len: usize,
 }
 
 impl Buffer {
     /// A buffer whose content is unspecified (the last tenant's): its writer must fill it.
     pub fn dirty(len: usize) -> Self {
         let reused = lock().get_or_insert_default().get_mut(&len).and_then(Vec::pop);
-        Buffer { data: reused.unwrap_or_else(|| vec![0.0; len + SLACK]), len }
-    }
-
-    /// A buffer of zeros.
-    pub fn zeroed(len: usize) -> Self {
-        let mut buffer = Self::dirty(len);
-        buffer.fill(0.0);
-        buffer
+        Buffer { data: reused.unwrap_or_else(|| vec![0.0; len]) }
     }
 
     /// A copy of `values`.
@@ -45,20 +34,20 @@ impl Buffer {
 impl Deref for Buffer {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.data[..self.len]
+        &self.data
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data[..self.len]
+        &mut self.data
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
-        lock().get_or_insert_default().entry(self.len).or_default().push(data);
+        lock().get_or_insert_default().entry(data.len()).or_default().push(data);
     }
 }
 
@@ -77,14 +66,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_dropped_buffer_is_reused_and_zeroed_on_request() {
+    fn a_dropped_buffer_is_reused() {
         let len = 12_345; // no other test uses this length
-        let mut first = Buffer::dirty(len);
-        first.fill(3.0);
+        let first = Buffer::dirty(len);
         let address = first.as_ptr();
         drop(first);
-        let second = Buffer::zeroed(len);
-        assert_eq!(second.as_ptr(), address);
-        assert!(second.iter().all(|&v| v == 0.0));
+        assert_eq!(Buffer::from_slice(&vec![3.0; len]).as_ptr(), address);
     }
 }

@@ -14,10 +14,9 @@ use super::stages::{self, Stages};
 use crate::Result;
 use crate::config::{Config, Window};
 use crate::data::dataset::Case;
-use crate::data::nifti_header::Header;
-use crate::data::preprocess::{Prepared, preprocess};
+use crate::data::nifti_write;
+use crate::data::scan::{Scan, read_labelled};
 use crate::data::volume::Volume;
-use crate::data::{nifti, nifti_write};
 use crate::metrics::overlap::Overlap;
 use crate::metrics::{Scores, score};
 
@@ -36,6 +35,8 @@ pub struct CaseScores {
     pub native: Scores,
     /// Seconds in the network.
     pub network_s: f64,
+    /// What was mended in the image, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Dice of a preprocessed case on its own grid: what training validates with. `image` and `label` are (D,H,W) =
@@ -55,9 +56,8 @@ pub fn grid_dice(
 
 /// A case that was read.
 struct Ready {
-    header: Header,
+    scan: Scan,
     truth: Volume<u8>,
-    prepared: Prepared,
     grid_label: Volume<u8>,
 }
 
@@ -90,18 +90,14 @@ pub fn evaluate(
 }
 
 fn read(case: &Case, config: &Config) -> Result<Ready> {
-    let image = nifti::read(&case.image)?;
-    let label = nifti::read(&case.label)?;
-    nifti::check_same_grid((&image.header, &case.image), (&label.header, &case.label))?;
-    let truth = nifti::label_from(&label.volume, config.run.label_value, &case.label)?;
-    let mut prepared = preprocess(&image.volume, Some(&truth), &config.preprocess)?;
-    let grid_label = prepared.label.take().expect("a label that goes in comes out");
-    Ok(Ready { header: image.header, truth, prepared, grid_label })
+    let (mut scan, truth) = read_labelled(case, config.run.label_value, &config.preprocess)?;
+    let grid_label = scan.prepared.label.take().expect("a label that goes in comes out");
+    Ok(Ready { scan, truth, grid_label })
 }
 
 fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted> {
     let start = Instant::now();
-    let image = &ready.prepared.image;
+    let image = &ready.scan.prepared.image;
     let probabilities = probabilities(network, &image.data, image.shape, window)?;
     Ok(Predicted { ready, probabilities, network_s: start.elapsed().as_secs_f64() })
 }
@@ -112,8 +108,8 @@ fn finish(
     nsd_tolerance_mm: f64,
     masks: Option<&Path>,
 ) -> Result<CaseScores> {
-    let Predicted { ready: Ready { header, truth, prepared, grid_label }, probabilities, network_s } =
-        predicted;
+    let Predicted { ready: Ready { scan, truth, grid_label }, probabilities, network_s } = predicted;
+    let Scan { header, prepared, warnings } = scan;
     let dice_grid = Overlap::count(&argmax(&probabilities), &grid_label.data)?.dice();
     let mask = prepared.geometry.invert_argmax(bytemuck::cast_slice(&probabilities))?;
     if let Some(folder) = masks {
@@ -130,5 +126,6 @@ fn finish(
         dice_bundle,
         native,
         network_s,
+        warnings,
     })
 }

@@ -29,22 +29,30 @@ pub struct Job {
 /// Name of a scan without folder and ending: `a/spleen_2.nii.gz` is `spleen_2`.
 pub fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let ending = ENDINGS.iter().find(|ending| name.to_lowercase().ends_with(**ending));
+    let ending = ENDINGS.iter().find(|ending| name.to_ascii_lowercase().ends_with(**ending));
     name[..name.len() - ending.map_or(0, |ending| ending.len())].to_owned()
 }
 
-/// Names the output of every input.
+/// Names the output of every input by its stem, or by its whole name where the stem is another's, too: `a.nii` beside
+/// `a.nii.gz` becomes `a.nii.nii.gz` beside `a.nii.gz.nii.gz`.
 ///
 /// # Errors
 /// [`Error::Usage`] when two inputs would share an output, or an output would replace an input.
 pub fn jobs(inputs: &[PathBuf], out: &Path, style: Style) -> Result<Vec<Job>> {
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let sources: HashMap<PathBuf, &PathBuf> = inputs.iter().map(|input| (real(input), input)).collect();
+    let mut sharing: HashMap<String, usize> = HashMap::new();
+    inputs.iter().for_each(|input| *sharing.entry(stem(input)).or_default() += 1);
     let mut taken: HashMap<String, &PathBuf> = HashMap::new();
     inputs
         .iter()
         .map(|input| {
-            let stem = stem(input);
+            let stem = match stem(input) {
+                shared if sharing[&shared] > 1 => {
+                    input.file_name().unwrap_or_default().to_string_lossy().into_owned()
+                }
+                own => own,
+            };
             if let Some(other) = taken.insert(stem.clone(), input) {
                 return Err(Error::Usage(format!(
                     "{} and {} would both be written as `{stem}`: give them to two runs with different --out",
@@ -94,7 +102,10 @@ mod tests {
         assert!(err.contains("would overwrite the scan"), "{err}");
         let fine = jobs(std::slice::from_ref(&scan), dir.path(), Style::Bundle).unwrap();
         assert_eq!(fine[0].output, dir.path().join("a/a_trans.nii.gz"));
-        let err = jobs(&["x/a.nii".into(), "y/a.nii.gz".into()], Path::new("out"), Style::Mask).unwrap_err();
-        assert!(err.to_string().starts_with("x/a.nii and y/a.nii.gz would both be written as `a`"), "{err}");
+        let err = jobs(&["x/a.nii".into(), "y/a.nii".into()], Path::new("out"), Style::Mask).unwrap_err();
+        assert!(err.to_string().starts_with("x/a.nii and y/a.nii would both be written as `a.nii`"), "{err}");
+        let told_apart = jobs(&["a.nii".into(), "a.hdr".into()], Path::new("out"), Style::Mask).unwrap();
+        let outputs: Vec<_> = told_apart.iter().map(|job| job.output.to_str().unwrap()).collect();
+        assert_eq!(outputs, ["out/a.nii.nii.gz", "out/a.hdr.nii.gz"]);
     }
 }

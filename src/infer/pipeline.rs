@@ -15,8 +15,9 @@ use crate::Result;
 use crate::config::{Preprocess, Window};
 use crate::data::affine::column_norms;
 use crate::data::nifti_header::Header;
-use crate::data::preprocess::{Geometry, Prepared, preprocess};
-use crate::data::{nifti, nifti_write, publish};
+use crate::data::preprocess::{Geometry, Prepared};
+use crate::data::scan::{self, Scan};
+use crate::data::{nifti_write, publish};
 use crate::metrics::overlap::voxel_ml;
 
 /// What was found in one scan.
@@ -34,6 +35,8 @@ pub struct Statistics {
     pub voxels: usize,
     /// Their volume.
     pub volume_ml: f64,
+    /// What was mended in the scan, a sentence each.
+    pub warnings: Vec<String>,
     /// Seconds of each stage.
     pub seconds: Seconds,
 }
@@ -51,8 +54,7 @@ pub struct Seconds {
 
 /// After the first stage.
 struct Ready {
-    header: Header,
-    prepared: Prepared,
+    scan: Scan,
     read_s: f64,
 }
 
@@ -60,6 +62,7 @@ struct Ready {
 struct Predicted {
     header: Header,
     geometry: Geometry,
+    warnings: Vec<String>,
     probabilities: Vec<f32>,
     read_s: f64,
     network_s: f64,
@@ -86,16 +89,17 @@ pub fn segment(
 
 fn read(job: &Job, transform: &Preprocess) -> Result<Ready> {
     let start = Instant::now();
-    let file = nifti::read(&job.input)?;
-    let prepared = preprocess(&file.volume, None, transform)?;
-    Ok(Ready { header: file.header, prepared, read_s: start.elapsed().as_secs_f64() })
+    let scan = scan::read(&job.input, transform)?;
+    Ok(Ready { scan, read_s: start.elapsed().as_secs_f64() })
 }
 
 fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted> {
-    let Ready { header, prepared: Prepared { image, geometry, .. }, read_s } = ready;
+    let Ready { scan: Scan { header, prepared, warnings }, read_s } = ready;
+    let Prepared { image, geometry, .. } = prepared;
     let start = Instant::now();
     let probabilities = probabilities(network, &image.data, image.shape, window)?;
-    Ok(Predicted { header, geometry, probabilities, read_s, network_s: start.elapsed().as_secs_f64() })
+    let network_s = start.elapsed().as_secs_f64();
+    Ok(Predicted { header, geometry, warnings, probabilities, read_s, network_s })
 }
 
 fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
@@ -115,6 +119,7 @@ fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
         spacing_mm: column_norms(&case.header.affine),
         voxels,
         volume_ml: voxels as f64 * voxel_ml(&case.header.affine),
+        warnings: case.warnings,
         seconds: Seconds { read: case.read_s, network: case.network_s, write: start.elapsed().as_secs_f64() },
     })
 }

@@ -22,9 +22,6 @@ use crate::tensor::{Activation, Grads, Param, ParamId, Pending, Shape, Tape, Ten
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Weight of the newest batch in the running statistics (torch's momentum).
-const MOMENTUM: f64 = 0.1;
-
 /// Name of the Philox stream that initial weights are drawn from.
 const INIT_STREAM: u64 = 0x494e_4954;
 
@@ -273,16 +270,11 @@ impl UNet {
         Ok(self.forward(&mut Tape::off(), x, Mode::Eval, None)?.0)
     }
 
-    /// Moves the running statistics towards a training batch's: mean with the convolution's bias, variance unbiased.
+    /// Moves the running statistics towards those of a training batch.
     pub fn update_running(&mut self, batch: &BatchStatistics) {
         for (index, moments) in batch {
             let r = &mut self.running[*index];
-            let bias = &self.params[r.bias.0].value;
-            let mix = |old: f32, new: f64| (f64::from(old) * (1.0 - MOMENTUM) + new * MOMENTUM) as f32;
-            for c in 0..r.mean.len() {
-                r.mean[c] = mix(r.mean[c], moments.mean[c] + f64::from(bias[c]));
-                r.var[c] = mix(r.var[c], moments.var[c] * moments.count / (moments.count - 1.0).max(1.0));
-            }
+            moments.update_running(&mut r.mean, &mut r.var, &self.params[r.bias.0].value);
             r.batches += 1;
         }
     }

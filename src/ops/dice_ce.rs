@@ -12,48 +12,11 @@
 use crate::config::Loss;
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
-use crate::tensor::{Tape, Tensor};
+use crate::tensor::{Float, Tape, Tensor};
 use rayon::prelude::*;
 
 /// Voxels a task handles.
 const CHUNK: usize = 1 << 13;
-
-/// The floats a loss can be computed in.
-pub trait Real: Copy + Send + Sync + 'static {
-    /// To f64.
-    fn to_f64(self) -> f64;
-    /// From f64, rounded.
-    fn from_f64(v: f64) -> Self;
-    /// 1 / (1 + exp(-x)) and ln(1 + exp(-|x|)), in this precision.
-    fn logistic(x: Self) -> (f64, f64);
-}
-
-impl Real for f32 {
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
-    fn from_f64(v: f64) -> Self {
-        v as f32
-    }
-    fn logistic(x: Self) -> (f64, f64) {
-        let e = (-x.abs()).exp();
-        let p = if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) };
-        (p.into(), e.ln_1p().into())
-    }
-}
-
-impl Real for f64 {
-    fn to_f64(self) -> f64 {
-        self
-    }
-    fn from_f64(v: f64) -> Self {
-        v
-    }
-    fn logistic(x: Self) -> (f64, f64) {
-        let e = (-x.abs()).exp();
-        (if x >= 0.0 { 1.0 / (1.0 + e) } else { e / (1.0 + e) }, e.ln_1p())
-    }
-}
 
 /// The value of the loss and what its gradient needs.
 #[derive(Clone, Debug)]
@@ -68,19 +31,21 @@ pub struct DiceCe {
     sums: Vec<[(f64, f64); 2]>,
 }
 
-/// (softmax of two logits, -ln p[label]).
+/// (softmax of two logits, -ln p[label]), with the transcendental functions in the logits' own precision.
 #[inline(always)]
-fn softmax<T: Real>(l: &[T], label: u8) -> ([f64; 2], f64) {
-    // p1 = logistic(l1 - l0); -ln p[label] = ln(1 + exp(-m)) with m the margin of the label's logit.
-    let x = T::from_f64(l[1].to_f64() - l[0].to_f64());
-    let (p1, log) = T::logistic(x);
-    let (p0, _) = T::logistic(T::from_f64(-x.to_f64()));
-    let margin = if label == 1 { x.to_f64() } else { -x.to_f64() };
-    ([p0, p1], log + (-margin).max(0.0))
+fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64) {
+    // p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both
+    // from e = exp(-|x|), which cannot overflow.
+    let x = (l[1] - l[0]).to_f64();
+    let e = T::new(-x.abs()).exp();
+    let one = T::new(1.0);
+    let (small, large) = ((e / (one + e)).to_f64(), (one / (one + e)).to_f64());
+    let margin = if label == 1 { x } else { -x };
+    (if x >= 0.0 { [small, large] } else { [large, small] }, e.ln_1p().to_f64() + (-margin).max(0.0))
 }
 
 /// The loss of logits (N, V, 2) against labels (N, V), values 0 and 1; `samples` = N.
-pub fn dice_ce<T: Real>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -> DiceCe {
+pub fn dice_ce<T: Float>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -> DiceCe {
     let group = if p.batch { labels.len() } else { labels.len() / samples };
     let mut ce = 0.0;
     let sums: Vec<[(f64, f64); 2]> = logits
@@ -120,7 +85,13 @@ pub fn dice_ce<T: Real>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -
 }
 
 /// d loss / d logits, (N, V, 2).
-pub fn dice_ce_backward<T: Real>(forward: &DiceCe, logits: &[T], labels: &[u8], p: &Loss, dlogits: &mut [T]) {
+pub fn dice_ce_backward<T: Float>(
+    forward: &DiceCe,
+    logits: &[T],
+    labels: &[u8],
+    p: &Loss,
+    dlogits: &mut [T],
+) {
     let group = labels.len() / forward.sums.len();
     let first = usize::from(!p.include_background);
     let terms = (forward.sums.len() * (2 - first)) as f64;
@@ -146,8 +117,8 @@ pub fn dice_ce_backward<T: Real>(forward: &DiceCe, logits: &[T], labels: &[u8], 
                     });
                     // With two classes p_c (dp_c - sum p dp) = p0 p1 (dp_c - dp_other).
                     let through = prob[0] * prob[1] * (dp[0] - dp[1]);
-                    out[0] = T::from_f64(through + ce_scale * (prob[0] - g[0]));
-                    out[1] = T::from_f64(-through + ce_scale * (prob[1] - g[1]));
+                    out[0] = T::new(through + ce_scale * (prob[0] - g[0]));
+                    out[1] = T::new(-through + ce_scale * (prob[1] - g[1]));
                 }
             });
     }

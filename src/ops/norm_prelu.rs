@@ -16,6 +16,9 @@ use rayon::prelude::*;
 /// Added to the variance (torch's default for both norms).
 const EPS: f64 = 1e-5;
 
+/// Weight of the newest batch in the running statistics (torch's momentum).
+const MOMENTUM: f64 = 0.1;
+
 /// Floats a task handles: 64 KB.
 const CHUNK: usize = 1 << 14;
 
@@ -57,6 +60,18 @@ pub struct Moments {
     pub var: Vec<f64>,
     /// Voxels a group.
     pub count: f64,
+}
+
+impl Moments {
+    /// Moves running statistics (C) towards those of a training batch: mean plus the `bias` (C) that the
+    /// normalised values are without, variance unbiased (torch `BatchNorm3d`).
+    pub fn update_running(&self, mean: &mut [f32], var: &mut [f32], bias: &[f32]) {
+        let mix = |old: f32, new: f64| (f64::from(old) * (1.0 - MOMENTUM) + new * MOMENTUM) as f32;
+        for c in 0..mean.len() {
+            mean[c] = mix(mean[c], self.mean[c] + f64::from(bias[c]));
+            var[c] = mix(var[c], self.var[c] * self.count / (self.count - 1.0).max(1.0));
+        }
+    }
 }
 
 /// Normalises and activates `x`, lazily. Also returns the statistics used, for running averages.

@@ -9,53 +9,8 @@
 //! Generic over the float type: f32 in the product, f64 to compare with a reference.
 
 use crate::config::{Optim, Optimizer as Kind};
+use crate::tensor::Float;
 use rayon::prelude::*;
-use std::ops::{Add, AddAssign, Div, Mul, Sub};
-
-/// A float an optimizer can run in.
-pub trait Float:
-    Copy
-    + Send
-    + Sync
-    + Default
-    + PartialEq
-    + Add<Output = Self>
-    + Sub<Output = Self>
-    + Mul<Output = Self>
-    + Div<Output = Self>
-    + AddAssign
-{
-    /// Rounds from f64.
-    fn new(v: f64) -> Self;
-    /// To f64.
-    fn to_f64(self) -> f64;
-    /// Square root.
-    fn sqrt(self) -> Self;
-}
-
-impl Float for f32 {
-    fn new(v: f64) -> Self {
-        v as f32
-    }
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
-    fn sqrt(self) -> Self {
-        self.sqrt()
-    }
-}
-
-impl Float for f64 {
-    fn new(v: f64) -> Self {
-        v
-    }
-    fn to_f64(self) -> f64 {
-        self
-    }
-    fn sqrt(self) -> Self {
-        self.sqrt()
-    }
-}
 
 /// The moments of one parameter tensor.
 #[derive(Clone, Debug, PartialEq)]

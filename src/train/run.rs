@@ -52,6 +52,11 @@ pub enum Event {
         /// Its loss.
         loss: f64,
     },
+    /// The steps of an epoch are done and its validation begins.
+    Validation {
+        /// 1-based epoch.
+        epoch: usize,
+    },
     /// An epoch ended.
     Epoch {
         /// 1-based epoch.
@@ -146,14 +151,18 @@ impl Run<'_> {
             }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
-            let dice = match self.validated(&trainer.net, due) {
-                // Saved with every step of the epoch done: resuming begins with its validation.
-                Err(Error::Interrupted) => {
-                    self.save(&trainer, &mut meta)?;
-                    return Ok(self.summary(&trainer, &meta, false));
-                }
-                dice => dice?,
-            };
+            let mut dice = None;
+            if due && !self.val.is_empty() {
+                watch(&Event::Validation { epoch });
+                dice = match validate(&trainer.net, self.val, c, self.stop) {
+                    // Saved with every step of the epoch done: resuming begins with its validation.
+                    Err(Error::Interrupted) => {
+                        self.save(&trainer, &mut meta)?;
+                        return Ok(self.summary(&trainer, &meta, false));
+                    }
+                    dice => Some(dice?),
+                };
+            }
             // MONAI's CheckpointSaver: strictly better only.
             let best = dice.is_some_and(|d| meta.best_dice.is_none_or(|b| d > b));
             meta.epoch = epoch as u64;
@@ -172,12 +181,6 @@ impl Run<'_> {
             watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
         }
         Ok(self.summary(&trainer, &meta, true))
-    }
-
-    /// Mean Dice where the epoch is `due` and there are cases.
-    fn validated(&self, net: &UNet, due: bool) -> Result<Option<f64>> {
-        let due = due && !self.val.is_empty();
-        due.then(|| validate(net, self.val, self.config, self.stop)).transpose()
     }
 
     fn summary(&self, trainer: &Trainer, meta: &CheckpointMeta, finished: bool) -> Summary {

@@ -270,8 +270,7 @@ fn against_digest(got: &Tensor, want: &Tensor, t: Tolerance, ties: usize) -> Che
     let squares = (2.0 * scale.max + element) * (scale.n * mean + tie) + SUM_ORDER * want[3];
     let extreme = if ties > 0 { f64::INFINITY } else { element };
     // Deviations of random sign add up to their size times sqrt(n/3) against a probe in [-1, 1).
-    let trajectory = if t.mean.is_finite() { t.mean * scale.n.sqrt() } else { 0.0 };
-    let dot = (t.dot * scale.norm).max(trajectory) + tie;
+    let dot = (t.dot * scale.norm).max(t.spread * scale.n.sqrt()) + tie;
     let bounds = [0.0, sum, sum, squares, extreme, extreme, dot, dot];
     const NAMES: [&str; 8] =
         ["count", "sum", "sum of |x|", "sum of squares", "minimum", "maximum", "<x, probe1>", "<x, probe2>"];

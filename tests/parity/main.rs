@@ -4,19 +4,30 @@
 //! `SPLEEN_PARITY_OUT` a folder that receives every recomputed tensor.
 
 mod case;
+mod convergence;
 mod crop;
+mod end_to_end;
 mod golden;
 mod hash;
 mod inverse;
+mod layout;
 mod ledger;
+mod loss;
 mod metrics;
+mod network;
+mod ops;
+mod optim;
 mod output;
 mod prep;
 mod self_check;
 mod sw;
+mod sw_net;
 mod table;
 mod tensor;
 mod tolerance;
+mod unet;
+mod unet_eval;
+mod unet_train;
 mod weights;
 
 use std::path::{Path, PathBuf};
@@ -38,11 +49,16 @@ struct Group {
 
 const GROUPS: &[Group] = &[
     Group { name: "prep", files: &["prep_*"], run: prep::run },
-    Group { name: "inverse", files: &["inverse_*"], run: inverse::run },
     Group { name: "crop", files: &["crop"], run: crop::run },
+    Group { name: "ops", files: &["ops"], run: ops::run },
+    Group { name: "loss", files: &["loss"], run: loss::run },
     Group { name: "metrics", files: &["metrics"], run: metrics::run },
+    Group { name: "optim", files: &["optim"], run: optim::run },
+    Group { name: "unet", files: &["unet_*"], run: unet::run },
     Group { name: "sw", files: &["sw"], run: sw::run },
+    Group { name: "inverse", files: &["inverse_*"], run: inverse::run },
     Group { name: "weights", files: &["weights"], run: weights::run },
+    Group { name: "convergence", files: &["convergence/*"], run: convergence::run },
 ];
 
 fn main() -> ExitCode {

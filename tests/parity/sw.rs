@@ -14,6 +14,7 @@ use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::hash::hash_tensor;
 use crate::ledger::Ledger;
+use crate::sw_net;
 use crate::tensor::Tensor;
 use crate::tolerance::{BLEND, EXACT, IMPORTANCE};
 
@@ -28,7 +29,7 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
         cases.into_iter().try_for_each(|case| toy(file, case, ledger))?;
         let cases: Vec<&str> = file.stems(".windows").filter(|case| case.starts_with("net.")).collect();
         cases.into_iter().try_for_each(|case| net(file, case, ledger))?;
-        ledger.leave_out(file, "net.*", "needs the network");
+        sw_net::run_net(golden, file, ledger)?;
         ledger.leave_out(file, "scan.cases", "given: lengths, windows and overlaps");
         toy_batch(file, ledger)
     });
@@ -127,7 +128,7 @@ fn geometry(file: &File, case: &str, shape: [usize; 3], config: &Window, ledger:
 }
 
 /// `roiSIDES_ovOVERLAP_MODE`.
-fn parse(text: &str) -> Outcome<Window> {
+pub fn parse(text: &str) -> Outcome<Window> {
     let unknown = || format!("`{text}` is not roiSIDES_ovOVERLAP_MODE");
     let parts: Vec<&str> = text.split('_').collect();
     let [roi, overlap, mode] = parts[..] else { return Err(unknown().into()) };

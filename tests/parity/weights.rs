@@ -1,23 +1,30 @@
-//! torch.save files: every entry of their state_dicts.
+//! torch.save files: every entry of their state_dicts, and the network's logits with them.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
+use spleen_hpc::nn::UNet;
 use spleen_hpc::nn::state_dict::{Array, ArrayData, StateDict};
 use spleen_hpc::nn::weights::from_bytes;
 
 use crate::Outcome;
 use crate::golden::Golden;
 use crate::ledger::Ledger;
+use crate::network;
 use crate::tensor::Tensor;
-use crate::tolerance::EXACT;
+use crate::tolerance::{EXACT, FLOAT32};
+use crate::unet::compare_logits;
 
 pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     ledger.each_file(golden, "weights", |file, ledger| {
         let names: Vec<&str> = file.base_names().into_iter().collect();
-        let mut files: Vec<&str> =
-            names.iter().filter_map(|n| n.split_once(".sd.")).map(|(stem, _)| stem).collect();
+        let mut files: Vec<&str> = names
+            .iter()
+            .filter_map(|n| n.split_once(".sd.").or(n.split_once(".eval_logits")))
+            .map(|n| n.0)
+            .collect();
+        files.sort_unstable();
         files.dedup();
         for stem in files {
             let weights = match read(golden, stem) {
@@ -29,6 +36,12 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
             };
             for (name, array) in weights.iter() {
                 ledger.compare(file, &format!("{stem}.sd.{name}"), &tensor(array), EXACT);
+            }
+            let logits = format!("{stem}.eval_logits");
+            if names.contains(&logits.as_str()) {
+                let net = UNet::from_state_dict(&weights)?;
+                let x = network::hash_inputs(file)?.into_iter().next().ok_or("index.json names no input")?;
+                compare_logits(file, &logits, &network::evaluate(&net, &x)?, FLOAT32, ledger);
             }
         }
         Ok(())
