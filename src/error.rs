@@ -49,6 +49,9 @@ pub enum Error {
         /// Names the last good checkpoint and what to do.
         cure: String,
     },
+    /// The user asked to stop before the work was done.
+    #[error("interrupted")]
+    Interrupted,
     /// Something inside failed that the user did not cause.
     #[error("{0}")]
     Internal(String),
@@ -77,10 +80,12 @@ impl Error {
         }
     }
 
-    /// The process exit code: 2 for what the user can mend (input, flags), 1 for what went wrong inside.
+    /// The process exit code: 2 for what the user can mend (input, flags), 1 for what went wrong inside,
+    /// 130 as a shell has it for a command that was interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::File { .. } | Error::Io { .. } | Error::Usage(_) => 2,
+            Error::Interrupted => 130,
             Error::Shape { .. } | Error::Diverged { .. } | Error::Internal(_) => 1,
         }
     }

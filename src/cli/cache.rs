@@ -45,7 +45,7 @@ pub fn build(cases: &[Case], config: &Config, dir: &Path) -> Result<Vec<CachedCa
         label_value: config.run.label_value,
         dtype: config.run.cache_dtype,
     };
-    let progress = Progress::new(cases.len(), "cases");
+    let progress = Progress::new(cases.len(), "cases prepared");
     let cached = cache::build_all(cases, &params, dir, &|step| {
         progress.suspend(|| step.warnings.iter().for_each(|warning| eprintln!("warning: {warning}")));
         let why = step.prepared.map_or("cached".to_owned(), |why| format!("prepared: {why}"));

@@ -11,10 +11,10 @@ use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
-use super::{INTERRUPTED, Outcome, interrupt, say};
+use super::{INTERRUPTED, Outcome, interrupt, memory, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
-use crate::data::publish::publish;
+use crate::data::publish::{self, publish};
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::report::csv;
@@ -71,6 +71,7 @@ pub fn run(args: &Args) -> Outcome {
     if cases.is_empty() {
         return Err(Error::Usage("no case is left to evaluate: raise --val-cases or use --cases all".into()));
     }
+    memory::check_window(&config)?;
     announce_device(config.device)?;
     let stop = interrupt::watch("the cases under way are finished first")?;
     score(&cases, &args.weights, &config, &args.out, args.masks.as_deref(), stop)
@@ -87,9 +88,9 @@ pub fn score(
 ) -> Outcome {
     let network = Trained::open(weights)?.network()?;
     for folder in std::iter::once(out).chain(masks) {
-        std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        publish::folder(folder)?;
     }
-    let progress = Progress::new(cases.len(), "cases");
+    let progress = Progress::bar_only(cases.len(), "cases");
     let mut ended = 0;
     let results = evaluate(cases, &progress.counting(&network), config, masks, stop, |case, result| {
         progress.suspend(|| match result {
@@ -116,7 +117,11 @@ pub fn score(
         mean(|scores| scores.native.dice),
         out.display()
     ));
+    if !scored.is_empty() && scored.iter().all(|scores| scores.native.overlap.truth == 0) {
+        eprintln!("warning: no label holds a voxel of the organ, so there is no Dice: look at --label-value");
+    }
     if results.len() < cases.len() {
+        say(format_args!("stopped after {} of {} cases", results.len(), cases.len()));
         return Ok(ExitCode::from(INTERRUPTED));
     }
     match cases.len() - scored.len() {

@@ -9,10 +9,10 @@ use serde_json::json;
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, resolve};
-use super::{INTERRUPTED, Outcome, interrupt, say};
+use super::{INTERRUPTED, Outcome, interrupt, memory, say};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
-use crate::data::publish::publish;
+use crate::data::publish::{self, publish};
 use crate::infer::jobs::{Job, Style, jobs};
 use crate::infer::pipeline::{Statistics, segment};
 use crate::{Error, Result};
@@ -49,12 +49,13 @@ pub fn run(args: &Args) -> Outcome {
     let jobs = jobs(&expand_inputs(&args.inputs)?, &args.out, style)?;
     let trained = Trained::open(&args.weights)?;
     let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
+    memory::check_window(&config)?;
     announce_device(config.device)?;
     let network = trained.network()?;
-    std::fs::create_dir_all(&args.out).map_err(Error::io(&args.out, "create"))?;
+    publish::folder(&args.out)?;
     let stop = interrupt::watch("the scans under way are finished first")?;
 
-    let progress = Progress::new(jobs.len(), "scans");
+    let progress = Progress::bar_only(jobs.len(), "scans");
     let mut ended = 0;
     let results = segment(
         &jobs,
@@ -78,6 +79,7 @@ pub fn run(args: &Args) -> Outcome {
 
     write_statistics(&args.out, &args.weights, &config, &jobs, &results)?;
     if results.len() < jobs.len() {
+        say(format_args!("stopped after {} of {} scans", results.len(), jobs.len()));
         return Ok(ExitCode::from(INTERRUPTED));
     }
     match results.iter().filter(|result| result.is_err()).count() {

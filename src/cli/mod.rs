@@ -4,6 +4,7 @@ mod cache;
 mod evaluate;
 mod infer;
 mod interrupt;
+mod memory;
 mod network;
 mod phantom;
 mod progress;

@@ -38,7 +38,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let config =
         PhantomConfig { cases: args.cases, test_cases: args.test_cases, seed: args.seed, full: args.full };
-    let progress = Progress::new(args.cases + args.test_cases, "phantoms");
+    let progress = Progress::new(args.cases.saturating_add(args.test_cases), "phantoms made");
     generate(&args.out, &config, &|done, total| progress.set(done, total))?;
     progress.finish();
     let out = args.out.display();
@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Outcome {
 pub fn for_run(run: &Path) -> Result<PathBuf> {
     let config = PhantomConfig::default();
     let out = run.join("phantoms");
-    let progress = Progress::new(config.cases + config.test_cases, "phantoms");
+    let progress = Progress::new(config.cases + config.test_cases, "phantoms made");
     generate(&out, &config, &|done, total| progress.set(done, total))?;
     progress.finish();
     Ok(out)

@@ -78,9 +78,17 @@ pub fn announce_device(choice: DeviceChoice) -> Result<()> {
 /// A TOML file may hold any key, so that one file serves all verbs.
 fn foreign_headings(verb: &str) -> &'static [&'static str] {
     match verb {
-        "infer" => {
-            &["Cases", "Cache", "Labels and scores", "Patches", "Network", "Loss", "Optimizer", "Training"]
-        }
+        "infer" => &[
+            "Cases",
+            "Split",
+            "Cache",
+            "Labels and scores",
+            "Patches",
+            "Network",
+            "Loss",
+            "Optimizer",
+            "Training",
+        ],
         "evaluate" => &["Cache", "Patches", "Network", "Loss", "Optimizer", "Training"],
         "cache" => &["Network", "Patches", "Loss", "Optimizer", "Sliding window", "Training", "Split"],
         _ => &[],

@@ -1,6 +1,5 @@
 //! `spleen-hpc train`
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,18 +7,18 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::cache::build;
-use super::progress::Progress;
+use super::progress::{Progress, compact};
 use super::settings::{Settings, announce_device, read_toml, resolve};
-use super::{INTERRUPTED, Outcome, evaluate, interrupt, phantom, say};
-use crate::Error;
+use super::{INTERRUPTED, Outcome, evaluate, interrupt, memory, phantom, say};
 use crate::config::{Config, Overrides, Run};
 use crate::data::cache;
 use crate::data::dataset::{Case, Split, training_cases};
-use crate::data::publish::publish;
+use crate::data::publish;
 use crate::data::sampler::warnings;
 use crate::device::arena;
 use crate::nn::checkpoint;
 use crate::train::run as train;
+use crate::{Error, Result};
 
 /// Train the network; without --data on phantoms it makes itself
 ///
@@ -45,9 +44,6 @@ pub struct Args {
     settings: Settings,
 }
 
-/// The resolved numbers, in the run's folder.
-const CONFIG: &str = "config.toml";
-
 /// Trains from the first epoch or from the last checkpoint.
 pub fn run(args: &Args) -> Outcome {
     let last = args.run.join(train::LAST);
@@ -63,12 +59,12 @@ pub fn run(args: &Args) -> Outcome {
     }
     let given = args.settings.given()?;
     let base = match (args.resume, &given.data) {
-        (true, _) => read_toml(&args.run.join(CONFIG))?,
+        (true, _) => read_toml(&args.run.join(train::CONFIG))?,
         (false, None) => small_run(),
         (false, Some(_)) => Overrides::default(),
     };
-    if args.resume && given.recipe.is_some_and(|recipe| Some(recipe) != base.recipe) {
-        return Err(Error::Usage("--resume goes on with the recipe of the run: leave --recipe out".into()));
+    if args.resume {
+        refuse_other_course(&given, &base)?;
     }
     let mut config = resolve(&base, &given, &Overrides::default())?;
     announce_device(config.device)?;
@@ -79,18 +75,17 @@ pub fn run(args: &Args) -> Outcome {
 
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
-    std::fs::create_dir_all(&args.run).map_err(Error::io(&args.run, "create"))?;
+    memory::check_window(&config)?;
+    memory::check_step(&config, train.len())?;
+    publish::folder(&args.run)?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(&data), Ok)?;
-    let pick = |indices: &[usize]| -> Vec<Case> { indices.iter().map(|&i| cases[i].clone()).collect() };
-    let val_cases = pick(&val);
-    let train = build(&pick(&train), &config, &dir)?;
-    let val = build(&val_cases, &config, &dir)?;
+    let mut picked: Vec<Case> = train.iter().chain(&val).map(|&i| cases[i].clone()).collect();
+    let mut train_cached = build(&picked, &config, &dir)?;
+    let (val_cases, val) = (picked.split_off(train.len()), train_cached.split_off(train.len()));
+    let train = train_cached;
     for warning in warnings(train.iter().map(|c| (c.name(), c.candidates())), &config.sampling) {
         eprintln!("warning: {warning}");
     }
-    let text = config.to_toml();
-    publish(&args.run.join(CONFIG), |file| file.write_all(text.as_bytes()))?;
-
     let resume = args.resume.then(|| checkpoint::load(&last)).transpose()?;
     let stop = interrupt::watch("the run is saved first")?;
     say(format_args!(
@@ -114,6 +109,26 @@ pub fn run(args: &Args) -> Outcome {
     drop(val);
     arena::trim();
     scores(&args.run, &summary, &val_cases, &config, stop)
+}
+
+/// Refuses what would make the checkpoint another run's: its state fits one optimizer and its place in the epoch one
+/// size of a step.
+fn refuse_other_course(given: &Overrides, run: &Overrides) -> Result<()> {
+    fn other<T: PartialEq>(given: &Option<T>, run: &Option<T>) -> bool {
+        given.is_some() && given != run
+    }
+    for (flag, other) in [
+        ("--recipe", other(&given.recipe, &run.recipe)),
+        ("--optimizer", other(&given.optimizer, &run.optimizer)),
+        ("--volumes-per-step", other(&given.volumes_per_step, &run.volumes_per_step)),
+        ("--norm", other(&given.norm, &run.norm)),
+        ("--channels", other(&given.channels, &run.channels)),
+    ] {
+        if other {
+            return Err(Error::Usage(format!("--resume goes on with the run's own {flag}: leave it out")));
+        }
+    }
+    Ok(())
 }
 
 /// Scores the best weights on the validation scans themselves, leaves masks, and says what to do next.
@@ -170,11 +185,14 @@ impl Screen {
                 bar.set(done, total);
             }
             train::Event::Epoch { epoch, loss, dice, best, patches_per_s } => {
-                let mut line = format!("epoch {epoch:>4}/{}  loss {loss:.4}", self.epochs);
-                if let Some(dice) = dice {
-                    line += &format!("  val Dice {dice:.4}{}", if best { " best" } else { "     " });
-                }
-                line += &format!("  {patches_per_s:.1} patches/s  ETA {}", self.eta());
+                // Columns stay where they are in epochs that are not validated.
+                let dice = dice.map_or(String::new(), |dice| {
+                    format!("val Dice {dice:.4}{}", if best { " best" } else { "" })
+                });
+                let (width, all, eta) = (self.epochs.to_string().len(), self.epochs, self.eta());
+                let line = format!(
+                    "epoch {epoch:>width$}/{all}  loss {loss:.4}  {dice:<20}  {patches_per_s:>6.1} patches/s  ETA {eta}"
+                );
                 match &self.bar {
                     Some(bar) => bar.suspend(|| say(&line)),
                     None => say(&line),
@@ -188,7 +206,7 @@ impl Screen {
         let steps = self.done - self.before.unwrap_or(0);
         let seconds =
             self.begun.elapsed().as_secs_f64() / steps.max(1) as f64 * (self.total - self.done) as f64;
-        indicatif::HumanDuration(Duration::from_secs_f64(seconds.ceil())).to_string()
+        compact(Duration::from_secs_f64(seconds.ceil()))
     }
 
     fn finish(&self) {

@@ -62,7 +62,8 @@ pub struct Run {
     pub label_value: Option<f32>,
     /// Precision of cached images.
     pub cache_dtype: CacheDtype,
-    /// Surface distance in mm that still counts as agreement (normalised surface Dice).
+    /// Surface distance in mm that still counts as agreement (normalised surface Dice). 3 by default, as the Medical
+    /// Segmentation Decathlon scored the spleen (Antonelli et al., Nature Communications 2022).
     pub nsd_tolerance_mm: f64,
 }
 

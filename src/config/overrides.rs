@@ -26,7 +26,8 @@ pub struct Overrides {
     #[arg(long, value_name = "N", help_heading = "General")]
     pub threads: Option<usize>,
 
-    /// Voxel size in mm along right, anterior, superior; one number or three [default: 1.5,1.5,2]
+    /// Voxel size in mm that scans are resampled to, along right, anterior, superior; one number or three [default:
+    /// 1.5,1.5,2]
     #[arg(long, value_name = "MM", value_parser = one_or_three::<f64>, help_heading = "Preprocessing")]
     #[serde(deserialize_with = "one_or_three_in_toml")]
     pub spacing: Option<[f64; 3]>,
@@ -145,7 +146,7 @@ pub struct Overrides {
     /// Which fold validates, counted from 0 [default: 0]
     #[arg(long, value_name = "I", help_heading = "Split")]
     pub fold: Option<usize>,
-    /// Surface distance in mm that counts as agreement [default: 3]
+    /// Surface distance in mm that counts as agreement [default: 3, the Decathlon's for the spleen]
     #[arg(long, value_name = "MM", help_heading = "Labels and scores")]
     pub nsd_tolerance: Option<f64>,
 }

@@ -3,6 +3,9 @@
 use super::*;
 use crate::{Error, Result};
 
+/// More than any machine has cores; starting a hundred thousand threads takes minutes.
+const MAX_THREADS: usize = 4096;
+
 /// The sentence of a refusal, unless `fine`.
 fn check(fine: bool, sentence: impl FnOnce() -> String) -> Result<()> {
     if fine { Ok(()) } else { Err(Error::Usage(sentence())) }
@@ -14,6 +17,9 @@ impl Config {
     /// # Errors
     /// [`Error::Usage`]: one sentence that names the flag, its value and what it must be.
     pub fn validate(&self) -> Result<()> {
+        check(self.threads <= MAX_THREADS, || {
+            format!("--threads must be at most {MAX_THREADS}, but is {}", self.threads)
+        })?;
         // TOML integers end there, and the config must be readable again.
         check(self.seed <= i64::MAX as u64, || format!("--seed must be below 2^63, but is {}", self.seed))?;
         self.preprocess.validate()?;
@@ -51,10 +57,10 @@ impl Config {
             format!("--shift-prob must be between 0 and 1, but is {}", s.shift_prob)
         })?;
         // Statistics of a single number: variance 0, and torch refuses it too.
-        let deepest: usize = s.patch.iter().map(|side| side / self.granularity()).product();
+        let deepest = s.patch.iter().map(|side| side / self.granularity()).fold(1, usize::saturating_mul);
         let values = match self.net.norm {
             Norm::Instance => deepest,
-            Norm::Batch => deepest * s.samples_per_volume * s.volumes_per_step,
+            Norm::Batch => deepest.saturating_mul(s.samples_per_volume).saturating_mul(s.volumes_per_step),
         };
         check(values > 1, || {
             format!(

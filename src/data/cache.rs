@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rayon::prelude::*;
 
 use super::dataset::Case;
-use super::{nifti, scan};
+use super::{nifti, publish, scan};
 use crate::error::{Error, Result};
 
 pub use super::cache_file::{CacheParams, CachedCase, Image, Made, Source, candidates};
@@ -52,7 +52,7 @@ pub fn build_all(
     dir: &Path,
     progress: &(dyn Fn(Progress<'_>) + Sync),
 ) -> Result<Vec<CachedCase>> {
-    std::fs::create_dir_all(dir).map_err(Error::io(dir, "create"))?;
+    publish::folder(dir)?;
     let done = AtomicUsize::new(0);
     let tell = |name: &str, prepared: Option<&str>, warnings: &[String]| {
         let done = done.fetch_add(1, Ordering::Relaxed) + 1;

@@ -6,6 +6,7 @@ use std::path::Path;
 use flate2::{Compression, GzBuilder};
 
 use super::nifti_header::{Header, Scalar};
+use super::publish::publish;
 use super::transpose::{Strides, gather};
 use super::volume::{Affine, Volume};
 use crate::error::{Error, Result};
@@ -94,6 +95,7 @@ fn write<T: Voxel>(path: &Path, header: &Header, voxels: &[T]) -> Result<()> {
     let order = Strides { first: 0, step: [1, nk as isize, (nj * nk) as isize] };
     let body = gather([nk, nj, ni], order, |at| voxels[at]);
     publish(path, |file| {
+        let mut file = BufWriter::with_capacity(1 << 20, file);
         if path.extension().is_some_and(|e| e == "gz") {
             let mut gz = GzBuilder::new().mtime(0).write(file, LEVEL);
             gz.write_all(&head)?;
@@ -105,19 +107,4 @@ fn write<T: Voxel>(path: &Path, header: &Header, voxels: &[T]) -> Result<()> {
             file.flush()
         }
     })
-    .map_err(Error::io(path, "write"))
-}
-
-/// Fills a temporary file beside `path` and renames it once it is safely on the disk.
-fn publish(path: &Path, fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> std::io::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // Temporary files are private; a result is as readable as the user's umask makes any file.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let file = builder.tempfile_in(folder)?;
-    fill(&mut BufWriter::with_capacity(1 << 20, file.as_file()))?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|e| e.error)?;
-    Ok(())
 }

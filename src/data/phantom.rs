@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::anatomy::Anatomy;
 use super::nifti_write;
-use super::publish::publish;
+use super::publish::{self, publish};
 use super::volume::{Affine, Volume};
 use crate::error::{Error, Result};
 use crate::rng::Philox;
@@ -68,7 +68,7 @@ pub fn generate(
     config: &PhantomConfig,
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<()> {
-    let total = config.cases + config.test_cases;
+    let total = config.cases.saturating_add(config.test_cases);
     if total == 0 {
         return Err(Error::Usage("a phantom set needs at least one case: raise the number of cases".into()));
     }
@@ -78,12 +78,11 @@ pub fn generate(
     }
     for folder in ["imagesTr", "labelsTr", "imagesTs", "labelsTs"] {
         let path = out_dir.join(folder);
-        std::fs::create_dir_all(&path).map_err(Error::io(&path, "create"))?;
+        publish::folder(&path)?;
     }
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let all: Vec<usize> = (0..total).collect();
-    for some in all.chunks(AT_ONCE) {
-        some.par_iter().try_for_each(|&index| {
+    for first in (0..total).step_by(AT_ONCE) {
+        (first..total.min(first + AT_ONCE)).into_par_iter().try_for_each(|index| {
             let (image, label) = case(config, index);
             let set = if index < config.cases { "Tr" } else { "Ts" };
             let name = file_name(index, total);
@@ -124,8 +123,10 @@ fn claim(out_dir: &Path, config: &PhantomConfig) -> Result<bool> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io(&path, "read")(e)),
     }
-    std::fs::create_dir_all(out_dir).map_err(Error::io(out_dir, "create"))?;
-    if std::fs::read_dir(out_dir).map_err(Error::io(out_dir, "read"))?.next().is_some() {
+    publish::folder(out_dir)?;
+    // What a killed process was writing, the marker above all, is no reason to refuse.
+    let mut entries = std::fs::read_dir(out_dir).map_err(Error::io(out_dir, "read"))?.flatten();
+    if entries.any(|entry| !publish::is_unfinished(&entry.file_name())) {
         return Err(Error::file(out_dir, "is not empty and holds no phantom set; name a new folder"));
     }
     write_json(&path, &marker)?;

@@ -11,14 +11,14 @@ use serde::Serialize;
 use super::jobs::{Job, Style};
 use super::predict::{Network, probabilities};
 use super::stages::{self, Stages};
+use crate::Result;
 use crate::config::{Preprocess, Window};
 use crate::data::affine::column_norms;
 use crate::data::nifti_header::Header;
-use crate::data::nifti_write;
 use crate::data::preprocess::{Geometry, Prepared};
 use crate::data::scan::{self, Scan};
+use crate::data::{nifti_write, publish};
 use crate::metrics::overlap::voxel_ml;
-use crate::{Error, Result};
 
 /// What was found in one scan.
 #[derive(Clone, Debug, Serialize)]
@@ -106,7 +106,7 @@ fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
     let start = Instant::now();
     let mask = case.geometry.invert_argmax(bytemuck::cast_slice(&case.probabilities))?;
     let folder = job.output.parent().expect("an output is a file in a folder");
-    std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+    publish::folder(folder)?;
     match style {
         Style::Mask => nifti_write::write_mask(&job.output, &case.header, &mask)?,
         Style::Bundle => nifti_write::write_bundle(&job.output, &case.header, &mask)?,

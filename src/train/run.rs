@@ -84,6 +84,8 @@ pub struct Summary {
 pub const BEST: &str = "best.safetensors";
 /// Name of the checkpoint to resume from.
 pub const LAST: &str = "last.safetensors";
+/// Name of the resolved numbers: a file for `--config`.
+pub const CONFIG: &str = "config.toml";
 /// Name of the table of epochs.
 pub const HISTORY: &str = "history.csv";
 
@@ -111,7 +113,17 @@ impl Run<'_> {
             self.restore(&mut trainer, &mut meta, from)?;
         }
         let per_epoch = steps_per_epoch(self.train.len(), &c.sampling);
-        let total = c.run.epochs * per_epoch;
+        // Adam's bias correction raises to an i32 power.
+        let total = c.run.epochs.checked_mul(per_epoch).filter(|&total| total <= i32::MAX as usize);
+        let total = total.ok_or_else(|| {
+            Error::Usage(format!(
+                "--epochs {} makes more than {} steps, which cannot be counted: lower it",
+                c.run.epochs,
+                i32::MAX
+            ))
+        })?;
+        // Only now: numbers that do not fit the checkpoint must not replace those that do.
+        publish(&self.dir.join(CONFIG), |file| file.write_all(c.to_toml().as_bytes()))?;
         let start = (meta.epoch, meta.epoch_losses.len());
         let mut batches = Prefetcher::new(Arc::clone(&self.train), &c.sampling, c.seed, start, 1)?;
         while (meta.epoch as usize) < c.run.epochs {
@@ -134,8 +146,14 @@ impl Run<'_> {
             }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
-            let dice =
-                if due && !self.val.is_empty() { Some(validate(&trainer.net, self.val, c)?) } else { None };
+            let dice = match self.validated(&trainer.net, due) {
+                // Saved with every step of the epoch done: resuming begins with its validation.
+                Err(Error::Interrupted) => {
+                    self.save(&trainer, &mut meta)?;
+                    return Ok(self.summary(&trainer, &meta, false));
+                }
+                dice => dice?,
+            };
             // MONAI's CheckpointSaver: strictly better only.
             let best = dice.is_some_and(|d| meta.best_dice.is_none_or(|b| d > b));
             meta.epoch = epoch as u64;
@@ -154,6 +172,12 @@ impl Run<'_> {
             watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
         }
         Ok(self.summary(&trainer, &meta, true))
+    }
+
+    /// Mean Dice where the epoch is `due` and there are cases.
+    fn validated(&self, net: &UNet, due: bool) -> Result<Option<f64>> {
+        let due = due && !self.val.is_empty();
+        due.then(|| validate(net, self.val, self.config, self.stop)).transpose()
     }
 
     fn summary(&self, trainer: &Trainer, meta: &CheckpointMeta, finished: bool) -> Summary {
@@ -182,14 +206,15 @@ impl Run<'_> {
         };
         let moments =
             checkpoint::Moments { exp_avg: named(|m| &m.exp_avg), exp_avg_sq: named(|m| &m.exp_avg_sq) };
-        checkpoint::save(&self.dir.join(LAST), &trainer.net.state_dict(), &moments, meta)?;
         publish(&self.dir.join(HISTORY), |file| {
             writeln!(file, "epoch,train_loss,val_mean_dice")?;
             for r in &meta.history {
                 writeln!(file, "{},{},{}", r.epoch, r.loss, r.dice.map_or(String::new(), |d| d.to_string()))?;
             }
             Ok(())
-        })
+        })?;
+        // Last of all files: a run killed before this line does again whatever they are ahead of it.
+        checkpoint::save(&self.dir.join(LAST), &trainer.net.state_dict(), &moments, meta)
     }
 
     fn save_best(&self, net: &UNet, meta: &CheckpointMeta) -> Result<()> {
@@ -229,9 +254,12 @@ fn names(cases: &[CachedCase]) -> Vec<String> {
 /// 0 when all are (MONAI MeanDice).
 ///
 /// # Errors
-/// Those of the network.
-pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config) -> Result<f64> {
-    let network = |x: &[f32], shape: [usize; 4]| Ok(net.infer(x, shape)?.data().to_vec());
+/// [`Error::Interrupted`] when `stop` becomes true before the last window, and those of the network.
+pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config, stop: &AtomicBool) -> Result<f64> {
+    let network = |x: &[f32], shape: [usize; 4]| match stop.load(Ordering::Relaxed) {
+        true => Err(Error::Interrupted),
+        false => Ok(net.infer(x, shape)?.data().to_vec()),
+    };
     let dice = |case: &CachedCase| {
         grid_dice(&network, (&case.image_f32(), case.label()), case.shape(), &config.window)
     };
