@@ -219,6 +219,7 @@ mod tests {
             dice_grid: 0.5,
             dice_bundle: 0.25,
             native,
+            warnings: Vec::new(),
             network_s: 1.0,
         };
         let folder = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
 //! DiceCE: value, Dice term and logit gradient of every case and variant, in float64 and float32.
 
 use spleen_hpc::config::Loss;
-use spleen_hpc::ops::dice_ce::{Real, dice_ce, dice_ce_backward};
+use spleen_hpc::ops::dice_ce::{dice_ce, dice_ce_backward};
+use spleen_hpc::tensor::Float;
 use spleen_hpc::tensor::Shape;
 
 use crate::Outcome;
@@ -61,9 +62,9 @@ struct Computed {
     dlogits: Tensor,
 }
 
-fn compute<T: Real + Elem>(logits: &[T], labels: &[u8], shape: Shape, p: &Loss) -> Computed {
+fn compute<T: Float + Elem>(logits: &[T], labels: &[u8], shape: Shape, p: &Loss) -> Computed {
     let forward = dice_ce(logits, labels, shape.n, p);
-    let mut dlogits = vec![T::from_f64(0.0); logits.len()];
+    let mut dlogits = vec![T::new(0.0); logits.len()];
     dice_ce_backward(&forward, logits, labels, p, &mut dlogits);
     Computed { loss: forward.loss, dice: forward.dice, dlogits: channels_first(shape, &dlogits) }
 }

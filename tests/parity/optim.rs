@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 use spleen_hpc::config::{Optim, Optimizer as Kind};
-use spleen_hpc::train::optimizer::{Float, Optimizer};
+use spleen_hpc::tensor::Float;
+use spleen_hpc::train::optimizer::Optimizer;
 
 use crate::Outcome;
 use crate::golden::{File, Golden};
