@@ -196,7 +196,7 @@ impl Screen {
                 });
                 let (width, all, eta) = (self.epochs.to_string().len(), self.epochs, self.eta());
                 let line = format!(
-                    "epoch {epoch:>width$}/{all}  loss {loss:.4}  {dice:<20}  {patches_per_s:>6.1} patches/s  ETA {eta}"
+                    "epoch {epoch:>width$}/{all}  loss {loss:.4}  {dice:<20}  {patches_per_s:>8.1} patches/s  ETA {eta}"
                 );
                 match &self.bar {
                     Some(bar) => bar.suspend(|| say(&line)),

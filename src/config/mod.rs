@@ -58,7 +58,7 @@ pub struct Run {
     pub folds: Option<usize>,
     /// Which fold validates, 0-based.
     pub fold: usize,
-    /// The label value that is the organ; `None`: 1, and labels must hold 0 and 1 only.
+    /// The label value that is the organ; `None`: the labels hold 0 and 1 only.
     pub label_value: Option<f32>,
     /// Precision of cached images.
     pub cache_dtype: CacheDtype,

@@ -23,6 +23,11 @@ const AFFINE_TOL: f64 = 1e-3;
 /// A resampled volume above this many voxels (8 GiB of float32) is a wrong header, not a CT.
 const MAX_VOXELS: f64 = (1u64 << 31) as f64;
 
+/// So is one of more than this many voxels (256 MiB) that has this many times its source's: a header of a few bytes
+/// must not claim gigabytes. 64 is spacings of 6 x 6 x 8 mm made 1.5 x 1.5 x 2.
+const FREE_VOXELS: f64 = (1u64 << 26) as f64;
+const MAX_GROWTH: f64 = 64.0;
+
 /// Resampling of one grid onto another (MONAI `SpatialResample`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Resampling {
@@ -97,7 +102,9 @@ fn shape_and_offset(shape: [usize; 3], from: &Affine, to: &Affine) -> Result<([u
         std::array::from_fn(|a| mapped.iter().map(|m| m[a]).fold(f64::NEG_INFINITY, f64::max));
     let size: [f64; 3] = std::array::from_fn(|a| (high[a] - low[a] + 1.0).round_ties_even());
     let voxels = size.iter().product::<f64>();
-    if !(1.0..=MAX_VOXELS).contains(&voxels) {
+    let source = shape.iter().map(|&n| n as f64).product::<f64>();
+    let most = (MAX_GROWTH * source).clamp(FREE_VOXELS, MAX_VOXELS);
+    if !(1.0..=most).contains(&voxels) {
         return Err(Error::Usage(format!(
             "resampling {shape:?} voxels of {:?} mm to {:?} mm makes {voxels:e} voxels; check the spacing in the \
              header and --spacing",
@@ -309,19 +316,22 @@ impl<'a> Sampler<'a> {
         voxel: [usize; 3],
     ) -> [f32; C] {
         let [ti, tj, tk] = self.taps(voxel);
-        let mut sum = [0.0f64; C];
-        for (oi, wi) in ti.at.into_iter().zip(ti.weight) {
-            for (oj, wj) in tj.at.into_iter().zip(tj.weight) {
-                for (ok, wk) in tk.at.into_iter().zip(tk.weight) {
-                    let value = data.get(oi + oj + ok).unwrap_or(&outside);
-                    let weight = wk * wj * wi;
-                    for (sum, &v) in sum.iter_mut().zip(value) {
-                        *sum += f64::from(v) * weight;
-                    }
-                }
+        interpolate(data, outside, &edges(&ti, &tj), &tk)
+    }
+
+    /// [`linear`](Self::linear) of the output voxels (i, j, ..), what the row shares looked up once.
+    fn linear_row(&self, data: &[[f32; 1]], [i, j]: [usize; 2], row: &mut [f32]) {
+        match &self.separable {
+            Some(taps) => {
+                let edges = edges(&taps[0][i], &taps[1][j]);
+                let voxels = row.iter_mut().zip(&taps[2]);
+                voxels.for_each(|(voxel, tk)| [*voxel] = interpolate(data, [0.0], &edges, tk));
+            }
+            None => {
+                let voxels = row.iter_mut().enumerate();
+                voxels.for_each(|(k, voxel)| [*voxel] = self.linear(data, [0.0], [i, j, k]));
             }
         }
-        sum.map(|v| v as f32)
     }
 
     /// Nearest value at an output voxel, half to even.
@@ -332,28 +342,57 @@ impl<'a> Sampler<'a> {
     }
 }
 
+/// The four edges along k of the cell around a voxel: offset, weight along j, weight along i.
+type Edges = [(usize, f64, f64); 4];
+
+#[inline]
+fn edges(ti: &Taps, tj: &Taps) -> Edges {
+    std::array::from_fn(|e| {
+        let (a, b) = (e / 2, e % 2);
+        (ti.at[a] + tj.at[b], tj.weight[b], ti.weight[a])
+    })
+}
+
+#[inline]
+fn interpolate<const C: usize>(data: &[[f32; C]], outside: [f32; C], edges: &Edges, tk: &Taps) -> [f32; C] {
+    let mut sum = [0.0f64; C];
+    for &(edge, wj, wi) in edges {
+        for (ok, wk) in tk.at.into_iter().zip(tk.weight) {
+            let value = data.get(edge + ok).unwrap_or(&outside);
+            let weight = wk * wj * wi;
+            for (sum, &v) in sum.iter_mut().zip(value) {
+                *sum += f64::from(v) * weight;
+            }
+        }
+    }
+    sum.map(|v| v as f32)
+}
+
 /// Trilinear interpolation with border padding: float64 coordinates and sums, float32 result.
 ///
 /// `volume` must have the source shape.
 pub fn resample_linear(volume: &Volume<f32>, to: &Resampling) -> Volume<f32> {
     let sampler = Sampler::whole(to);
     let data: &[[f32; 1]] = bytemuck::cast_slice(&volume.data);
-    fill(volume, to, |voxel| sampler.linear(data, [0.0], voxel)[0])
+    fill(volume, to, |ij, row| sampler.linear_row(data, ij, row))
 }
 
 /// Nearest neighbour, half to even, with border padding. `volume` must have the source shape.
 pub fn resample_nearest(volume: &Volume<u8>, to: &Resampling) -> Volume<u8> {
     let sampler = Sampler::whole(to);
-    fill(volume, to, |voxel| sampler.nearest(&volume.data, 0, voxel))
+    fill(volume, to, |[i, j], row| {
+        let voxels = row.iter_mut().enumerate();
+        voxels.for_each(|(k, voxel)| *voxel = sampler.nearest(&volume.data, 0, [i, j, k]));
+    })
 }
 
 fn fill<T: Copy + Default + Send>(
     source: &Volume<T>,
     to: &Resampling,
-    value: impl Fn([usize; 3]) -> T + Sync,
+    row: impl Fn([usize; 2], &mut [T]) + Sync,
 ) -> Volume<T> {
     assert_eq!(source.shape, to.in_shape, "the resampling was planned for another grid");
-    Volume { shape: to.out_shape, data: tabulate(to.out_shape, value), affine: to.out_affine }
+    Volume { shape: to.out_shape, data: tabulate_rows(to.out_shape, row), affine: to.out_affine }
 }
 
 /// A volume of `value(i, j, k)`, slabs in parallel.
@@ -361,12 +400,20 @@ pub(super) fn tabulate<T: Copy + Default + Send>(
     shape: [usize; 3],
     value: impl Fn([usize; 3]) -> T + Sync,
 ) -> Vec<T> {
+    tabulate_rows(shape, |[i, j], row| {
+        row.iter_mut().enumerate().for_each(|(k, voxel)| *voxel = value([i, j, k]));
+    })
+}
+
+/// A volume whose row (i, j, ..) is written by `fill([i, j], row)`, slabs in parallel.
+fn tabulate_rows<T: Copy + Default + Send>(
+    shape: [usize; 3],
+    fill: impl Fn([usize; 2], &mut [T]) + Sync,
+) -> Vec<T> {
     let [n0, n1, n2] = shape;
     let mut data = vec![T::default(); n0 * n1 * n2];
     data.par_chunks_mut((n1 * n2).max(1)).enumerate().for_each(|(i, slab)| {
-        for (j, row) in slab.chunks_mut(n2.max(1)).enumerate() {
-            row.iter_mut().enumerate().for_each(|(k, voxel)| *voxel = value([i, j, k]));
-        }
+        slab.chunks_mut(n2.max(1)).enumerate().for_each(|(j, row)| fill([i, j], row));
     });
     data
 }
