@@ -320,7 +320,7 @@ impl CachedCase {
     }
 
     /// Cuts the patch `spec` (of this case) of size `patch` into `image_out` and `label_out`, C order, each of
-    /// patch[0] * patch[1] * patch[2] values.
+    /// `patch.iter().product()` values.
     pub fn cut(&self, spec: &PatchSpec, patch: [usize; 3], image_out: &mut [f32], label_out: &mut [u8]) {
         let (label, at) = (self.label(), (spec.start, patch));
         match self.image() {

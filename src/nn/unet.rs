@@ -105,8 +105,8 @@ pub struct UNet {
 }
 
 impl UNet {
-    /// A network with PyTorch's default initial distribution: weights and biases U(+-1 / sqrt(shape[1] k^3)), norms
-    /// 1 and 0, PReLU 0.25; every value a function of `seed` alone.
+    /// A network with PyTorch's default initial distribution: weights and biases uniform within
+    /// `+-1 / sqrt(shape[1] k^3)`, norms 1 and 0, PReLU 0.25; every value a function of `seed` alone.
     ///
     /// # Errors
     /// [`Error::Usage`] for fewer than two levels or a level without channels.

@@ -1,9 +1,11 @@
 //! 3D convolution, kernel 3 (padding 1, stride 1 or 2) or kernel 1 (torch.nn.Conv3d).
 //!
-//! y[o] = sum over taps t and input channels of x[o s + t - p] w[t] + b
-//! * dgrad: dx[i] = sum over t with (i + p - t) = o s of dy[o] w[t]: for stride 1 a convolution of dy with the taps
-//!   mirrored, for stride 2 a scatter;
-//! * wgrad: dw[t] = sum over o of x[o s + t - p] dy[o]; db = sum of dy.
+//! ```text
+//! fprop  y[o]  = sum over taps t and input channels of x[o s + t - p] w[t] + b
+//! dgrad  dx[i] = sum over t with (i + p - t) = o s of dy[o] w[t]
+//! wgrad  dw[t] = sum over o of x[o s + t - p] dy[o];   db = sum of dy
+//! ```
+//! dgrad is a convolution of dy with the taps mirrored for stride 1, a scatter for stride 2.
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 

@@ -1,10 +1,12 @@
 //! Transposed 3D convolution, kernel 3, stride 2, padding 1, output padding 1 (torch.nn.ConvTranspose3d), of the
 //! channel concatenation of several inputs.
 //!
-//! y[2 i + t - 1] += x[i] w[t], y twice as large as x on every axis: each output parity has its own taps, so nothing
-//! is scattered and no zero is multiplied.
-//! * dgrad: dx[i] = sum over t of dy[2 i + t - 1] w[t]: a convolution of stride 2;
-//! * wgrad: dw[t] = sum over i of x[i] dy[2 i + t - 1].
+//! ```text
+//! fprop  y[2 i + t - 1] += x[i] w[t], y twice as large as x on every axis
+//! dgrad  dx[i] = sum over t of dy[2 i + t - 1] w[t]: a convolution of stride 2
+//! wgrad  dw[t] = sum over i of x[i] dy[2 i + t - 1]
+//! ```
+//! In fprop each output parity has its own taps, so nothing is scattered and no zero is multiplied.
 
 use super::conv::{Head, Map, Source, Weights, correlate, wgrad};
 use crate::device::arena::Buffer;

@@ -1,11 +1,16 @@
 //! Dice + cross entropy of two classes, fused with the softmax (MONAI `DiceCELoss(to_onehot_y, softmax)`).
 //!
 //! With p = softmax(logits) and the one-hot label g, per class c over a group (the whole batch, or one sample):
-//!   I = sum p g,  D = sum p^q + sum g,  q = 2 with squared_pred, else 1
-//!   dice = mean over groups and classes of 1 - (2 I + s) / (D + s);   ce = mean over voxels of -ln p[label]
-//!   loss = lambda_dice dice + lambda_ce ce
-//! Gradient: d dice/dp_c = -(1 / K) [2 g (D + s) - q p^(q-1) (2 I + s)] / (D + s)^2, K the number of terms averaged;
-//!   through the softmax dl_c = p_c (dp_c - sum_k p_k dp_k); the cross entropy adds (p - g) / voxels.
+//! ```text
+//! I = sum p g,  D = sum p^q + sum g,  q = 2 with squared_pred, else 1
+//! dice = mean over groups and classes of 1 - (2 I + s) / (D + s);   ce = mean over voxels of -ln p[label]
+//! loss = lambda_dice dice + lambda_ce ce
+//! ```
+//! Gradient, K the number of terms averaged:
+//! ```text
+//! d dice / dp_c = -(1 / K) [2 g (D + s) - q p^(q-1) (2 I + s)] / (D + s)^2
+//! through the softmax: dl_c = p_c (dp_c - sum_k p_k dp_k);   the cross entropy adds (p - g) / voxels
+//! ```
 //! Sums are f64 over fixed chunks in order. Generic over the float type of logits: f32 in the product, f64 where a
 //! reference is wanted.
 

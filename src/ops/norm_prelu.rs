@@ -1,10 +1,12 @@
 //! Batch or instance norm followed by PReLU (MONAI's "NDA" block, dropout 0), left pending for the consumer.
 //!
 //! Over the M voxels of a group (all samples for batch norm, one for instance norm), per channel:
-//!   xhat = (x - mean) rstd, rstd = 1 / sqrt(var + 1e-5), var biased;
-//!   z = gamma xhat + beta;   y = z > 0 ? z : slope z.
-//! Backward: dz = dy (z > 0 ? 1 : slope); dslope = sum of dy z over z <= 0; dbeta = sum dz; dgamma = sum dz xhat;
-//!   dx = gamma rstd (dz - mean(dz) - xhat mean(dz xhat)), or gamma rstd dz where the statistics are constants.
+//! ```text
+//! forward   xhat = (x - mean) rstd, rstd = 1 / sqrt(var + 1e-5), var biased
+//!           z = gamma xhat + beta;   y = z > 0 ? z : slope z
+//! backward  dz = dy (z > 0 ? 1 : slope); dslope = sum of dy z over z <= 0; dbeta = sum dz; dgamma = sum dz xhat
+//!           dx = gamma rstd (dz - mean(dz) - xhat mean(dz xhat)), or gamma rstd dz where statistics are constants
+//! ```
 //! Statistics are merged from per-chunk (count, mean, M2) by Chan's rule in chunk order, never E[x^2] - E[x]^2.
 
 use crate::device::arena::Buffer;

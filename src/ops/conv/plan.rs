@@ -14,14 +14,14 @@ const TILE_FLOATS: usize = 48 << 10;
 /// Which input voxels feed an output voxel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Map {
-    /// out[o] = sum over t < kernel of in[o * stride + t - kernel / 2] * w[t]; kernel 1 or 3.
+    /// `out[o]` = sum over t < kernel of `in[o * stride + t - kernel / 2] * w[t]`; kernel 1 or 3.
     Gather {
         /// Taps an axis.
         kernel: usize,
         /// Input voxels an output voxel.
         stride: usize,
     },
-    /// Kernel 3, stride 2, padding 1, the other way round: out[2 i + t - 1] += in[i] * w[t].
+    /// Kernel 3, stride 2, padding 1, the other way round: `out[2 i + t - 1] += in[i] * w[t]`.
     Scatter,
 }
 

@@ -13,8 +13,8 @@ const PARTIAL_FLOATS: usize = 2 << 20;
 /// Floats of a partial sum that a task adds up.
 const REDUCE_CHUNK: usize = 1 << 12;
 
-/// dw[lane channel][source channel][tap] = sum over samples and anchors of
-/// source[anchor * stride + tap - pad] * lane source[anchor].
+/// `dw[lane channel][source channel][tap]` = sum over samples and anchors of
+/// `source[anchor * stride + tap - pad] * lane_source[anchor]`.
 ///
 /// `sources` lie on `space` and are read with a halo; `lane_sources` lie on the anchors (stride 1 or 2 coarser).
 /// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
