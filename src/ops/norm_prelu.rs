@@ -7,7 +7,8 @@
 //! backward  dz = dy (z > 0 ? 1 : slope); dslope = sum of dy z over z <= 0; dbeta = sum dz; dgamma = sum dz xhat
 //!           dx = gamma rstd (dz - mean(dz) - xhat mean(dz xhat)), or gamma rstd dz where statistics are constants
 //! ```
-//! Statistics are merged from per-chunk (count, mean, M2) by Chan's rule in chunk order, never E[x^2] - E[x]^2.
+//! Statistics are merged from per-chunk (count, mean, M2) by Chan's rule in chunk order, never as a mean of squares
+//! less the square of the mean.
 
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
