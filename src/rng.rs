@@ -25,7 +25,7 @@ impl Philox {
 
     /// A stream named by several numbers, such as (purpose, epoch, sample): equal names, equal streams.
     pub fn keyed(seed: u64, name: &[u64]) -> Self {
-        // One Philox block a word: a bijection of (state, word) cannot collide by construction of its rounds.
+        // 64 bits of one Philox block a word: two names share a stream with probability 2^-64.
         let stream = name.iter().fold(name.len() as u64, |state, &word| {
             let b = philox4x32(
                 [state as u32, (state >> 32) as u32, word as u32, (word >> 32) as u32],

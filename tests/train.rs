@@ -124,3 +124,22 @@ fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
     assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
     assert!(std::fs::read(folder.join(LAST)).expect("still there") == good, "the checkpoint was overwritten");
 }
+
+#[test]
+fn weights_that_left_the_numbers_are_never_saved() {
+    let (dir, train, val) = cases(CacheDtype::F32);
+    let (mut c, train) = (config(), Arc::new(train));
+    let folder = dir.path().join("run");
+    // The step itself overflows: its loss, taken before, is fine.
+    (c.optim.lr, c.run.epochs, c.run.val_interval) = (1e38, 1, 1);
+    std::fs::create_dir_all(&folder).expect("a run folder");
+    let stop = AtomicBool::new(false);
+    let run =
+        Run { config: &c, dir: &folder, train: Arc::clone(&train), val: &val, resume: None, stop: &stop };
+    let error = run.train(&mut |_| {}).expect_err("weights beyond f32").to_string();
+    assert!(error.contains("last good checkpoint is"), "{error}");
+    let last = checkpoint::load(&folder.join(LAST)).expect("the checkpoint before the first step");
+    assert_eq!(last.meta.step, 0);
+    let finite = |v: &Vec<f32>| v.iter().all(|v| v.is_finite());
+    assert!(last.moments.exp_avg.iter().all(|(_, v)| finite(v)) && !folder.join(BEST).exists());
+}

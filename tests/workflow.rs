@@ -283,6 +283,10 @@ fn wrong_files_are_named_in_one_sentence() {
     refused(&format!("infer {weights} --out /proc/o data/imagesTs"), "/proc/o: cannot create: ");
     refused(&format!("infer {weights} --out data/imagesTs data/imagesTs"), "would overwrite the scan");
     refused(&format!("evaluate {weights} --data made/void"), "void: ");
+    refused(
+        &format!("evaluate {weights} --data data --cases all --out eval --masks data/labelsTr"),
+        "--masks would overwrite",
+    );
     // Weights of another network: the names are right, a shape is not.
     let (mut other, _) = (read_safetensors(&HOME.join("run/best.safetensors")).expect("weights"), ());
     let mut cut = spleen_hpc::nn::state_dict::StateDict::new("other");

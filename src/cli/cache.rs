@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use super::progress::Progress;
 use super::settings::{Settings, data, resolve};
-use super::{Outcome, say};
+use super::{Outcome, say, tell};
 use crate::Result;
 use crate::config::{Config, Overrides};
 use crate::data::cache::{self, CacheParams, CachedCase};
@@ -47,7 +47,8 @@ pub fn build(cases: &[Case], config: &Config, dir: &Path) -> Result<Vec<CachedCa
     };
     let progress = Progress::new(cases.len(), "cases prepared");
     let cached = cache::build_all(cases, &params, dir, &|step| {
-        progress.suspend(|| step.warnings.iter().for_each(|warning| eprintln!("warning: {warning}")));
+        progress
+            .suspend(|| step.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}"))));
         let why = step.prepared.map_or("cached".to_owned(), |why| format!("prepared: {why}"));
         progress.note(format!("{} {why}", step.name));
         progress.set(step.done, step.total);

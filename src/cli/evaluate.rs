@@ -11,7 +11,7 @@ use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, data, resolve};
 use super::train::split;
-use super::{INTERRUPTED, Outcome, interrupt, memory, say};
+use super::{INTERRUPTED, Outcome, interrupt, memory, say, tell};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
 use crate::data::publish::{self, publish};
@@ -69,10 +69,19 @@ pub fn run(args: &Args) -> Outcome {
         }
     };
     if cases.is_empty() {
-        return Err(Error::Usage("no case is left to evaluate: raise --val-cases or use --cases all".into()));
+        return Err(Error::Usage(
+            "no case is left to evaluate: use --cases all, or change --val-cases".into(),
+        ));
     }
     memory::check_window(&config)?;
     announce_device(config.device)?;
+    let learned = trained.learned_from();
+    if let (Which::Val, Some(case)) = (args.cases, cases.iter().find(|case| learned.contains(&case.name))) {
+        let name = &case.name;
+        tell(format_args!(
+            "warning: {name} is among the cases these weights were trained on: was it another split?"
+        ));
+    }
     let stop = interrupt::watch("the cases under way are finished first")?;
     score(&cases, &args.weights, &config, &args.out, args.masks.as_deref(), stop)
 }
@@ -90,15 +99,18 @@ pub fn score(
     for folder in std::iter::once(out).chain(masks) {
         publish::folder(folder)?;
     }
+    if let Some(folder) = masks {
+        refuse_overwriting(cases, folder)?;
+    }
     let progress = Progress::bar_only(cases.len(), "cases");
     let mut ended = 0;
     let results = evaluate(cases, &progress.counting(&network), config, masks, stop, |case, result| {
         progress.suspend(|| match result {
             Ok(scores) => {
-                scores.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                scores.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
                 say(line(scores));
             }
-            Err(err) => eprintln!("error: {}: {err}", case.name),
+            Err(err) => tell(format_args!("error: {}: {err}", case.name)),
         });
         ended += 1;
         progress.set(ended, cases.len());
@@ -118,7 +130,9 @@ pub fn score(
         out.display()
     ));
     if !scored.is_empty() && scored.iter().all(|scores| scores.native.overlap.truth == 0) {
-        eprintln!("warning: no label holds a voxel of the organ, so there is no Dice: look at --label-value");
+        tell(format_args!(
+            "warning: no label holds a voxel of the organ, so there is no Dice: look at --label-value"
+        ));
     }
     if results.len() < cases.len() {
         say(format_args!("stopped after {} of {} cases", results.len(), cases.len()));
@@ -128,6 +142,18 @@ pub fn score(
         0 => Ok(ExitCode::SUCCESS),
         failed => Err(Error::Usage(format!("{failed} of {} cases have no scores, see above", cases.len()))),
     }
+}
+
+/// A mask must not take the place of a scan or a label.
+fn refuse_overwriting(cases: &[Case], masks: &Path) -> Result<()> {
+    for case in cases {
+        let Ok(mask) = masks.join(format!("{}.nii.gz", case.name)).canonicalize() else { continue };
+        if [&case.image, &case.label].iter().any(|file| file.canonicalize().is_ok_and(|file| file == mask)) {
+            let what = format!("--masks would overwrite {}: choose another folder", mask.display());
+            return Err(Error::Usage(what));
+        }
+    }
+    Ok(())
 }
 
 /// One case on the screen.

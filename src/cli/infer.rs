@@ -9,7 +9,7 @@ use serde_json::json;
 use super::network::Trained;
 use super::progress::Progress;
 use super::settings::{Settings, announce_device, resolve};
-use super::{INTERRUPTED, Outcome, interrupt, memory, say};
+use super::{INTERRUPTED, Outcome, interrupt, memory, say, tell};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
 use crate::data::publish::{self, publish};
@@ -66,10 +66,10 @@ pub fn run(args: &Args) -> Outcome {
         |_, result| {
             progress.suspend(|| match result {
                 Ok(found) => {
-                    found.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                    found.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
                     say(format_args!("{}: {:.1} ml", found.output.display(), found.volume_ml));
                 }
-                Err(err) => eprintln!("error: {err}"),
+                Err(err) => tell(format_args!("error: {err}")),
             });
             ended += 1;
             progress.set(ended, jobs.len());

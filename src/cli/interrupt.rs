@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::tell;
 use crate::{Error, Result};
 
 static STOP: AtomicBool = AtomicBool::new(false);
@@ -16,7 +17,7 @@ pub fn watch(finishing: &'static str) -> Result<&'static AtomicBool> {
         if STOP.swap(true, Ordering::SeqCst) {
             std::process::exit(super::INTERRUPTED.into());
         }
-        eprintln!("\ninterrupted: {finishing}; once more ends at once");
+        tell(format_args!("\ninterrupted: {finishing}; once more ends at once"));
     })
     .map_err(|err| Error::Internal(format!("cannot watch for Ctrl-C: {err}")))?;
     Ok(&STOP)

@@ -1,6 +1,6 @@
 //! Refuses sizes that cannot fit this machine before the work begins: the system would end the process without a word.
 //!
-//! What is counted is a lower bound: images, logits and what each level must keep. Real runs need about twice that.
+//! What is counted is a lower bound: images, logits and what each level must keep.
 
 use std::fs::read_to_string;
 
@@ -12,7 +12,7 @@ use crate::{Error, Result};
 /// Bytes of an f32.
 const F32: f64 = 4.0;
 
-/// Whether one window fits.
+/// Whether one window fits; how many of a batch there are depends on the scan.
 pub fn check_window(config: &Config) -> Result<()> {
     let top = config.net.channels[0] as f64 / 8.0;
     let bytes = voxels(config.window.roi) * F32 * ((1 + CLASSES) as f64 + top);

@@ -63,7 +63,7 @@ pub fn run() -> ExitCode {
         Verb::Export(args) => weights::export(&args),
     });
     done.unwrap_or_else(|err| {
-        eprintln!("error: {err}");
+        tell(format_args!("error: {err}"));
         ExitCode::from(err.exit_code())
     })
 }
@@ -71,6 +71,11 @@ pub fn run() -> ExitCode {
 /// Prints a line of results. A reader that has gone away (`| head`) is no failure of the work.
 fn say(line: impl Display) {
     writeln!(std::io::stdout(), "{line}").ok();
+}
+
+/// Prints a line for the user, on stderr. One that is closed or full does not end the work either.
+fn tell(line: impl Display) {
+    writeln!(std::io::stderr(), "{line}").ok();
 }
 
 /// What a verb leaves for the shell.

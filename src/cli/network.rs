@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::config::{Net, Overrides};
 use crate::infer::predict::Network;
 use crate::nn::UNet;
-use crate::nn::checkpoint::CheckpointMeta;
+use crate::nn::checkpoint::{CheckpointMeta, Split};
 use crate::nn::state_dict::{StateDict, infer_net};
 use crate::nn::weights::{Metadata, read_any, read_safetensors};
 use crate::{Error, Result};
@@ -48,6 +48,16 @@ impl Trained {
             channels: Some(self.net.channels.clone()),
             ..Overrides::default()
         }
+    }
+
+    /// Names of the cases the weights were trained on, where the file says so.
+    pub fn learned_from(&self) -> Vec<String> {
+        let split = match (self.metadata.get("meta"), self.metadata.get("split")) {
+            (Some(meta), _) => serde_json::from_str::<CheckpointMeta>(meta).map(|meta| meta.split),
+            (None, Some(split)) => serde_json::from_str::<Split>(split),
+            (None, None) => return Vec::new(),
+        };
+        split.map_or_else(|_| Vec::new(), |split| split.train)
     }
 
     /// The network, ready to predict.

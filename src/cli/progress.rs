@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::tell;
 use crate::Result;
 use crate::infer::predict::Network;
 
@@ -44,7 +45,7 @@ impl Progress {
         if let Some(what) = self.plain
             && tenth(done) > tenth(done.saturating_sub(1))
         {
-            eprintln!("{done}/{total} {what}");
+            tell(format_args!("{done}/{total} {what}"));
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
+use super::tell;
 use crate::config::{Config, DeviceChoice, Overrides};
 use crate::{Error, Result};
 
@@ -63,8 +64,8 @@ pub fn read_toml(path: &Path) -> Result<Overrides> {
 /// Says on stderr what computes and why, or why the device asked for cannot.
 pub fn announce_device(choice: DeviceChoice) -> Result<()> {
     match choice {
-        DeviceChoice::Auto => eprintln!("device: cpu (this build has no CUDA engine)"),
-        DeviceChoice::Cpu => eprintln!("device: cpu (as asked)"),
+        DeviceChoice::Auto => tell(format_args!("device: cpu (this build has no CUDA engine)")),
+        DeviceChoice::Cpu => tell(format_args!("device: cpu (as asked)")),
         DeviceChoice::Cuda(_) => {
             return Err(Error::Usage(format!(
                 "--device {choice}: this build has no CUDA engine, use --device cpu"

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::cache::build;
 use super::progress::{Progress, compact};
 use super::settings::{Settings, announce_device, read_toml, resolve};
-use super::{INTERRUPTED, Outcome, evaluate, interrupt, memory, phantom, say};
+use super::{INTERRUPTED, Outcome, evaluate, interrupt, memory, phantom, say, tell};
 use crate::config::{Config, Overrides, Run};
 use crate::data::cache;
 use crate::data::dataset::{Case, Split, training_cases};
@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Outcome {
     let (val_cases, val) = (picked.split_off(train.len()), train_cached.split_off(train.len()));
     let train = train_cached;
     for warning in warnings(train.iter().map(|c| (c.name(), c.candidates())), &config.sampling) {
-        eprintln!("warning: {warning}");
+        tell(format_args!("warning: {warning}"));
     }
     let resume = args.resume.then(|| checkpoint::load(&last)).transpose()?;
     let stop = interrupt::watch("the run is saved first")?;

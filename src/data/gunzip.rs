@@ -23,7 +23,14 @@ impl<R: BufRead> Gunzip<R> {
 impl<R: BufRead> Read for Gunzip<R> {
     fn read(&mut self, into: &mut [u8]) -> Result<usize> {
         while let Some(mut member) = self.member.take() {
-            let taken = member.read(into)?;
+            let taken = match member.read(into) {
+                Ok(taken) => taken,
+                // The caller may try again, after an interrupted system call for one.
+                Err(error) => {
+                    self.member = Some(member);
+                    return Err(error);
+                }
+            };
             if taken > 0 || into.is_empty() {
                 self.member = Some(member);
                 return Ok(taken);

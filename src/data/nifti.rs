@@ -194,6 +194,10 @@ struct Stream {
 impl Stream {
     fn open(path: &Path) -> Result<Stream> {
         let refuse = |e| Error::io(path, "read")(e);
+        // Opening a pipe would wait for somebody to write into it.
+        if !std::fs::metadata(path).map_err(refuse)?.is_file() {
+            return Err(Error::file(path, "is not a regular file: give a NIfTI file"));
+        }
         let mut file = File::open(path).map_err(refuse)?;
         let size = file.metadata().map_err(refuse)?.len();
         let mut magic = Vec::new();

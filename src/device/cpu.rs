@@ -110,7 +110,7 @@ impl Lanes for Plain {
 /// AVX-512 and AVX2 lanes. Their methods must be inlined into a function with the target feature enabled, which
 /// only a `#[target_feature]` entry chosen by [`simd`] does.
 #[cfg(target_arch = "x86_64")]
-pub mod x86 {
+pub(crate) mod x86 {
     use super::Lanes;
     use std::arch::x86_64::*;
 
@@ -208,7 +208,7 @@ impl<'a> Disjoint<'a> {
     /// No two live results may overlap, on any thread.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn get(&self, offset: usize, len: usize) -> &'a mut [f32] {
-        assert!(offset + len <= self.len, "slice {offset}..{} of {}", offset + len, self.len);
+        assert!(offset <= self.len && len <= self.len - offset, "{len} floats at {offset} of {}", self.len);
         // SAFETY: in bounds by the assertion, unaliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
     }

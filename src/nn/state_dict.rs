@@ -127,6 +127,9 @@ impl StateDict {
     /// The floats of `name`, checked like [`StateDict::expect`].
     pub fn expect_f32(&self, name: &str, shape: &[usize]) -> Result<&[f32]> {
         match &self.expect(name, shape)?.data {
+            ArrayData::F32(v) if v.iter().any(|v| !v.is_finite()) => {
+                Err(self.refuse(format!("{name} holds NaN or infinity: the training that wrote it diverged")))
+            }
             ArrayData::F32(v) => Ok(v),
             ArrayData::I64(_) => Err(self.refuse(format!("{name} holds integers"))),
         }

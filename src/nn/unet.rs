@@ -206,6 +206,12 @@ impl UNet {
         dict
     }
 
+    /// Whether every parameter and running statistic is a number.
+    pub fn is_finite(&self) -> bool {
+        let params = self.params.iter().flat_map(|p| p.value.iter());
+        params.chain(self.running.iter().flat_map(|r| r.mean.iter().chain(&r.var))).all(|v| v.is_finite())
+    }
+
     /// What was built.
     pub fn net(&self) -> &Net {
         &self.net

@@ -128,7 +128,19 @@ impl Run<'_> {
             ))
         })?;
         // Only now: numbers that do not fit the checkpoint must not replace those that do.
+        let begun = meta.epoch as usize + usize::from(!meta.epoch_losses.is_empty());
+        if c.run.epochs < begun || meta.epoch_losses.len() > per_epoch {
+            let what = format!(
+                "has begun epoch {begun} with {per_epoch} steps each: resume with at least as many --epochs and the \
+                 same --volumes-per-step"
+            );
+            return Err(Error::file(self.dir.join(LAST), what));
+        }
         publish(&self.dir.join(CONFIG), |file| file.write_all(c.to_toml().as_bytes()))?;
+        if meta.step == 0 {
+            // From the first step on there is something to resume from.
+            self.save(&trainer, &mut meta)?;
+        }
         let start = (meta.epoch, meta.epoch_losses.len());
         let mut batches = Prefetcher::new(Arc::clone(&self.train), &c.sampling, c.seed, start, 1)?;
         while (meta.epoch as usize) < c.run.epochs {
@@ -136,6 +148,7 @@ impl Run<'_> {
             let (mut patches, mut seconds) = (0, 0.0);
             while meta.epoch_losses.len() < per_epoch {
                 if self.stop.load(Ordering::Relaxed) {
+                    self.refuse_infinities(&trainer)?;
                     self.save(&trainer, &mut meta)?;
                     return Ok(self.summary(&trainer, &meta, false));
                 }
@@ -149,6 +162,7 @@ impl Run<'_> {
                 meta.epoch_losses.push(loss);
                 watch(&Event::Step { epoch, done: trainer.steps() as usize, total, loss });
             }
+            self.refuse_infinities(&trainer)?;
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
             let mut dice = None;
@@ -174,9 +188,7 @@ impl Run<'_> {
             if best || (self.val.is_empty() && epoch == c.run.epochs) {
                 self.save_best(&trainer.net, &meta)?;
             }
-            if due {
-                self.save(&trainer, &mut meta)?;
-            }
+            self.save(&trainer, &mut meta)?;
             let patches_per_s = patches as f64 / seconds.max(1e-9);
             watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
         }
@@ -199,6 +211,15 @@ impl Run<'_> {
         trainer.restore(from.meta.step, moments)?;
         *meta = CheckpointMeta { config: meta.config.take(), commit: crate::COMMIT.into(), ..from.meta };
         Ok(())
+    }
+
+    /// The loss looks at the weights before a step; what the last step made of them must not replace good ones.
+    fn refuse_infinities(&self, trainer: &Trainer) -> Result<()> {
+        if trainer.is_finite() {
+            return Ok(());
+        }
+        let cure = "lower --lr or look at the input images".into();
+        Err(self.diverged(Error::Diverged { step: trainer.steps(), loss: f32::NAN, cure }))
     }
 
     fn save(&self, trainer: &Trainer, meta: &mut CheckpointMeta) -> Result<()> {

@@ -40,6 +40,13 @@ impl Trainer {
         &self.optimizer.moments
     }
 
+    /// Whether every weight, running statistic and moment is a number.
+    pub fn is_finite(&self) -> bool {
+        let finite = |v: &[f32]| v.iter().all(|v| v.is_finite());
+        self.net.is_finite()
+            && self.optimizer.moments.iter().all(|m| finite(&m.exp_avg) && finite(&m.exp_avg_sq))
+    }
+
     /// Continues from the moments of an earlier run.
     ///
     /// # Errors
