@@ -75,19 +75,6 @@ pub fn training_cases(dir: impl AsRef<Path>) -> Result<Vec<Case>> {
     pair(images, volumes_in(&dir.join("labelsTr"))?, &dir.join("labelsTr"))
 }
 
-/// The unlabelled images of a data set (imagesTs, else "test" of dataset.json), in lexicographic order.
-pub fn test_images(dir: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
-    let dir = dir.as_ref();
-    must_be_folder(dir)?;
-    let images = volumes_in(&dir.join("imagesTs"))?;
-    let listed = dir.join("dataset.json");
-    if !images.is_empty() || !listed.is_file() {
-        return Ok(images);
-    }
-    let contents = read_contents(&listed)?;
-    contents.test.iter().map(|image| existing(&listed, dir.join(image))).collect()
-}
-
 /// Every volume that `inputs` name: files as they are, folders and globs by the `.nii`, `.nii.gz` and `.hdr`
 /// (of a pair) they hold, dot-files skipped. Lexicographic order of the paths, each file once.
 pub fn expand_inputs(inputs: &[String]) -> Result<Vec<PathBuf>> {
@@ -215,8 +202,6 @@ fn index(paths: Vec<PathBuf>) -> Result<BTreeMap<String, PathBuf>> {
 struct Contents {
     #[serde(default)]
     training: Vec<Pair>,
-    #[serde(default)]
-    test: Vec<String>,
 }
 
 #[derive(Deserialize)]
