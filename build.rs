@@ -1,4 +1,5 @@
-//! Records the commit the binary is built from; every checkpoint, cache and report carries it.
+//! Records the commit the binary is built from; every checkpoint, cache and report carries it. With the feature
+//! `emulator` it also compiles the CUDA kernels as C++, to be run on the CPU (tests/emulator).
 
 use std::process::Command;
 
@@ -14,4 +15,98 @@ fn main() {
         println!("cargo::rerun-if-changed={log}");
     }
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(emulated)");
+    #[cfg(feature = "emulator")]
+    emulator::build();
+}
+
+#[cfg(feature = "emulator")]
+mod emulator {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    use std::path::{Path, PathBuf};
+    use std::{env, fs};
+
+    /// Compiles every kernel twice (fp16 and f32 storage) and the machine that runs them. Without a C++ compiler the
+    /// cfg `emulated` stays unset, and tests that need the emulator say that they are skipped.
+    pub fn build() {
+        println!("cargo::rerun-if-changed=kernels");
+        println!("cargo::rerun-if-changed=tests/emulator");
+        let x86_linux = env::var("CARGO_CFG_TARGET_ARCH").as_deref() == Ok("x86_64")
+            && env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux");
+        let mut compiler = cc::Build::new();
+        compiler.cpp(true);
+        if !x86_linux || compiler.try_get_compiler().is_err() {
+            println!("cargo::warning=no C++ compiler for x86-64 Linux: the kernels are not emulated");
+            return;
+        }
+        let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++20").opt_level(2).debug(true).warnings(false);
+        build.include(root.join("kernels")).include(root.join("tests/emulator"));
+        // Kernels reinterpret shared memory; sums must be rounded as they are written.
+        build.flags(["-fno-strict-aliasing", "-ffp-contract=off", "-mf16c", "-mfma"]);
+        let mut sources = vec![root.join("tests/emulator/runtime.cpp")];
+        let mut kernels = files(&root.join("kernels"), "cu");
+        for kernel in &kernels {
+            sources.extend([16, 32].map(|bits| translation_unit(&out, kernel, bits)));
+        }
+        // Objects are kept under a hash of all they are made of: a change of one kernel compiles one kernel.
+        let mut headers = files(&root.join("kernels"), "cuh");
+        headers.extend(files(&root.join("tests/emulator"), "hpp"));
+        let shared = headers.iter().map(|path| read(path)).collect::<String>();
+        kernels.insert(0, sources[0].clone());
+        let object = |source: &Path, text: String| {
+            let mut hash = DefaultHasher::new();
+            (&shared, text, read(source), env::var("RUSTC").ok()).hash(&mut hash);
+            let stem = source.file_stem().and_then(|s| s.to_str()).expect("plain names");
+            out.join(format!("{stem}-{:016x}.o", hash.finish()))
+        };
+        let objects: Vec<PathBuf> = sources
+            .iter()
+            .enumerate()
+            .map(|(i, source)| object(source, read(&kernels[i.div_ceil(2)])))
+            .collect();
+        let missing: Vec<usize> = (0..sources.len()).filter(|&i| !objects[i].exists()).collect();
+        if !missing.is_empty() {
+            let made = build.clone().files(missing.iter().map(|&i| &sources[i])).compile_intermediates();
+            for (made, &i) in made.iter().zip(&missing) {
+                fs::rename(made, &objects[i]).expect("OUT_DIR is writable");
+            }
+        }
+        build.objects(&objects);
+        build.cargo_metadata(false);
+        build.compile("cuemu");
+        println!("cargo::rustc-link-search=native={}", out.display());
+        // Whole: kernels are found by the list they enter when the program starts, not by symbols.
+        println!("cargo::rustc-link-lib=static:+whole-archive=cuemu");
+        println!("cargo::rustc-link-lib=stdc++");
+        println!("cargo::rustc-cfg=emulated");
+    }
+
+    fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+        let entries =
+            fs::read_dir(folder).expect("a folder of the source").map(|e| e.expect("readable").path());
+        let mut list: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
+        list.sort();
+        list
+    }
+
+    fn read(path: &Path) -> String {
+        fs::read_to_string(path).expect("sources are text")
+    }
+
+    /// One kernel file at one precision, in a namespace without a name: templates of the two precisions share theirs.
+    fn translation_unit(out: &Path, kernel: &Path, bits: u32) -> PathBuf {
+        let stem = kernel.file_stem().and_then(|s| s.to_str()).expect("kernels have plain names");
+        let path = out.join(format!("{stem}_f{bits}.cpp"));
+        let text = format!(
+            "#define ELEM {bits}\n#include \"ptx.cuh\"\nnamespace {{\n#include \"{}\"\n}}\n",
+            kernel.display()
+        );
+        if fs::read_to_string(&path).ok().as_deref() != Some(text.as_str()) {
+            fs::write(&path, text).expect("OUT_DIR is writable");
+        }
+        path
+    }
 }

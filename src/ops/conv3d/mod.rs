@@ -9,9 +9,9 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
-use super::conv::{Head, Map, Source, Weights, correlate, wgrad};
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
+use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};
 use crate::tensor::{Activation, Param, ParamId, Shape, Tape, Tensor};
 
 /// The parameters of one convolution.
@@ -77,7 +77,7 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             for ((dw, weight), (bias, dy)) in dws.iter().zip(&weights).zip(biases.iter().zip(&dys)) {
                 grads.add_param(weight.id, dw);
                 if let Some(bias) = bias {
-                    grads.add_param(*bias, &super::residual::channel_sums(dy));
+                    grads.add_param(*bias, &crate::ops::residual::channel_sums(dy));
                 }
             }
             if x.is_differentiable() {

@@ -8,9 +8,9 @@
 //! ```
 //! In fprop each output parity has its own taps, so nothing is scattered and no zero is multiplied.
 
-use super::conv::{Head, Map, Source, Weights, correlate, wgrad};
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
+use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};
 use crate::tensor::{Activation, Param, Shape, Tape, Tensor};
 
 /// Taps of the 3 x 3 x 3 kernel.
@@ -71,7 +71,7 @@ pub fn conv_transpose3d(
             let dw = wgrad(map, out.n, out.space(), shape.space(), &[Source::from(&dy)], &lanes);
             grads.add_param(weight.id, &dw.concat());
             if let Some(bias) = bias {
-                grads.add_param(bias, &super::residual::channel_sums(&dy));
+                grads.add_param(bias, &crate::ops::residual::channel_sums(&dy));
             }
             let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
             let mut heads: Vec<Head> = dxs

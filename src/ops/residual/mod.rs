@@ -1,8 +1,10 @@
 //! The residual sum y = a + b of two activations, either of them lazy; dy goes to both.
 
-use super::conv::transform_row;
+pub mod cuda;
+
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
+use crate::ops::conv::transform_row;
 use crate::tensor::{Activation, Tape, Tensor};
 use rayon::prelude::*;
 

@@ -1,0 +1,142 @@
+//! A CUDA device: memory, kernels, streams. Knows no op.
+
+pub mod driver;
+#[cfg(emulated)]
+pub mod emulated;
+mod memory;
+mod pool;
+
+pub use driver::{Info, Launch, Precision};
+pub use memory::{Act, Buf, Elem, In, InOut, Out};
+
+use crate::error::Result;
+use bytemuck::Pod;
+use driver::{Driver, Stream, Symbol};
+use pool::{Block, Pool};
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+/// An entry point of a kernel file and the struct of arguments it takes.
+///
+/// The struct is `repr(C)` and `Pod`, so it has no padding; the kernel file asserts the same size.
+pub struct Kernel<A> {
+    file: &'static str,
+    name: &'static str,
+    args: PhantomData<fn(A)>,
+}
+
+impl<A> Kernel<A> {
+    /// `name` as the kernel file has it, without the suffix of the precision.
+    pub const fn new(file: &'static str, name: &'static str) -> Self {
+        Kernel { file, name, args: PhantomData }
+    }
+}
+
+/// One device with one stream of work and the precision of its activations.
+pub struct Cuda {
+    driver: Arc<dyn Driver>,
+    precision: Precision,
+    pool: Pool,
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({:?})", self.info().name, self.precision)
+    }
+}
+
+impl Cuda {
+    /// A device seen through `driver`.
+    pub fn new(driver: Arc<dyn Driver>, precision: Precision) -> Arc<Self> {
+        Arc::new(Cuda { driver, precision, pool: Pool::default() })
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &Info {
+        self.driver.info()
+    }
+
+    /// How activations are stored.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The device's own interface.
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    /// The stream that kernels run on.
+    pub fn stream(&self) -> Stream {
+        Stream(0)
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Memory for `len` values, content unspecified.
+    ///
+    /// # Errors
+    /// When the device has not enough.
+    pub fn buffer<T>(self: &Arc<Self>, len: usize) -> Result<Buf<T>> {
+        Ok(Buf::new(Block::new(self, len * size_of::<T>())?, len))
+    }
+
+    /// Memory with `values`.
+    ///
+    /// # Errors
+    /// When the device has not enough.
+    pub fn upload<T: Pod>(self: &Arc<Self>, values: &[T]) -> Result<Buf<T>> {
+        let buf = self.buffer(values.len())?;
+        buf.upload(values)?;
+        Ok(buf)
+    }
+
+    /// Memory for `len` activations, content unspecified.
+    ///
+    /// # Errors
+    /// When the device has not enough.
+    pub fn act(self: &Arc<Self>, len: usize) -> Result<Act> {
+        Ok(Act::new(self.buffer(len * self.precision.bytes())?, self.precision))
+    }
+
+    /// Queues a kernel.
+    ///
+    /// # Errors
+    /// When it does not compile or load, or the launch is refused.
+    pub fn launch<A: Pod>(&self, kernel: &Kernel<A>, launch: Launch, args: &A) -> Result<()> {
+        let symbol = Symbol { file: kernel.file, name: kernel.name, precision: self.precision };
+        // SAFETY: pointers in `args` come from live buffers; that they are as large as the kernel takes them to be is
+        // the contract between an op's Rust and its .cu, which the emulator's bounds checks prove case by case.
+        unsafe { self.driver.launch(self.stream(), symbol, launch, bytemuck::bytes_of(args)) }
+    }
+
+    /// Waits for all queued work.
+    ///
+    /// # Errors
+    /// What went wrong in it.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize(self.stream())
+    }
+
+    fn copy_in(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: `to` is the caller's buffer of this many bytes; waiting ends the copy before `bytes` can change.
+        unsafe { self.driver.copy_in(self.stream(), to, bytes.as_ptr(), bytes.len())? };
+        self.synchronize()
+    }
+
+    fn copy_out(&self, bytes: &mut [u8], from: u64) -> Result<()> {
+        // SAFETY: `from` is the caller's buffer of this many bytes; waiting ends the copy before `bytes` are read.
+        unsafe { self.driver.copy_out(self.stream(), bytes.as_mut_ptr(), from, bytes.len())? };
+        self.synchronize()
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        for (address, bytes) in self.pool.drain() {
+            self.driver.free(address, bytes);
+        }
+    }
+}
