@@ -52,6 +52,13 @@ DEVICE float to_f32(h16 v) {
   return f;
 }
 
+// Two floats rounded to fp16, `low` in the low half.
+DEVICE u32 to_h16x2(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 template <class T>
 DEVICE T global_load(const T* p) {
   return *p;

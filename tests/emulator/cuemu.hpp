@@ -126,6 +126,7 @@ static inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32, CUEMU
 
 static inline h16 to_h16(float v) { return h16{cuemu::to_f16(v)}; }
 static inline float to_f32(h16 v) { return cuemu::to_f32(v.bits); }
+static inline u32 to_h16x2(float low, float high) { return cuemu::to_f16(low) | (u32)cuemu::to_f16(high) << 16; }
 template <class T>
 static inline T global_load(const T* p, CUEMU_SITE) {
   cuemu::on_load(p, sizeof(T), site);

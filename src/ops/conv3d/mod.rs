@@ -9,6 +9,11 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
+mod args;
+pub mod cuda;
+mod pack;
+pub mod plan;
+
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};

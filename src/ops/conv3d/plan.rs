@@ -1,0 +1,207 @@
+//! Which kernel, tile and arrangement of warps a convolution of any channels runs with (kernels/conv3d.cu): a pure
+//! function of shapes and device.
+
+use super::args::GROUP;
+use crate::device::cuda::Info;
+
+/// Bytes of a voxel's channel chunk in shared memory.
+const VOXEL_BYTES: usize = 32;
+
+/// Shared memory that a block may have on every device since sm_80 (sm_86, sm_89 and sm_120 allow no more).
+pub const SHARED_LIMIT: usize = 99 << 10;
+
+/// Cycles of a multiprocessor's tensor cores for one mma.m16n8k16 at 62 % of an H100's peak.
+const MMA_CYCLES: f64 = 1.55;
+
+/// Registers and threads of a multiprocessor.
+const REGISTERS: usize = 65536;
+const WARPS: usize = 64;
+
+/// An instance of the kernel's template.
+#[derive(Debug, PartialEq)]
+pub struct Variant {
+    /// Entry point.
+    pub name: &'static str,
+    /// Kernel size and stride.
+    pub kernel: usize,
+    /// Stride.
+    pub stride: usize,
+    /// Output voxels along d that a warp holds.
+    pub depth: usize,
+    /// Groups of 16 output channels that a warp holds.
+    pub groups: usize,
+    /// Threads that a block may have.
+    pub threads: usize,
+    /// Registers a thread, as compiled for sm_90a.
+    pub registers: usize,
+}
+
+/// A convolution as the planner sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem {
+    /// Samples.
+    pub n: usize,
+    /// Output D, H, W.
+    pub out: [usize; 3],
+    /// Kernel size.
+    pub kernel: usize,
+    /// Stride.
+    pub stride: usize,
+    /// Chunks of input channels.
+    pub chunks: usize,
+    /// Groups of output channels.
+    pub groups: usize,
+}
+
+/// The haloed tile in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HaloPlan {
+    /// Voxels along d, h, w.
+    pub extent: [usize; 3],
+    /// Shared voxels from row to row.
+    pub pitch: usize,
+    /// Shared voxels from plane to plane.
+    pub plane: usize,
+    /// Where odd voxels of a row start (stride 2).
+    pub odd: usize,
+}
+
+impl HaloPlan {
+    /// Halo of `tile` output voxels. The pitch is such that eight neighbours in the order of the (h, w) plane differ
+    /// mod 8, so that every shifted view is read without bank conflicts (for odd `tile[2]` with stride 2 there is none).
+    pub fn new(tile: [usize; 3], kernel: usize, stride: usize) -> Self {
+        let extent = tile.map(|t| (t - 1) * stride + kernel);
+        let width = tile[2];
+        let fits = |pitch: usize| width.is_multiple_of(8) || pitch * stride % 8 == width % 8;
+        let pitch = (extent[2]..extent[2] + 8).find(|&p| fits(p)).unwrap_or(extent[2]);
+        HaloPlan { extent, pitch, plane: (extent[1] * pitch).next_multiple_of(8), odd: extent[2].div_ceil(2) }
+    }
+
+    /// Bytes in shared memory.
+    pub fn bytes(&self) -> usize {
+        self.extent[0] * self.plane * VOXEL_BYTES
+    }
+
+    /// Voxels loaded.
+    pub fn voxels(&self) -> usize {
+        self.extent.iter().product()
+    }
+}
+
+/// How a convolution runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// Index into [`VARIANTS`].
+    pub variant: usize,
+    /// Output voxels of a block along d, h, w.
+    pub tile: [usize; 3],
+    /// Blocks along d, h, w.
+    pub tiles: [usize; 3],
+    /// Slices of output channels.
+    pub slices: usize,
+    /// Warps along voxels, channels, taps.
+    pub warps: [usize; 3],
+    /// The haloed tile.
+    pub halo: HaloPlan,
+    /// Dynamic shared memory of a block, bytes.
+    pub shared: usize,
+    /// Estimated cycles of the whole launch.
+    pub cycles: f64,
+}
+
+impl Plan {
+    /// Threads of a block.
+    pub fn threads(&self) -> usize {
+        32 * self.warps.iter().product::<usize>()
+    }
+}
+
+const fn variant(
+    name: &'static str,
+    [kernel, stride, depth, groups]: [usize; 4],
+    threads: usize,
+    registers: usize,
+) -> Variant {
+    Variant { name, kernel, stride, depth, groups, threads, registers }
+}
+
+/// The instances at the end of kernels/conv3d.cu.
+pub const VARIANTS: [Variant; 7] = [
+    variant("conv3d_k3s1_d8g1", [3, 1, 8, 1], 384, 160),
+    variant("conv3d_k3s1_d6g1", [3, 1, 6, 1], 384, 128),
+    variant("conv3d_k3s1_d6g2", [3, 1, 6, 2], 256, 216),
+    variant("conv3d_k3s1_d4g2", [3, 1, 4, 2], 256, 184),
+    variant("conv3d_k3s2_d3g1", [3, 2, 3, 1], 384, 104),
+    variant("conv3d_k3s2_d3g2", [3, 2, 3, 2], 384, 168),
+    variant("conv3d_k1s1_d6g1", [1, 1, 6, 1], 384, 128),
+];
+
+/// Sides of the (h, w) plane of a block's tile.
+const SIDES: [usize; 7] = [2, 4, 5, 6, 8, 12, 16];
+
+/// The fastest arrangement by the model of [`cycles`].
+pub fn plan(p: &Problem, info: &Info) -> Plan {
+    let mut best: Option<Plan> = None;
+    for (index, v) in VARIANTS.iter().enumerate() {
+        if (v.kernel, v.stride) != (p.kernel, p.stride) {
+            continue;
+        }
+        for (h, w) in SIDES.iter().flat_map(|&h| SIDES.iter().map(move |&w| (h, w))) {
+            for (warps_n, warps_k) in [(1, 1), (2, 1), (1, 3), (2, 3)] {
+                let warps = [(h * w).div_ceil(16), warps_n, warps_k];
+                let fits = 32 * warps.iter().product::<usize>() <= v.threads && warps_k <= v.kernel;
+                let candidate = fits.then(|| arrange(p, index, [v.depth, h, w], warps, info)).flatten();
+                let better = |c: &Plan| best.as_ref().is_none_or(|b| c.cycles < b.cycles);
+                if let Some(candidate) = candidate.filter(better) {
+                    best = Some(candidate);
+                }
+            }
+        }
+    }
+    best.expect("the smallest tile fits every device")
+}
+
+fn arrange(p: &Problem, variant: usize, tile: [usize; 3], warps: [usize; 3], info: &Info) -> Option<Plan> {
+    let v = &VARIANTS[variant];
+    let halo = HaloPlan::new(tile, v.kernel, v.stride);
+    let per_warp = 32 * 32 * v.groups * v.depth; // bytes of a warp's sums
+    let sums = if warps[2] > 1 { warps[0] * warps[1] * per_warp } else { 0 };
+    let moments = warps[0] * warps[1] * v.groups * GROUP * 12;
+    let shared = (halo.bytes() * p.chunks.min(2)).max(sums).max(moments);
+    if shared > SHARED_LIMIT || halo.voxels() >= 4096 {
+        return None;
+    }
+    let tiles: [usize; 3] = std::array::from_fn(|i| p.out[i].div_ceil(tile[i]));
+    let slices = p.groups.div_ceil(warps[1] * v.groups);
+    let mut plan = Plan { variant, tile, tiles, slices, warps, halo, shared, cycles: 0.0 };
+    plan.cycles = cycles(p, &plan, info);
+    Some(plan)
+}
+
+/// Estimated cycles of a launch: per block and chunk the larger of the tensor cores' time and the wavefronts of shared
+/// memory and L1 (fragments of A and B, 4 each) with the issue slots of loading; blocks of one multiprocessor overlap
+/// until it is full.
+fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
+    let v = &VARIANTS[plan.variant];
+    let [m, n, k] = plan.warps.map(|w| w as f64);
+    let (taps, planes) = (v.kernel.pow(2) as f64, ((v.depth - 1) * v.stride + v.kernel) as f64);
+    let mma = m * n * taps * (v.kernel * v.depth * 2 * v.groups) as f64 * MMA_CYCLES;
+    let wavefronts = 4.0 * m * n * taps * (planes + (v.kernel * v.groups) as f64);
+    // 40 instructions a 16-byte vector and thread, four schedulers; 3 passes through shared memory.
+    let load = plan.halo.voxels() as f64 * (2.0 * 40.0 / 32.0 / 4.0 + 3.0 * 32.0 / 128.0);
+    // A scheduler with few warps waits for its loads and its tensor core in turn.
+    let resident = (WARPS / (plan.threads() / 32))
+        .min(REGISTERS / (v.registers.next_multiple_of(8) * plan.threads()))
+        .min((info.shared_per_block as usize + 1024) / (plan.shared + 1024))
+        .max(1) as f64;
+    let blocks = (p.n * plan.tiles.iter().product::<usize>() * plan.slices) as f64;
+    let sms = f64::from(info.multiprocessors);
+    let on_one = (blocks / sms).ceil().min(resident);
+    let warps = on_one * m * n * k;
+    let hidden = (warps / 8.0).min(1.0);
+    let work = p.chunks as f64 * (mma.max(wavefronts) + load) / hidden.max(0.25);
+    let latency = 1500.0 + p.chunks as f64 * 100.0;
+    let rounds = (blocks / (sms * resident)).max(1.0);
+    let tail = if rounds < 4.0 { rounds.ceil() } else { rounds + 0.5 };
+    tail * (on_one * work + latency)
+}
