@@ -76,9 +76,9 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
         continue;
       }
       for (u32 pw = 0; pw < 2; pw++)
-        for (u32 e = 0; e < channels; e++) {
+        for (u32 e = 0; e < 2; e++) {
           u32 one = voxel(m, half, pw);
-          if (one != NO_VOXEL) y.set(one * channels + e, pairs.v[pw][e]);
+          if (e < channels && one != NO_VOXEL) y.set(one * channels + e, pairs.v[pw][e]);
         }
     }
   if (!head.stats) return;

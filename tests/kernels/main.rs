@@ -2,5 +2,7 @@
 //! `SPLEEN_KERNEL_DEVICE=cuda`. One module an op; each has its cases and the argument for its tolerances.
 
 mod conv3d;
+mod conv_reference;
+mod conv_transpose3d;
 mod harness;
 mod residual;

@@ -1,5 +1,5 @@
-//! 3D convolution on a CUDA device: fprop, and dgrad where the stride is 1 (kernels/conv3d.cu). dgrad of stride 2 is the
-//! transposed convolution's kernel.
+//! 3D convolution on a CUDA device (kernels/conv3d.cu). dgrad of stride 1 is a convolution again, that of stride 2 a
+//! transposed one.
 
 pub use super::args::Output;
 use super::args::{
@@ -9,6 +9,7 @@ use super::pack::{Form, Packing, packed};
 use super::plan::{Problem, VARIANTS, plan};
 use crate::device::cuda::{Act, Kernel, Launch};
 use crate::error::{Error, Result};
+use crate::ops::conv_transpose3d::cuda::{Scatter, form};
 use crate::tensor::{DeviceParam, Shape, View};
 use bytemuck::{Pod, Zeroable};
 
@@ -69,13 +70,13 @@ impl Gather<'_> {
         let out = x.shape.space().map(|s| s.div_ceil(self.stride));
         let problem = Problem {
             n: x.shape.n,
-            out,
-            kernel: self.kernel,
+            space: out,
+            window: self.kernel,
             stride: self.stride,
             chunks: chunks(&source),
             groups: self.outputs.iter().map(|(c, ..)| c.div_ceil(GROUP)).sum(),
         };
-        let plan = plan(&problem, cuda.info());
+        let plan = plan(&problem, &VARIANTS, cuda.info());
         let tiles = plan.tiles.iter().product();
         let outputs = self.outputs.iter().map(|&(c, _, stats)| {
             Output::new(&x.data, Shape::new(x.shape.n, out, c), stats.then_some(tiles))
@@ -102,7 +103,7 @@ impl Gather<'_> {
             threads: small(plan.threads()),
             shared: small(plan.shared),
         };
-        let kernel = Kernel::<Args>::new("conv3d.cu", VARIANTS[plan.variant].name);
+        let kernel = Kernel::<Args>::new("conv3d.cu", plan.variant.name);
         cuda.launch(&kernel, launch, &args)?;
         Ok(outputs)
     }
@@ -177,7 +178,7 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
     for f in filters {
         let packing = Packing {
             layout: "conv3d dgrad",
-            form: Form::Taps,
+            form: if stride == 1 { Form::Taps } else { form(x_shape.c) },
             first_is_input: true,
             mirrored: stride == 1,
             inputs: [f.dims[0], 0],
@@ -192,6 +193,18 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
         first_chunk += dy.shape.c.div_ceil(super::args::chunk(dy.data.precision())) as u32;
     }
     let inputs: Vec<&View> = dys.iter().collect();
+    if stride == 2 {
+        let scatter = Scatter {
+            op: "conv3d dgrad",
+            inputs: &inputs,
+            out: x_shape.space(),
+            channels: x_shape.c,
+            bias: None,
+            stats: false,
+            filters: &args,
+        };
+        return Ok(scatter.run()?.data);
+    }
     let gather = Gather {
         op: "conv3d dgrad",
         kernel,

@@ -9,9 +9,9 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
-mod args;
+pub(super) mod args;
 pub mod cuda;
-mod pack;
+pub(super) mod pack;
 pub mod plan;
 
 use crate::device::arena::Buffer;

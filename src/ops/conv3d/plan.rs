@@ -1,5 +1,5 @@
-//! Which kernel, tile and arrangement of warps a convolution of any channels runs with (kernels/conv3d.cu): a pure
-//! function of shapes and device.
+//! Which kernel, tile and arrangement of warps a convolution runs with (kernels/conv3d.cu, kernels/conv_transpose3d.cu):
+//! a pure function of shapes and device.
 
 use super::args::GROUP;
 use crate::device::cuda::Info;
@@ -17,23 +17,29 @@ const MMA_CYCLES: f64 = 1.55;
 const REGISTERS: usize = 65536;
 const WARPS: usize = 64;
 
-/// An instance of the kernel's template.
+/// An instance of a kernel's template.
 #[derive(Debug, PartialEq)]
 pub struct Variant {
     /// Entry point.
     pub name: &'static str,
-    /// Kernel size and stride.
-    pub kernel: usize,
-    /// Stride.
+    /// Input voxels along an axis that a warp's voxel sees.
+    pub window: usize,
+    /// Input voxels from one of a warp's voxels to the next.
     pub stride: usize,
-    /// Output voxels along d that a warp holds.
+    /// Voxels along d that a warp holds.
     pub depth: usize,
     /// Groups of 16 output channels that a warp holds.
     pub groups: usize,
+    /// Whether warps can share the taps of a tile.
+    pub splits_taps: bool,
     /// Threads that a block may have.
     pub threads: usize,
     /// Registers a thread, as compiled for sm_90a.
     pub registers: usize,
+    /// mma.m16n8k16 of a warp and chunk.
+    pub mma: usize,
+    /// Fragments of A and B that a warp reads a chunk, 512 bytes each.
+    pub fragments: usize,
 }
 
 /// A convolution as the planner sees it.
@@ -41,11 +47,11 @@ pub struct Variant {
 pub struct Problem {
     /// Samples.
     pub n: usize,
-    /// Output D, H, W.
-    pub out: [usize; 3],
-    /// Kernel size.
-    pub kernel: usize,
-    /// Stride.
+    /// D, H, W of the voxels that warps hold: outputs, or the inputs of a transposed convolution.
+    pub space: [usize; 3],
+    /// Window of the variants that compute it.
+    pub window: usize,
+    /// Their stride.
     pub stride: usize,
     /// Chunks of input channels.
     pub chunks: usize,
@@ -67,10 +73,10 @@ pub struct HaloPlan {
 }
 
 impl HaloPlan {
-    /// Halo of `tile` output voxels. The pitch is such that eight neighbours in the order of the (h, w) plane differ
+    /// What `tile` voxels see. The pitch is such that eight neighbours in the order of the (h, w) plane differ
     /// mod 8, so that every shifted view is read without bank conflicts (for odd `tile[2]` with stride 2 there is none).
-    pub fn new(tile: [usize; 3], kernel: usize, stride: usize) -> Self {
-        let extent = tile.map(|t| (t - 1) * stride + kernel);
+    pub fn new(tile: [usize; 3], window: usize, stride: usize) -> Self {
+        let extent = tile.map(|t| (t - 1) * stride + window);
         let width = tile[2];
         let fits = |pitch: usize| width.is_multiple_of(8) || pitch * stride % 8 == width % 8;
         let pitch = (extent[2]..extent[2] + 8).find(|&p| fits(p)).unwrap_or(extent[2]);
@@ -91,9 +97,9 @@ impl HaloPlan {
 /// How a convolution runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// Index into [`VARIANTS`].
-    pub variant: usize,
-    /// Output voxels of a block along d, h, w.
+    /// What runs.
+    pub variant: &'static Variant,
+    /// Voxels of a block along d, h, w.
     pub tile: [usize; 3],
     /// Blocks along d, h, w.
     pub tiles: [usize; 3],
@@ -116,41 +122,50 @@ impl Plan {
     }
 }
 
-const fn variant(
+const fn conv(
     name: &'static str,
     [kernel, stride, depth, groups]: [usize; 4],
     threads: usize,
     registers: usize,
 ) -> Variant {
-    Variant { name, kernel, stride, depth, groups, threads, registers }
+    let planes = (depth - 1) * stride + kernel;
+    Variant {
+        name,
+        window: kernel,
+        stride,
+        depth,
+        groups,
+        splits_taps: kernel == 3,
+        threads,
+        registers,
+        mma: kernel.pow(3) * depth * 2 * groups,
+        fragments: kernel.pow(2) * (planes + kernel * groups),
+    }
 }
 
 /// The instances at the end of kernels/conv3d.cu.
-pub const VARIANTS: [Variant; 7] = [
-    variant("conv3d_k3s1_d8g1", [3, 1, 8, 1], 384, 160),
-    variant("conv3d_k3s1_d6g1", [3, 1, 6, 1], 384, 128),
-    variant("conv3d_k3s1_d6g2", [3, 1, 6, 2], 256, 216),
-    variant("conv3d_k3s1_d4g2", [3, 1, 4, 2], 256, 184),
-    variant("conv3d_k3s2_d3g1", [3, 2, 3, 1], 384, 104),
-    variant("conv3d_k3s2_d3g2", [3, 2, 3, 2], 384, 168),
-    variant("conv3d_k1s1_d6g1", [1, 1, 6, 1], 384, 128),
+pub static VARIANTS: [Variant; 7] = [
+    conv("conv3d_k3s1_d8g1", [3, 1, 8, 1], 384, 160),
+    conv("conv3d_k3s1_d6g1", [3, 1, 6, 1], 384, 128),
+    conv("conv3d_k3s1_d6g2", [3, 1, 6, 2], 256, 216),
+    conv("conv3d_k3s1_d4g2", [3, 1, 4, 2], 256, 184),
+    conv("conv3d_k3s2_d3g1", [3, 2, 3, 1], 384, 104),
+    conv("conv3d_k3s2_d3g2", [3, 2, 3, 2], 384, 168),
+    conv("conv3d_k1s1_d6g1", [1, 1, 6, 1], 384, 128),
 ];
 
 /// Sides of the (h, w) plane of a block's tile.
 const SIDES: [usize; 7] = [2, 4, 5, 6, 8, 12, 16];
 
-/// The fastest arrangement by the model of [`cycles`].
-pub fn plan(p: &Problem, info: &Info) -> Plan {
+/// The fastest arrangement of one of `variants` by the model of [`cycles`].
+pub fn plan(p: &Problem, variants: &'static [Variant], info: &Info) -> Plan {
     let mut best: Option<Plan> = None;
-    for (index, v) in VARIANTS.iter().enumerate() {
-        if (v.kernel, v.stride) != (p.kernel, p.stride) {
-            continue;
-        }
+    for v in variants.iter().filter(|v| (v.window, v.stride) == (p.window, p.stride)) {
         for (h, w) in SIDES.iter().flat_map(|&h| SIDES.iter().map(move |&w| (h, w))) {
             for (warps_n, warps_k) in [(1, 1), (2, 1), (1, 3), (2, 3)] {
                 let warps = [(h * w).div_ceil(16), warps_n, warps_k];
-                let fits = 32 * warps.iter().product::<usize>() <= v.threads && warps_k <= v.kernel;
-                let candidate = fits.then(|| arrange(p, index, [v.depth, h, w], warps, info)).flatten();
+                let fits = 32 * warps.iter().product::<usize>() <= v.threads && (v.splits_taps || warps_k == 1);
+                let candidate = fits.then(|| arrange(p, v, [v.depth, h, w], warps, info)).flatten();
                 let better = |c: &Plan| best.as_ref().is_none_or(|b| c.cycles < b.cycles);
                 if let Some(candidate) = candidate.filter(better) {
                     best = Some(candidate);
@@ -161,17 +176,23 @@ pub fn plan(p: &Problem, info: &Info) -> Plan {
     best.expect("the smallest tile fits every device")
 }
 
-fn arrange(p: &Problem, variant: usize, tile: [usize; 3], warps: [usize; 3], info: &Info) -> Option<Plan> {
-    let v = &VARIANTS[variant];
-    let halo = HaloPlan::new(tile, v.kernel, v.stride);
-    let per_warp = 32 * 32 * v.groups * v.depth; // bytes of a warp's sums
-    let sums = if warps[2] > 1 { warps[0] * warps[1] * per_warp } else { 0 };
+fn arrange(
+    p: &Problem,
+    variant: &'static Variant,
+    tile: [usize; 3],
+    warps: [usize; 3],
+    info: &Info,
+) -> Option<Plan> {
+    let v = variant;
+    let halo = HaloPlan::new(tile, v.window, v.stride);
+    // What warps that share taps hand over, and the moments of each warp and channel.
+    let sums = if warps[2] > 1 { warps[0] * warps[1] * v.groups * v.depth * 32 * 32 } else { 0 };
     let moments = warps[0] * warps[1] * v.groups * GROUP * 12;
     let shared = (halo.bytes() * p.chunks.min(2)).max(sums).max(moments);
     if shared > SHARED_LIMIT || halo.voxels() >= 4096 {
         return None;
     }
-    let tiles: [usize; 3] = std::array::from_fn(|i| p.out[i].div_ceil(tile[i]));
+    let tiles: [usize; 3] = std::array::from_fn(|i| p.space[i].div_ceil(tile[i]));
     let slices = p.groups.div_ceil(warps[1] * v.groups);
     let mut plan = Plan { variant, tile, tiles, slices, warps, halo, shared, cycles: 0.0 };
     plan.cycles = cycles(p, &plan, info);
@@ -179,14 +200,13 @@ fn arrange(p: &Problem, variant: usize, tile: [usize; 3], warps: [usize; 3], inf
 }
 
 /// Estimated cycles of a launch: per block and chunk the larger of the tensor cores' time and the wavefronts of shared
-/// memory and L1 (fragments of A and B, 4 each) with the issue slots of loading; blocks of one multiprocessor overlap
+/// memory and L1 (4 a fragment) with the issue slots of loading; blocks of one multiprocessor overlap
 /// until it is full.
 fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
-    let v = &VARIANTS[plan.variant];
+    let v = plan.variant;
     let [m, n, k] = plan.warps.map(|w| w as f64);
-    let (taps, planes) = (v.kernel.pow(2) as f64, ((v.depth - 1) * v.stride + v.kernel) as f64);
-    let mma = m * n * taps * (v.kernel * v.depth * 2 * v.groups) as f64 * MMA_CYCLES;
-    let wavefronts = 4.0 * m * n * taps * (planes + (v.kernel * v.groups) as f64);
+    let mma = m * n * v.mma as f64 * MMA_CYCLES;
+    let wavefronts = m * n * (4 * v.fragments) as f64;
     // 40 instructions a 16-byte vector and thread, four schedulers; 3 passes through shared memory.
     let load = plan.halo.voxels() as f64 * (2.0 * 40.0 / 32.0 / 4.0 + 3.0 * 32.0 / 128.0);
     // A scheduler with few warps waits for its loads and its tensor core in turn.
@@ -204,4 +224,66 @@ fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
     let rounds = (blocks / (sms * resident)).max(1.0);
     let tail = if rounds < 4.0 { rounds.ceil() } else { rounds + 0.5 };
     tail * (on_one * work + latency)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An H100.
+    fn info() -> Info {
+        Info {
+            name: "H100".into(),
+            capability: (9, 0),
+            multiprocessors: 132,
+            memory: 80 << 30,
+            shared_per_block: 227 << 10,
+        }
+    }
+
+    /// The network's convolutions, 8 patches of 96^3: side of the output, chunks, groups, stride, kernel.
+    const LAYERS: [[usize; 5]; 14] = [
+        [48, 1, 1, 1, 3],
+        [24, 1, 4, 2, 3],
+        [24, 2, 2, 1, 3],
+        [12, 2, 8, 2, 3],
+        [12, 4, 4, 1, 3],
+        [6, 4, 16, 2, 3],
+        [6, 8, 8, 1, 3],
+        [6, 8, 16, 1, 3],
+        [6, 8, 16, 1, 1],
+        [6, 16, 16, 1, 3],
+        [24, 1, 4, 2, 3],
+        [12, 2, 8, 2, 3],
+        [6, 4, 24, 2, 3],
+        [48, 1, 2, 2, 3],
+    ];
+
+    #[test]
+    fn plans_fill_the_machine() {
+        for [side, chunks, groups, stride, window] in LAYERS {
+            let p = Problem { n: 8, space: [side; 3], window, stride, chunks, groups };
+            let plan = plan(&p, &VARIANTS, &info());
+            let blocks = p.n * plan.tiles.iter().product::<usize>() * plan.slices;
+            println!("{p:?}: {} {:?} {:?} halo {:?} shared {} blocks {blocks} warps {:?} slices {} us {:.1}", plan.variant.name, plan.tile, plan.tiles, plan.halo, plan.shared, plan.warps, plan.slices, plan.cycles / 1755.0);
+            assert!(plan.shared <= SHARED_LIMIT, "{plan:?}");
+            assert!(blocks >= 96, "{p:?}: {plan:?}");
+            assert!(plan.tile.iter().zip(plan.tiles).all(|(t, n)| t * n >= side && t * (n - 1) < side));
+        }
+    }
+
+    #[test]
+    fn views_are_read_without_bank_conflicts() {
+        for (window, stride) in [(1, 1), (2, 1), (3, 1), (3, 2)] {
+            for (h, w) in SIDES.iter().flat_map(|&h| SIDES.iter().map(move |&w| (h, w))) {
+                let halo = HaloPlan::new([2, h, w], window, stride);
+                let voxel = |i: usize| i / w * stride * halo.pitch + i % w;
+                for first in (0..h * w / 8).map(|i| 8 * i) {
+                    let mut banks: Vec<usize> = (first..first + 8).map(|i| voxel(i) % 8).collect();
+                    banks.sort_unstable();
+                    assert!(banks == (0..8).collect::<Vec<_>>() || stride == 2 && w % 2 == 1, "{h} x {w}: {halo:?}");
+                }
+            }
+        }
+    }
 }
