@@ -83,22 +83,11 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
     }
   if (!head.stats) return;
   Moments* all = (Moments*)scratch;
-  for (u32 e = 0; e < channels; e++) {
-    auto sum_of = [&](auto term) {
-      float sum = 0.0f;
 #pragma unroll
-      for (u32 m = 0; m < MT; m++)
-        for (u32 i = 0; i < 4; i++)
-          if (voxel(m, i >> 1, i & 1) != NO_VOXEL) {
-            const float* pair = &acc[m].c[i & 1][i & 2];
-            sum += term(e ? pair[1] : pair[0]);
-          }
-      return warp_sum(sum);
-    };
-    float count = sum_of([](float) { return 1.0f; });
-    float mean = sum_of([](float v) { return v; }) / max(count, 1.0f);
-    float m2 = sum_of([&](float v) { return (v - mean) * (v - mean); });
-    if (lane_id() == 0) all[at.warp_m * GROUP + e] = Moments{count, mean, m2};
+  for (u32 e = 0; e < 2; e++) {
+    Moments own = moments_of<MT * 4>([&](u32 i) { return voxel(i >> 2, i >> 1 & 1, i & 1) != NO_VOXEL; },
+                                     [&](u32 i) { return acc[i >> 2].c[i & 1][(i & 2) + e]; }, warp_sum);
+    if (lane_id() == 0) all[at.warp_m * GROUP + e] = own;
   }
   store_moments<1>(all, args.head, 1, at);
 }

@@ -42,6 +42,25 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
   return Moments{count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
+// Moments of `value(i)`, i < COUNT where `valid(i)`, over the lanes that `sum` adds up.
+template <int COUNT, class Valid, class Value, class Sum>
+DEVICE Moments moments_of(Valid valid, Value value, Sum sum) {
+  float count = 0.0f, total = 0.0f, m2 = 0.0f;
+#pragma unroll
+  for (u32 i = 0; i < COUNT; i++) {
+    count += valid(i) ? 1.0f : 0.0f;
+    total += valid(i) ? value(i) : 0.0f;
+  }
+  count = sum(count);
+  float mean = sum(total) / max(count, 1.0f);
+#pragma unroll
+  for (u32 i = 0; i < COUNT; i++) {
+    float delta = valid(i) ? value(i) - mean : 0.0f;
+    m2 += delta * delta;
+  }
+  return Moments{count, mean, sum(m2)};
+}
+
 // Adds the bias and rounds.
 DEVICE void finish(Block& block, const Group& group) {
   for (u32 j = 0; j < 2; j++)
@@ -53,6 +72,20 @@ DEVICE void finish(Block& block, const Group& group) {
     }
 }
 
+// Four lanes with four words each, transposed: lane t gets the t-th word of each, in the order of the lanes.
+DEVICE void transpose_quad(u32 (&r)[4]) {
+  u32 t = lane_id() & 3;
+#pragma unroll
+  for (u32 bit = 1; bit <= 2; bit <<= 1)
+#pragma unroll
+    for (u32 k = 0; k < 2; k++) {
+      u32 a = bit == 1 ? 2 * k : k, b = a + bit;
+      u32 got = __shfl_xor_sync(0xffffffffu, t & bit ? r[a] : r[b], bit);
+      if (t & bit) r[a] = got;
+      else r[b] = got;
+    }
+}
+
 // Stores a block whose rows g and g + 8 are the voxels `low` and `high` of a sample that starts at `y`.
 DEVICE void store(const Block& block, const Group& group, Out<elem> y, u32 low, u32 high) {
   u32 channels = group.head.channels, t = lane_id() & 3;
@@ -61,13 +94,7 @@ DEVICE void store(const Block& block, const Group& group, Out<elem> y, u32 low, 
     // The four lanes of a row hold four pieces each of two vectors in two rows: transposed, each has one whole vector.
     u32 r[4];
     for (u32 i = 0; i < 4; i++) r[i] = to_h16x2(block.c[i & 1][i & 2], block.c[i & 1][(i & 2) + 1]);
-    for (u32 bit = 1; bit <= 2; bit <<= 1)
-      for (u32 k = 0; k < 2; k++) {
-        u32 a = bit == 1 ? 2 * k : k, b = a + bit;
-        u32 got = __shfl_xor_sync(0xffffffffu, t & bit ? r[a] : r[b], bit);
-        if (t & bit) r[a] = got;
-        else r[b] = got;
-      }
+    transpose_quad(r);
     u32 voxel = t & 2 ? high : low, c = group.channel + (t & 1) * VECTOR;
     if (voxel != NO_VOXEL && c < channels) y.vector(voxel * channels + c, Word4{{r[0], r[1], r[2], r[3]}});
     return;
@@ -84,32 +111,17 @@ DEVICE void store(const Block& block, const Group& group, Out<elem> y, u32 low, 
   }
 }
 
-// Moments of the 16 channels of M blocks of a warp, written to `to` by the lanes of row 0. `valid(m, row)` says which
+// Moments of the 16 channels of M blocks of a warp, written to `to` by the lanes of row 0. `valid(m, half)` says which
 // rows are voxels.
 template <int M, class Valid>
 DEVICE void moments(const Block (&blocks)[M], Valid valid, Moments* to) {
-  float count = 0.0f;
-#pragma unroll
-  for (u32 m = 0; m < M; m++) count += (valid(m, 0) ? 1.0f : 0.0f) + (valid(m, 1) ? 1.0f : 0.0f);
-  count = sum_over_rows(count);
-  float scale = count > 0.0f ? 1.0f / count : 0.0f;
 #pragma unroll
   for (u32 j = 0; j < 2; j++)
 #pragma unroll
     for (u32 e = 0; e < 2; e++) {
-      float sum = 0.0f, m2 = 0.0f;
-#pragma unroll
-      for (u32 m = 0; m < M; m++)
-        for (u32 row = 0; row < 2; row++) sum += valid(m, row) ? blocks[m].c[j][2 * row + e] : 0.0f;
-      float mean = sum_over_rows(sum) * scale;
-#pragma unroll
-      for (u32 m = 0; m < M; m++)
-        for (u32 row = 0; row < 2; row++) {
-          float delta = valid(m, row) ? blocks[m].c[j][2 * row + e] - mean : 0.0f;
-          m2 += delta * delta;
-        }
-      m2 = sum_over_rows(m2);
-      if (lane_id() < 4) to[8 * j + 2 * lane_id() + e] = Moments{count, mean, m2};
+      Moments own = moments_of<M * 2>([&](u32 i) { return valid(i >> 1, i & 1); },
+                                      [&](u32 i) { return blocks[i >> 1].c[j][2 * (i & 1) + e]; }, sum_over_rows);
+      if (lane_id() < 4) to[8 * j + 2 * lane_id() + e] = own;
     }
 }
 

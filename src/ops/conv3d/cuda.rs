@@ -5,11 +5,12 @@ pub use super::args::Output;
 use super::args::{
     FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume,
 };
+use super::narrow;
 use super::pack::{Form, Packing, packed};
 use super::plan::{Problem, VARIANTS, plan};
 use crate::device::cuda::{Act, Kernel, Launch};
 use crate::error::{Error, Result};
-use crate::ops::conv_transpose3d::cuda::{Scatter, form};
+use crate::ops::conv_transpose3d::{self, cuda::Scatter};
 use crate::tensor::{DeviceParam, Shape, View};
 use bytemuck::{Pod, Zeroable};
 
@@ -54,7 +55,9 @@ pub(in crate::ops) struct Gather<'a> {
     pub inputs: &'a [&'a View],
     /// Channels, bias and whether to take statistics of one or two outputs.
     pub outputs: &'a [(usize, Option<&'a DeviceParam>, bool)],
-    /// Packed taps: of the only filter, or of one filter for each input or output.
+    /// What is in the packed weights.
+    pub form: Form,
+    /// Packed weights of the only filter, or of one for each input or output.
     pub filters: &'a [FilterArgs],
 }
 
@@ -64,6 +67,9 @@ impl Gather<'_> {
     /// # Errors
     /// [`Error::Shape`] for more than two inputs or outputs; those of the device.
     pub fn run(&self) -> Result<Vec<Output>> {
+        if self.form != Form::Taps {
+            return narrow::run(self, self.form);
+        }
         let (x, op) = (self.inputs[0], self.op);
         let cuda = x.data.cuda();
         let source = sources(op, self.inputs)?;
@@ -135,11 +141,13 @@ fn check(channels: usize, filters: &[DeviceFilter], stride: usize, by_input: boo
 /// [`Error::Shape`] when a filter does not fit `x`, or for none or more than two; those of the device.
 pub fn fprop(x: &View, filters: &[DeviceFilter], stride: usize, stats: &[bool]) -> Result<Vec<Output>> {
     let kernel = check(x.shape.c, filters, stride, true)?;
+    let channels: Vec<usize> = filters.iter().map(|f| f.dims[0]).collect();
+    let form = narrow::form(kernel, stride, x.shape.c, &channels);
     let mut packs = Vec::new();
     for f in filters {
         let packing = Packing {
             layout: "conv3d fprop",
-            form: Form::Taps,
+            form,
             first_is_input: false,
             mirrored: false,
             inputs: [f.dims[1], 0],
@@ -155,7 +163,7 @@ pub fn fprop(x: &View, filters: &[DeviceFilter], stride: usize, stats: &[bool]) 
         first_group += groups;
     }
     let outputs: Vec<_> = filters.iter().zip(stats).map(|(f, &stats)| (f.dims[0], f.bias, stats)).collect();
-    Gather { op: "conv3d", kernel, stride, inputs: &[x], outputs: &outputs, filters: &args }.run()
+    Gather { op: "conv3d", kernel, stride, inputs: &[x], outputs: &outputs, form, filters: &args }.run()
 }
 
 /// dx = sum over the filters of their dy convolved backwards, for an input of `x_shape`.
@@ -174,11 +182,16 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
             });
         }
     }
+    let form = match (stride, dys) {
+        (1, [dy]) => narrow::form(kernel, 1, dy.shape.c, &[x_shape.c]),
+        (1, _) => Form::Taps,
+        _ => conv_transpose3d::cuda::form(x_shape.c),
+    };
     let mut packs = Vec::new();
     for f in filters {
         let packing = Packing {
             layout: "conv3d dgrad",
-            form: if stride == 1 { Form::Taps } else { form(x_shape.c) },
+            form,
             first_is_input: true,
             mirrored: stride == 1,
             inputs: [f.dims[0], 0],
@@ -211,6 +224,7 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
         stride,
         inputs: &inputs,
         outputs: &[(x_shape.c, None, false)],
+        form,
         filters: &args,
     };
     Ok(gather.run()?.swap_remove(0).data)

@@ -11,6 +11,7 @@
 
 pub(super) mod args;
 pub mod cuda;
+pub(super) mod narrow;
 pub(super) mod pack;
 pub mod plan;
 

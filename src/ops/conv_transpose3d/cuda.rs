@@ -8,6 +8,7 @@ use crate::ops::conv3d::args::{
     FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume,
 };
 use crate::ops::conv3d::cuda::Gather;
+use crate::ops::conv3d::narrow;
 use crate::ops::conv3d::pack::{Form, Packing, packed};
 use crate::ops::conv3d::plan::{Problem, Variant, plan};
 use crate::tensor::{DeviceParam, Shape, View};
@@ -202,9 +203,10 @@ pub fn dgrad(
 ) -> Result<Vec<Act>> {
     let op = "conv_transpose3d dgrad";
     let even = dy.shape.space().iter().all(|s| s % 2 == 0);
+    let form = narrow::form(3, 2, dy.shape.c, input_channels);
     let packing = Packing {
         layout: "conv_transpose3d dgrad",
-        form: Form::Taps,
+        form,
         first_is_input: false,
         mirrored: false,
         inputs: [dy.shape.c, 0],
@@ -219,6 +221,7 @@ pub fn dgrad(
         stride: 2,
         inputs: &[dy],
         outputs: &outputs,
+        form,
         filters: &[FilterArgs::new(&w, groups)],
     };
     Ok(gather.run()?.into_iter().map(|y| y.data).collect())
