@@ -132,13 +132,13 @@ DEVICE void conv3d(const Conv3d& args) {
 }
 
 #define CONV3D(name, threads, K, S, MT, G) \
-  KERNEL(name, Conv3d, threads) { conv3d<K, S, MT, G>(args); }
+  KERNEL_RESIDENT(name, Conv3d, threads, 1) { conv3d<K, S, MT, G>(args); }
 
 // src/ops/conv3d/plan.rs has the same list.
-CONV3D(conv3d_k3s1_d8g1, 384, 3, 1, 8, 1)
+CONV3D(conv3d_k3s1_d8g1, 256, 3, 1, 8, 1)
 CONV3D(conv3d_k3s1_d6g1, 384, 3, 1, 6, 1)
 CONV3D(conv3d_k3s1_d6g2, 256, 3, 1, 6, 2)
 CONV3D(conv3d_k3s1_d4g2, 256, 3, 1, 4, 2)
-CONV3D(conv3d_k3s2_d3g1, 384, 3, 2, 3, 1)
+CONV3D(conv3d_k3s2_d3g1, 256, 3, 2, 3, 1)
 CONV3D(conv3d_k3s2_d3g2, 384, 3, 2, 3, 2)
 CONV3D(conv3d_k1s1_d6g1, 384, 1, 1, 6, 1)

@@ -183,11 +183,13 @@ DEVICE void conv3d_band(const Conv3dNarrow& args) {
     const Cell<2>* cell = first + tap / 9 * Tile::PLANE + tap / 3 % 3 * PITCH + tap % 3;
     float weight[2][2];
     for (u32 i = 0; i < 4; i++) weight[i >> 1][i & 1] = args.filter[0].w[tap * 4 + i];
+#pragma unroll
     for (u32 m = 0; m < MT; m++)
       for (u32 window = 0; window < WINDOWS; window++)
-        for (u32 i = 0; i < 4; i++) {
-          Cell<2> x = cell[m * Tile::PLANE + (i >> 1) * 8 * PITCH + 4 * window];
-          acc[m][window][i] += x.v[0] * weight[0][i & 1] + x.v[1] * weight[1][i & 1];
+        for (u32 half = 0; half < 2; half++) {
+          Cell<2> x = cell[m * Tile::PLANE + half * 8 * PITCH + 4 * window];
+          for (u32 e = 0; e < 2; e++)
+            acc[m][window][2 * half + e] += x.v[0] * weight[0][e] + x.v[1] * weight[1][e];
         }
   }
 #endif
@@ -199,8 +201,10 @@ DEVICE void conv3d_band(const Conv3dNarrow& args) {
   };
   float bias[2];
   for (u32 e = 0; e < 2; e++) bias[e] = head.bias ? head.bias[e] : 0.0f;
+  u32 valid = 0;  // bit 4 m + 2 window + half
 #pragma unroll
   for (u32 m = 0; m < MT; m++) {
+    for (u32 i = 0; i < 4; i++) valid |= (voxel(m, i >> 1, i & 1, t) != NO_VOXEL) << (4 * m + i);
     for (u32 i = 0; i < 8; i++) {
       float& sum = acc[m][i >> 2][i & 3];
       sum = stored(sum + bias[i & 1]);
@@ -226,13 +230,13 @@ DEVICE void conv3d_band(const Conv3dNarrow& args) {
   Moments* all = (Moments*)shared;
 #pragma unroll
   for (u32 e = 0; e < 2; e++) {
-    Moments own = moments_of<MT * 4>([&](u32 i) { return voxel(i >> 2, i >> 1 & 1, i & 1, t) != NO_VOXEL; },
-                                     [&](u32 i) { return acc[i >> 2][i >> 1 & 1][2 * (i & 1) + e]; }, warp_sum);
+    Moments own = moments_of<MT * 4>(
+        valid, [&](u32 i) { return acc[i >> 2][i >> 1 & 1][2 * (i & 1) + e]; }, warp_sum);
     if (lane_id() == 0) all[warp * GROUP + e] = own;
   }
   store_moments<1>(all, args.head, 1, Position{blockIdx.z, blockIdx.x, gridDim.x, warp, 4, 0, 1, 0, true});
 }
 
-KERNEL(conv3d_flat1, Conv3dNarrow, 256) { conv3d_flat<1>(args); }
-KERNEL(conv3d_flat2, Conv3dNarrow, 256) { conv3d_flat<2>(args); }
-KERNEL(conv3d_band2, Conv3dNarrow, 128) { conv3d_band(args); }
+KERNEL_RESIDENT(conv3d_flat1, Conv3dNarrow, 256, 2) { conv3d_flat<1>(args); }
+KERNEL_RESIDENT(conv3d_flat2, Conv3dNarrow, 256, 2) { conv3d_flat<2>(args); }
+KERNEL_RESIDENT(conv3d_band2, Conv3dNarrow, 128, ELEM == 16 ? 4 : 3) { conv3d_band(args); }

@@ -60,9 +60,12 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
   };
   float bias[2];
   for (u32 e = 0; e < 2; e++) bias[e] = head.bias && e < channels ? head.bias[e] : 0.0f;
+  u32 valid = 0;  // bit 4 m + 2 half + pw
 #pragma unroll
   for (u32 m = 0; m < MT; m++)
     for (u32 half = 0; half < 2; half++) {
+      u32 first = voxel(m, half, 0), second = voxel(m, half, 1);
+      valid |= (first != NO_VOXEL) << (4 * m + 2 * half) | (second != NO_VOXEL) << (4 * m + 2 * half + 1);
       Pairs pairs;
       for (u32 pw = 0; pw < 2; pw++)
         for (u32 e = 0; e < 2; e++) {
@@ -71,13 +74,12 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
           sum = to_f32(pairs.v[pw][e]);
         }
       if (channels == 2 && args.out.w % 2 == 0) {
-        u32 first = voxel(m, half, 0);
         if (first != NO_VOXEL) y.vector(first * 2, pairs);
         continue;
       }
       for (u32 pw = 0; pw < 2; pw++)
         for (u32 e = 0; e < 2; e++) {
-          u32 one = voxel(m, half, pw);
+          u32 one = pw ? second : first;
           if (e < channels && one != NO_VOXEL) y.set(one * channels + e, pairs.v[pw][e]);
         }
     }
@@ -85,8 +87,7 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
   Moments* all = (Moments*)scratch;
 #pragma unroll
   for (u32 e = 0; e < 2; e++) {
-    Moments own = moments_of<MT * 4>([&](u32 i) { return voxel(i >> 2, i >> 1 & 1, i & 1) != NO_VOXEL; },
-                                     [&](u32 i) { return acc[i >> 2].c[i & 1][(i & 2) + e]; }, warp_sum);
+    Moments own = moments_of<MT * 4>(valid, [&](u32 i) { return acc[i >> 2].c[i & 1][(i & 2) + e]; }, warp_sum);
     if (lane_id() == 0) all[at.warp_m * GROUP + e] = own;
   }
   store_moments<1>(all, args.head, 1, at);
@@ -159,5 +160,5 @@ DEVICE void conv_transpose3d(const ConvTranspose3d& args) {
   }
 }
 
-KERNEL(conv_transpose3d_general, ConvTranspose3d, 256) { conv_transpose3d<2, false>(args); }
-KERNEL(conv_transpose3d_narrow, ConvTranspose3d, 256) { conv_transpose3d<4, true>(args); }
+KERNEL_RESIDENT(conv_transpose3d_general, ConvTranspose3d, 256, 1) { conv_transpose3d<2, false>(args); }
+KERNEL_RESIDENT(conv_transpose3d_narrow, ConvTranspose3d, 256, 2) { conv_transpose3d<4, true>(args); }

@@ -42,20 +42,21 @@ DEVICE Moments merge(const Moments& a, const Moments& b) {
   return Moments{count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
-// Moments of `value(i)`, i < COUNT where `valid(i)`, over the lanes that `sum` adds up.
-template <int COUNT, class Valid, class Value, class Sum>
-DEVICE Moments moments_of(Valid valid, Value value, Sum sum) {
+// Moments of `value(i)`, i < COUNT where bit i of `valid` is set, over the lanes that `sum` adds up.
+template <int COUNT, class Value, class Sum>
+DEVICE Moments moments_of(u32 valid, Value value, Sum sum) {
+  static_assert(COUNT <= 32, "one bit each");
   float count = 0.0f, total = 0.0f, m2 = 0.0f;
 #pragma unroll
   for (u32 i = 0; i < COUNT; i++) {
-    count += valid(i) ? 1.0f : 0.0f;
-    total += valid(i) ? value(i) : 0.0f;
+    count += valid >> i & 1 ? 1.0f : 0.0f;
+    total += valid >> i & 1 ? value(i) : 0.0f;
   }
   count = sum(count);
   float mean = sum(total) / max(count, 1.0f);
 #pragma unroll
   for (u32 i = 0; i < COUNT; i++) {
-    float delta = valid(i) ? value(i) - mean : 0.0f;
+    float delta = valid >> i & 1 ? value(i) - mean : 0.0f;
     m2 += delta * delta;
   }
   return Moments{count, mean, sum(m2)};
@@ -111,16 +112,16 @@ DEVICE void store(const Block& block, const Group& group, Out<elem> y, u32 low, 
   }
 }
 
-// Moments of the 16 channels of M blocks of a warp, written to `to` by the lanes of row 0. `valid(m, half)` says which
-// rows are voxels.
-template <int M, class Valid>
-DEVICE void moments(const Block (&blocks)[M], Valid valid, Moments* to) {
+// Moments of the 16 channels of M blocks of a warp, written to `to` by the lanes of row 0. Bit 2 m + half of `valid` says
+// that row g + 8 half of block m is a voxel.
+template <int M>
+DEVICE void moments(const Block (&blocks)[M], u32 valid, Moments* to) {
 #pragma unroll
   for (u32 j = 0; j < 2; j++)
 #pragma unroll
     for (u32 e = 0; e < 2; e++) {
-      Moments own = moments_of<M * 2>([&](u32 i) { return valid(i >> 1, i & 1); },
-                                      [&](u32 i) { return blocks[i >> 1].c[j][2 * (i & 1) + e]; }, sum_over_rows);
+      Moments own =
+          moments_of<M * 2>(valid, [&](u32 i) { return blocks[i >> 1].c[j][2 * (i & 1) + e]; }, sum_over_rows);
       if (lane_id() < 4) to[8 * j + 2 * lane_id() + e] = own;
     }
 }
@@ -167,14 +168,15 @@ DEVICE void epilogue(Block (&acc)[G][M], const Head (&heads)[2], u32 groups, u32
     if (!at.active || index >= groups) continue;
     Group group = group_of(heads, index);
     Out<elem> y = group.head.y.at((u64)at.n * voxels * group.head.channels);
+    u32 valid = 0;
 #pragma unroll
     for (u32 m = 0; m < M; m++) {
+      u32 low = voxel(m, 0), high = voxel(m, 1);
+      valid |= (low != NO_VOXEL) << 2 * m | (high != NO_VOXEL) << (2 * m + 1);
       finish(acc[g][m], group);
-      store(acc[g][m], group, y, voxel(m, 0), voxel(m, 1));
+      store(acc[g][m], group, y, low, high);
     }
-    if (group.head.stats)
-      moments(acc[g], [&](u32 m, u32 half) { return voxel(m, half) != NO_VOXEL; },
-              all + ((at.warp_n * G + g) * at.warps_m + at.warp_m) * GROUP);
+    if (group.head.stats) moments(acc[g], valid, all + ((at.warp_n * G + g) * at.warps_m + at.warp_m) * GROUP);
   }
   if (heads[0].stats || heads[1].stats) store_moments<G>(all, heads, groups, at);
 }

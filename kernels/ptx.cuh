@@ -38,6 +38,10 @@ typedef float elem;
 // An entry point: one struct of arguments by value, at most `threads` threads a block. Reads them as `args`.
 #define KERNEL(name, Args, threads) \
   extern "C" __global__ void __launch_bounds__(threads) CAT(name, SUFFIX)(const __grid_constant__ Args args)
+// The same where the compiler may not spend more registers than let `blocks` blocks run on a multiprocessor, and need not
+// spend fewer: left alone it spills for the sake of one more block.
+#define KERNEL_RESIDENT(name, Args, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) CAT(name, SUFFIX)(const __grid_constant__ Args args)
 // The block's dynamic shared memory, the only shared memory there is.
 #define SHARED(name) extern __shared__ __align__(1024) u8 name[]
 

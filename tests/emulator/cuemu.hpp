@@ -81,6 +81,7 @@ struct Kernel {
       CUEMU_TEXT(CAT(name, SUFFIX)), [](const void* args) { CAT(name, SUFFIX)(*(const Args*)args); }, sizeof(Args), \
       threads);                                                                                                 \
   static void CAT(name, SUFFIX)(const Args& args)
+#define KERNEL_RESIDENT(name, Args, threads, blocks) KERNEL(name, Args, threads)
 #define SHARED(name) u8* name = cuemu::shared_memory()
 
 #define threadIdx (cuemu::self->thread)

@@ -1,6 +1,8 @@
 //! Convolutions: fprop with its statistics, dgrad.
 
-use crate::conv_reference::{Field, check_partials, convolved, convolved_back, input, param, tolerance};
+use crate::conv_reference::{
+    Field, Products, Schedules, check_partials, convolved, convolved_back, input, param, tolerance,
+};
 use crate::harness::{assert_close, on_every_device, uniform};
 use spleen_hpc::device::cuda::Cuda;
 use spleen_hpc::ops::conv3d::cuda::{DeviceFilter, dgrad, fprop};
@@ -30,6 +32,8 @@ const fn case(
 
 const CASES: &[Case] = &[
     case(1, [9, 10, 11], 16, &[16], [3, 1], Some(false)),
+    case(1, [7, 8, 15], 16, &[16], [3, 1], Some(false)),
+    case(1, [12, 6, 6], 16, &[64], [3, 1], None),
     case(3, [5, 4, 6], 16, &[32], [3, 1], Some(true)),
     case(1, [6, 6, 6], 32, &[32], [3, 1], Some(true)),
     case(1, [3, 9, 4], 5, &[7], [3, 1], Some(false)),
@@ -54,14 +58,15 @@ const CASES: &[Case] = &[
 
 #[test]
 fn fprop_and_dgrad_are_the_definition() {
+    let schedules = Schedules::default();
     on_every_device(|cuda| {
         for (index, case) in CASES.iter().enumerate() {
-            check(cuda, index as u64, case);
+            schedules.compare(cuda.precision(), index, check(cuda, index as u64, case));
         }
     });
 }
 
-fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) {
+fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) -> Vec<f32> {
     let p = cuda.precision();
     let (allowed, why) = tolerance(p);
     let name = format!(
@@ -91,19 +96,62 @@ fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) {
     let ys = fprop(&x, &filters, case.stride, &stats).unwrap();
     let mut want_dx = Field { shape: x_shape, values: vec![0.0; x_shape.len()] };
     let mut dys = Vec::new();
+    let mut all = Vec::new();
+    let mut products = Products::default();
     for (i, y) in ys.iter().enumerate() {
         let want =
             convolved(&want_x, &weights[i], dims[i], case.stride, with_bias(i).then_some(&biases[i][..]));
         assert_eq!(y.shape, want.shape, "{name}");
-        assert_close(&format!("{name} y{i}"), &y.data.download().unwrap(), &want.values, allowed, why);
+        let got = y.data.download().unwrap();
+        assert_close(&format!("{name} y{i}"), &got, &want.values, allowed, why);
         match stats[i] {
-            true => check_partials(&format!("{name} y{i}"), y),
+            true => all.extend(check_partials(&format!("{name} y{i}"), y)),
             false => assert!(y.partials.is_none()),
         }
         let (dy, want_dy) = input(cuda, 1000 * index + 30 + i as u64, y.shape, None);
         convolved_back(&mut want_dx, &want_dy, &weights[i], dims[i], case.stride);
+        let bias = |j: usize| if with_bias(i) { f64::from(biases[i][j % y.shape.c]) } else { 0.0 };
+        let linear: Vec<f64> = got.iter().enumerate().map(|(j, &v)| f64::from(v) - bias(j)).collect();
+        products.add(1.0, &linear, &want_dy.values);
+        all.extend(got);
         dys.push(dy);
     }
-    let dx = dgrad(&dys, &filters, x_shape, case.stride).unwrap();
-    assert_close(&format!("{name} dx"), &dx.download().unwrap(), &want_dx.values, allowed, why);
+    let dx = dgrad(&dys, &filters, x_shape, case.stride).unwrap().download().unwrap();
+    assert_close(&format!("{name} dx"), &dx, &want_dx.values, allowed, why);
+    let dx_exact: Vec<f64> = dx.iter().map(|&v| f64::from(v)).collect();
+    products.add(-1.0, &dx_exact, &want_x.values);
+    products.check(&name, allowed);
+    all.extend(dx);
+    all
+}
+
+/// The cases run with every instance of the kernel, and with warps that share channels, voxels and taps.
+#[cfg(emulated)]
+#[test]
+fn cases_run_every_variant() {
+    use spleen_hpc::device::cuda::{driver::Driver, emulated::Emulated};
+    use spleen_hpc::ops::conv3d::plan::{Problem, VARIANTS, plan};
+    let info = Emulated::new(0).info().clone();
+    let plans = CASES.iter().flat_map(|case| {
+        let out = case.space.map(|s| s.div_ceil(case.stride));
+        let chunks = |c: usize| c.div_ceil(16);
+        let groups = case.outputs.iter().map(|&o| chunks(o)).sum();
+        let p = Problem {
+            n: case.n,
+            space: out,
+            window: case.kernel,
+            stride: case.stride,
+            chunks: chunks(case.inputs),
+            groups,
+        };
+        let back = Problem { space: case.space, chunks: groups, groups: chunks(case.inputs), ..p };
+        [Some(p), (case.stride == 1).then_some(back)]
+    });
+    let plans: Vec<_> = plans.flatten().map(|p| plan(&p, &VARIANTS, &info)).collect();
+    for variant in &VARIANTS {
+        assert!(plans.iter().any(|p| p.variant == variant), "{} is not run", variant.name);
+    }
+    for axis in 0..3 {
+        assert!(plans.iter().any(|p| p.warps[axis] > 1), "no case has several warps along axis {axis}");
+    }
 }

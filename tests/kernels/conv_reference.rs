@@ -4,6 +4,8 @@ use crate::harness::{stored, uniform};
 use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::ops::conv3d::cuda::Output;
 use spleen_hpc::tensor::{DeviceParam, DevicePending, Shape, View};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// NDHWC values with their shape, in f64.
@@ -119,8 +121,8 @@ pub fn tolerance(p: Precision) -> (f64, &'static str) {
     }
 }
 
-/// Statistics of the stored outputs against f64, merged over tiles.
-pub fn check_partials(case: &str, y: &Output) {
+/// Statistics of the stored outputs against f64, merged over tiles; returns them as they are.
+pub fn check_partials(case: &str, y: &Output) -> Vec<f32> {
     let partials = y.partials.as_ref().expect("statistics were asked for");
     let stats = partials.stats.download().unwrap();
     let values = y.data.download().unwrap();
@@ -143,5 +145,42 @@ pub fn check_partials(case: &str, y: &Output) {
             let error = (m2 - want_m2).abs();
             assert!(error < 1e-5 * want_m2 + 1e-9, "{case}: M2 {m2} of channel {c}, want {want_m2}");
         }
+    }    stats
+}
+
+/// <A x, r> - <x, A* r>, which is 0 where the second is the adjoint of the first.
+#[derive(Default)]
+pub struct Products {
+    sum: f64,
+    squares: f64,
+}
+
+impl Products {
+    /// Adds `sign` times the product of `a` and `b`.
+    pub fn add(&mut self, sign: f64, a: &[f64], b: &[f64]) {
+        assert_eq!(a.len(), b.len());
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        self.sum += sign * dot(a, b);
+        self.squares += dot(a, a) * dot(b, b);
+    }
+
+    /// Independent errors of relative square `nmse` in either factor change a product by sqrt(nmse) of its norms.
+    pub fn check(&self, case: &str, nmse: f64) {
+        let allowed = (4.0 * nmse * self.squares).sqrt();
+        assert!(self.sum.abs() <= allowed, "{case}: not adjoint by {:e}, allowed {allowed:e}", self.sum);
+    }
+}
+
+/// Results of one precision must be the same bits on every schedule.
+#[derive(Default)]
+pub struct Schedules(RefCell<HashMap<(Precision, usize), Vec<f32>>>);
+
+impl Schedules {
+    /// Keeps the first results of a case and compares all others with them.
+    pub fn compare(&self, precision: Precision, case: usize, results: Vec<f32>) {
+        let mut kept = self.0.borrow_mut();
+        let first = kept.entry((precision, case)).or_insert_with(|| results.clone());
+        let same = first.iter().map(|v| v.to_bits()).eq(results.iter().map(|v| v.to_bits()));
+        assert!(same, "case {case} {precision:?}: results depend on the schedule");
     }
 }

@@ -1,6 +1,8 @@
 //! Transposed convolutions: fprop with its statistics, dgrad.
 
-use crate::conv_reference::{Field, check_partials, convolved, convolved_back, input, param, tolerance};
+use crate::conv_reference::{
+    Field, Products, Schedules, check_partials, convolved, convolved_back, input, param, tolerance,
+};
 use crate::harness::{assert_close, on_every_device, uniform};
 use spleen_hpc::device::cuda::Cuda;
 use spleen_hpc::ops::conv_transpose3d::cuda::{dgrad, fprop};
@@ -28,16 +30,17 @@ const CASES: &[Case] = &[
 
 #[test]
 fn fprop_and_dgrad_are_the_definition() {
+    let schedules = Schedules::default();
     on_every_device(|cuda| {
         for (index, case) in CASES.iter().enumerate() {
-            check(cuda, index as u64, case);
+            schedules.compare(cuda.precision(), index, check(cuda, index as u64, case));
         }
     });
 }
 
 /// y is what the adjoint of a convolution of stride 2 makes of x, dx what the convolution makes of dy: the weights
 /// (I, O, 3, 3, 3) are those of a convolution from O to I channels.
-fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) {
+fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) -> Vec<f32> {
     let p = cuda.precision();
     let (allowed, why) = tolerance(p);
     let name = format!("[{}, {:?}, {:?}] -> {} {p:?}", case.n, case.space, case.inputs, case.outputs);
@@ -62,20 +65,31 @@ fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) {
     let inputs: Vec<_> = views.iter().collect();
     let y = fprop(&inputs, &w, dims, case.bias.then_some(&b), !case.bias).unwrap();
     assert_eq!(y.shape, y_shape, "{name}");
-    assert_close(&format!("{name} y"), &y.data.download().unwrap(), &want.values, allowed, why);
+    let mut all = y.data.download().unwrap();
+    assert_close(&format!("{name} y"), &all, &want.values, allowed, why);
+    let bias = |i: usize| if case.bias { f64::from(bias[i % case.outputs]) } else { 0.0 };
+    let linear: Vec<f64> = all.iter().enumerate().map(|(i, &v)| f64::from(v) - bias(i)).collect();
     if !case.bias {
-        check_partials(&name, &y);
+        all.extend(check_partials(&name, &y));
     }
 
     let (dy, want_dy) = input(cuda, 9500 + index, y_shape, None);
     let want_dx = convolved(&want_dy, &weights, dims, 2, None);
     let dxs = dgrad(&dy, &w, dims, case.inputs).unwrap();
+    let mut products = Products::default();
+    products.add(1.0, &linear, &want_dy.values);
     let mut first = 0;
-    for (dx, &c) in dxs.iter().zip(case.inputs) {
+    for ((dx, &c), x) in dxs.iter().zip(case.inputs).zip(&fields) {
         let own: Vec<f64> = want_dx.values.chunks(total).flat_map(|v| v[first..first + c].to_vec()).collect();
-        assert_close(&format!("{name} dx from {first}"), &dx.download().unwrap(), &own, allowed, why);
+        let dx = dx.download().unwrap();
+        assert_close(&format!("{name} dx from {first}"), &dx, &own, allowed, why);
+        let exact: Vec<f64> = dx.iter().map(|&v| f64::from(v)).collect();
+        products.add(-1.0, &exact, &x.values);
+        all.extend(dx);
         first += c;
     }
+    products.check(&name, allowed);
+    all
 }
 
 fn concatenated(fields: &[Field], shape: Shape) -> Field {
