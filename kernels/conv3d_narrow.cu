@@ -239,4 +239,4 @@ DEVICE void conv3d_band(const Conv3dNarrow& args) {
 
 KERNEL_RESIDENT(conv3d_flat1, Conv3dNarrow, 256, 2) { conv3d_flat<1>(args); }
 KERNEL_RESIDENT(conv3d_flat2, Conv3dNarrow, 256, 2) { conv3d_flat<2>(args); }
-KERNEL_RESIDENT(conv3d_band2, Conv3dNarrow, 128, ELEM == 16 ? 4 : 3) { conv3d_band(args); }
+KERNEL_RESIDENT(conv3d_band2, Conv3dNarrow, 128, ELEM == 16 ? 4 : 1) { conv3d_band(args); }

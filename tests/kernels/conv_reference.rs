@@ -90,7 +90,8 @@ pub fn input(cuda: &Arc<Cuda>, name: u64, shape: Shape, pending: Option<bool>) -
     if let Some(per_sample) = pending {
         let groups = if per_sample { shape.n * shape.c } else { shape.c };
         let scale = uniform(Precision::Single, name + 100, groups);
-        let shift: Vec<f32> = uniform(Precision::Single, name + 200, groups).iter().map(|v| 3.0 * v).collect();
+        let shift: Vec<f32> =
+            uniform(Precision::Single, name + 200, groups).iter().map(|v| 3.0 * v).collect();
         let slope = -0.5f32;
         for (i, v) in values.iter_mut().enumerate() {
             let sample = if per_sample { i / (shape.voxels() * shape.c) } else { 0 };
@@ -116,7 +117,9 @@ pub fn param(cuda: &Arc<Cuda>, values: &[f32]) -> DeviceParam {
 
 pub fn tolerance(p: Precision) -> (f64, &'static str) {
     match p {
-        Precision::Half => (2e-7, "one rounding to fp16, 2^-11 relative, and rare input values that round differently"),
+        Precision::Half => {
+            (2e-7, "one rounding to fp16, 2^-11 relative, and rare input values that round differently")
+        }
         Precision::Single => (1e-12, "sums of up to 7000 products in f32"),
     }
 }
@@ -130,7 +133,8 @@ pub fn check_partials(case: &str, y: &Output) -> Vec<f32> {
     assert_eq!(stats.len(), s.n * partials.tiles * s.c * 3);
     for n in 0..s.n {
         for c in 0..s.c {
-            let at = |tile: usize, i: usize| f64::from(stats[((n * partials.tiles + tile) * s.c + c) * 3 + i]);
+            let at =
+                |tile: usize, i: usize| f64::from(stats[((n * partials.tiles + tile) * s.c + c) * 3 + i]);
             let tiles = 0..partials.tiles;
             let count: f64 = tiles.clone().map(|t| at(t, 0)).sum();
             assert_eq!(count, s.voxels() as f64, "{case}: every voxel is in one tile");
@@ -141,11 +145,15 @@ pub fn check_partials(case: &str, y: &Output) -> Vec<f32> {
             let want_mean = own.iter().sum::<f64>() / count;
             let want_m2: f64 = own.iter().map(|v| (v - want_mean).powi(2)).sum();
             let scale = own.iter().fold(1e-3f64, |a, v| a.max(v.abs()));
-            assert!((mean - want_mean).abs() < 1e-6 * scale, "{case}: mean {mean} of channel {c}, want {want_mean}");
+            assert!(
+                (mean - want_mean).abs() < 1e-6 * scale,
+                "{case}: mean {mean} of channel {c}, want {want_mean}"
+            );
             let error = (m2 - want_m2).abs();
             assert!(error < 1e-5 * want_m2 + 1e-9, "{case}: M2 {m2} of channel {c}, want {want_m2}");
         }
-    }    stats
+    }
+    stats
 }
 
 /// <A x, r> - <x, A* r>, which is 0 where the second is the adjoint of the first.

@@ -143,11 +143,7 @@ impl Output {
 ///
 /// # Errors
 /// [`Error::Shape`] for more than two.
-pub fn heads(
-    op: &'static str,
-    outputs: &[Output],
-    biases: &[Option<&DeviceParam>],
-) -> Result<[HeadArgs; 2]> {
+pub fn heads(op: &'static str, outputs: &[Output], biases: &[Option<&DeviceParam>]) -> Result<[HeadArgs; 2]> {
     at_most_two(op, "outputs", outputs.len())?;
     let mut heads = [HeadArgs::zeroed(); 2];
     for ((head, y), bias) in heads.iter_mut().zip(outputs).zip(biases) {

@@ -2,9 +2,7 @@
 //! transposed one.
 
 pub use super::args::Output;
-use super::args::{
-    FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume,
-};
+use super::args::{FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume};
 use super::narrow;
 use super::pack::{Form, Packing, packed};
 use super::plan::{Problem, VARIANTS, plan};

@@ -21,10 +21,8 @@ struct Args {
     tiles: [u32; 2],
 }
 
-static FLAT: [Kernel<Args>; 2] = [
-    Kernel::new("conv3d_narrow.cu", "conv3d_flat1"),
-    Kernel::new("conv3d_narrow.cu", "conv3d_flat2"),
-];
+static FLAT: [Kernel<Args>; 2] =
+    [Kernel::new("conv3d_narrow.cu", "conv3d_flat1"), Kernel::new("conv3d_narrow.cu", "conv3d_flat2")];
 static BAND: Kernel<Args> = Kernel::new("conv3d_narrow.cu", "conv3d_band2");
 
 /// Which packed weights, and so which kernel, a convolution of `inputs` to `outputs` channels takes.
@@ -74,9 +72,10 @@ pub fn run(g: &Gather, form: Form) -> Result<Vec<Output>> {
     let tiles: [usize; 3] = std::array::from_fn(|i| out[i].div_ceil(k.tile[i]));
     let blocks = tiles.iter().product();
     let groups: usize = g.outputs.iter().map(|(c, ..)| c.div_ceil(GROUP)).sum();
-    let outputs = g.outputs.iter().map(|&(c, _, stats)| {
-        Output::new(&x.data, Shape::new(x.shape.n, out, c), stats.then_some(blocks))
-    });
+    let outputs = g
+        .outputs
+        .iter()
+        .map(|&(c, _, stats)| Output::new(&x.data, Shape::new(x.shape.n, out, c), stats.then_some(blocks)));
     let outputs = outputs.collect::<Result<Vec<_>>>()?;
     let biases: Vec<_> = g.outputs.iter().map(|&(_, bias, _)| bias).collect();
     let small = |v: usize| v as u32;

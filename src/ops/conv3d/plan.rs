@@ -298,7 +298,10 @@ mod tests {
                 for first in (0..h * w / 8).map(|i| 8 * i) {
                     let mut banks: Vec<usize> = (first..first + 8).map(|i| voxel(i) % 8).collect();
                     banks.sort_unstable();
-                    assert!(banks == (0..8).collect::<Vec<_>>() || stride == 2 && w % 2 == 1, "{h} x {w}: {halo:?}");
+                    assert!(
+                        banks == (0..8).collect::<Vec<_>>() || stride == 2 && w % 2 == 1,
+                        "{h} x {w}: {halo:?}"
+                    );
                 }
             }
         }

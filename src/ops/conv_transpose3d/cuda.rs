@@ -1,13 +1,13 @@
 //! Transposed 3D convolution on a CUDA device (kernels/conv_transpose3d.cu). Its dgrad is a convolution of stride 2, and
 //! it is the dgrad of one.
 
-pub use crate::ops::conv3d::cuda::Output;
 use crate::device::cuda::{Act, Kernel, Launch};
 use crate::error::{Error, Result};
 use crate::ops::conv3d::args::{
     FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume,
 };
 use crate::ops::conv3d::cuda::Gather;
+pub use crate::ops::conv3d::cuda::Output;
 use crate::ops::conv3d::narrow;
 use crate::ops::conv3d::pack::{Form, Packing, packed};
 use crate::ops::conv3d::plan::{Problem, Variant, plan};
@@ -225,4 +225,39 @@ pub fn dgrad(
         filters: &[FilterArgs::new(&w, groups)],
     };
     Ok(gather.run()?.into_iter().map(|y| y.data).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::Info;
+    use crate::ops::conv3d::plan::SHARED_LIMIT;
+
+    #[test]
+    fn plans_fill_an_h100() {
+        let info = Info {
+            name: "H100".into(),
+            capability: (9, 0),
+            multiprocessors: 132,
+            memory: 80 << 30,
+            shared_per_block: 227 << 10,
+        };
+        // The network's, 8 patches of 96^3: side of the input, chunks, output channels.
+        for (side, chunks, channels) in [(6, 24, 64usize), (12, 8, 32), (24, 4, 16), (48, 2, 2)] {
+            let groups = channels.div_ceil(GROUP);
+            let p = Problem { n: 8, space: [side; 3], window: 2, stride: 1, chunks, groups };
+            let variants = if form(channels) == Form::Parity { &NARROW } else { &GENERAL };
+            let plan = plan(&p, variants, &info);
+            let blocks = p.n * plan.tiles.iter().product::<usize>() * plan.slices;
+            println!(
+                "{p:?} {} tile {:?} warps {:?} {blocks} blocks {} KB {:.1} us",
+                plan.variant.name,
+                plan.tile,
+                plan.warps,
+                plan.shared >> 10,
+                plan.cycles / 1755.0
+            );
+            assert!(plan.shared <= SHARED_LIMIT && blocks >= 96, "{p:?}: {plan:?}");
+        }
+    }
 }
