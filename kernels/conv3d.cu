@@ -27,52 +27,27 @@
 // Rejected: im2col (27 times the traffic); the three kw taps packed into N = 48 with a shift-add afterwards (9 A
 // fragments instead of 27, but a halo column more work, and the walk along d saves as much); weights in shared memory
 // (13.8 KB a block to copy where L1 keeps them for all blocks).
-#include "epilogue.cuh"
-
-struct Conv3d {  // src/ops/conv3d/args.rs
-  Source source[2];
-  Head head[2];
-  Filter filter[2];
-  Halo halo;
-  Volume in, out;
-  u32 tile_h, tile_w;    // output voxels of a block; MT along d
-  u32 tiles_h, tiles_w;  // blocks along h and w
-  u32 warps_m, warps_n, warps_k;
-  u32 chunks;        // of both sources
-  u32 buffer_bytes;  // of a haloed tile in shared memory; two of them where there are several chunks
-  u32 unused;
-};
-static_assert(sizeof(Conv3d) == 304, "keep in step with src/ops/conv3d/args.rs");
+#include "convolution.cuh"
 
 template <int K, int S, int MT, int G>
-DEVICE void conv3d(const Conv3d& args) {
+DEVICE void conv3d(const Convolution& args) {
   SHARED(shared);
-  constexpr u32 PLANES = (MT - 1) * S + K;
-  u32 warp = threadIdx.x / 32;
-  u32 warp_m = warp % args.warps_m, warp_n = warp / args.warps_m % args.warps_n;
-  u32 warp_k = warp / (args.warps_m * args.warps_n);
-  u32 groups = args.head[0].groups + args.head[1].groups;
-  u32 first_group = blockIdx.y * args.warps_n * G;
-  u32 tile_w = blockIdx.x % args.tiles_w, tile_h = blockIdx.x / args.tiles_w % args.tiles_h;
-  u32 d0 = blockIdx.x / (args.tiles_w * args.tiles_h) * MT, h0 = tile_h * args.tile_h, w0 = tile_w * args.tile_w;
-  constexpr u32 P = (K - 1) / 2;
-  Loader<S> loader{args.halo, args.in, blockIdx.z, d0 * S - P, h0 * S - P, w0 * S - P};
+  constexpr u32 PLANES = (MT - 1) * S + K, P = (K - 1) / 2;
+  Station at = Station::of<MT, G>(args);
+  Loader<S> loader{args.halo, args.in, blockIdx.z, at.d0 * S - P, at.h0 * S - P, at.w0 * S - P};
   Pipeline<S> pipeline{loader, args.source, args.chunks, args.buffer_bytes, shared};
-
-  Plane plane{args.tile_h, args.tile_w, h0, w0, warp_m * 16};
-  Rows rows = Rows::of([&](u32 row) { return plane.template shared_voxel<S>(row, args.halo); });
+  Rows rows = Rows::of([&](u32 row) { return at.plane.shared_voxel<S>(row, args.halo); });
 
   Block acc[G][MT];
   for (u32 g = 0; g < G; g++)
     for (u32 m = 0; m < MT; m++) acc[g][m] = Block{};
 
   for (u32 chunk = 0; chunk < args.chunks; chunk++) {
-    // Weights of this warp's groups; past the last group they are those of the last, and the results are dropped.
     In<elem> w[G];
     u32 tap_step[G];
 #pragma unroll
     for (u32 g = 0; g < G; g++) {
-      u32 group = min(first_group + warp_n * G + g, groups - 1);
+      u32 group = at.group<G>(g);
       const Filter& f = pipeline.second(chunk) || group >= args.head[0].groups ? args.filter[1] : args.filter[0];
       tap_step[g] = f.tap_step();
       w[g] = f.taps(chunk, K * K * K, group);
@@ -84,10 +59,10 @@ DEVICE void conv3d(const Conv3d& args) {
 #pragma unroll
         for (u32 g = 0; g < G; g++) next[kd][g] = load_weights(w[g].at((kd * K * K + tap) * tap_step[g]));
     };
-    const u8* tile = pipeline.tile(chunk, [&] { load_taps(warp_k); });
+    const u8* tile = pipeline.tile(chunk, [&] { load_taps(at.warp_k); });
 
 #pragma unroll 1
-    for (u32 tap = warp_k; tap < K * K; tap += args.warps_k) {
+    for (u32 tap = at.warp_k; tap < K * K; tap += args.warps_k) {
       FragmentB b[K][G];
 #pragma unroll
       for (u32 kd = 0; kd < K; kd++)
@@ -109,30 +84,17 @@ DEVICE void conv3d(const Conv3d& args) {
       }
     }
   }
-  __syncthreads();
+  sum_shared_taps(acc, args, at, shared);
 
-  // The warps of one place that shared the taps, in order.
-  for (u32 k = 1; k < args.warps_k; k++) {
-    Block* sums = (Block*)shared + (warp_n * args.warps_m + warp_m) * (G * MT * 32) + lane_id();
-    if (warp_k == k)
-      for (u32 i = 0; i < G * MT; i++) sums[i * 32] = acc[i / MT][i % MT];
-    __syncthreads();
-    if (warp_k == 0)
-      for (u32 i = 0; i < G * MT; i++)
-        for (u32 e = 0; e < 8; e++) acc[i / MT][i % MT].c[e / 4][e % 4] += sums[i * 32].c[e / 4][e % 4];
-    __syncthreads();
-  }
-
-  auto voxel = [&](u32 m, u32 row) {
+  auto voxel = [&](u32 m, u32 half) {
     u32 h, w;
-    return plane.locate(row, &h, &w) ? voxel_index(args.out, d0 + m, h, w) : NO_VOXEL;
+    return at.plane.locate(half, &h, &w) ? voxel_index(args.out, at.d0 + m, h, w) : NO_VOXEL;
   };
-  Position at{blockIdx.z, blockIdx.x, gridDim.x, warp_m, args.warps_m, warp_n, args.warps_n, first_group, warp_k == 0};
-  epilogue(acc, args.head, groups, args.out.d * args.out.h * args.out.w, at, voxel, shared);
+  epilogue(acc, args.head, at.groups, args.out.d * args.out.h * args.out.w, at.position(args), voxel, shared);
 }
 
 #define CONV3D(name, threads, K, S, MT, G) \
-  KERNEL_RESIDENT(name, Conv3d, threads, 1) { conv3d<K, S, MT, G>(args); }
+  KERNEL_RESIDENT(name, Convolution, threads, 1) { conv3d<K, S, MT, G>(args); }
 
 // src/ops/conv3d/plan.rs has the same list.
 CONV3D(conv3d_k3s1_d8g1, 256, 3, 1, 8, 1)

@@ -22,21 +22,7 @@
 //
 // Bounds, 8 patches on an H100: 32 -> 2 to 96^3 51 us of HBM; 64 -> 16 to 48^3 20 of HBM, 10 of mma. Shared memory 31 and 11.
 // Rejected: one launch a parity (x read eight times); scatter with atomics (not deterministic, four times the stores).
-#include "epilogue.cuh"
-
-struct ConvTranspose3d {  // src/ops/conv_transpose3d/cuda.rs
-  Source source[2];
-  Head head[2];  // the second has no channels
-  Filter filter[2];
-  Halo halo;
-  Volume in, out;
-  u32 tile_h, tile_w;    // anchors of a block; MT along d
-  u32 tiles_h, tiles_w;  // blocks along h and w
-  u32 warps_m, warps_n;
-  u32 chunks;        // of both sources
-  u32 buffer_bytes;  // of a haloed tile in shared memory; two of them where there are several chunks
-};
-static_assert(sizeof(ConvTranspose3d) == 296, "keep in step with src/ops/conv_transpose3d/cuda.rs");
+#include "convolution.cuh"
 
 // The tap that carries an input at offset `o` along an axis to output parity `p`.
 DEVICE constexpr u32 tap_of(u32 o, u32 p) { return o ? 0 : p ? 2 : 1; }
@@ -48,15 +34,14 @@ struct alignas(4 * sizeof(elem)) Pairs {
 
 // What happens to the sums of the narrow kernel: as epilogue() of epilogue.cuh, for its own order of columns.
 template <int MT>
-DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const Plane& plane, u32 d0, const Position& at,
-                            u8* scratch) {
+DEVICE void narrow_epilogue(Block (&acc)[MT], const Convolution& args, const Station& at, u8* scratch) {
   const Head& head = args.head[0];
   u32 channels = head.channels, t = lane_id() & 3;
-  Out<elem> y = head.y.at((u64)at.n * (args.out.d * args.out.h * args.out.w) * channels);
+  Out<elem> y = head.y.at((u64)blockIdx.z * (args.out.d * args.out.h * args.out.w) * channels);
   auto voxel = [&](u32 m, u32 half, u32 pw) {
     u32 h, w;
-    bool inside = plane.locate(half, &h, &w);
-    return inside ? voxel_index(args.out, 2 * (d0 + m) + (t >> 1), 2 * h + (t & 1), 2 * w + pw) : NO_VOXEL;
+    bool inside = at.plane.locate(half, &h, &w);
+    return inside ? voxel_index(args.out, 2 * (at.d0 + m) + (t >> 1), 2 * h + (t & 1), 2 * w + pw) : NO_VOXEL;
   };
   float bias[2];
   for (u32 e = 0; e < 2; e++) bias[e] = head.bias && e < channels ? head.bias[e] : 0.0f;
@@ -90,20 +75,16 @@ DEVICE void narrow_epilogue(Block (&acc)[MT], const ConvTranspose3d& args, const
     Moments own = moments_of<MT * 4>(valid, [&](u32 i) { return acc[i >> 2].c[i & 1][(i & 2) + e]; }, warp_sum);
     if (lane_id() == 0) all[at.warp_m * GROUP + e] = own;
   }
-  store_moments<1>(all, args.head, 1, at);
+  store_moments<1>(all, args.head, 1, at.position(args));
 }
 
 template <int MT, bool NARROW>
-DEVICE void conv_transpose3d(const ConvTranspose3d& args) {
+DEVICE void conv_transpose3d(const Convolution& args) {
   SHARED(shared);
-  u32 warp = threadIdx.x / 32, warp_m = warp % args.warps_m, warp_n = warp / args.warps_m;
-  u32 groups = args.head[0].groups, first_group = blockIdx.y * args.warps_n;
-  u32 tile_w = blockIdx.x % args.tiles_w, tile_h = blockIdx.x / args.tiles_w % args.tiles_h;
-  u32 d0 = blockIdx.x / (args.tiles_w * args.tiles_h) * MT, h0 = tile_h * args.tile_h, w0 = tile_w * args.tile_w;
-  Loader<1> loader{args.halo, args.in, blockIdx.z, d0, h0, w0};
+  Station at = Station::of<MT, 1>(args);
+  Loader<1> loader{args.halo, args.in, blockIdx.z, at.d0, at.h0, at.w0};
   Pipeline<1> pipeline{loader, args.source, args.chunks, args.buffer_bytes, shared};
-  Plane plane{args.tile_h, args.tile_w, h0, w0, warp_m * 16};
-  Rows rows = Rows::of([&](u32 row) { return plane.template shared_voxel<1>(row, args.halo); });
+  Rows rows = Rows::of([&](u32 row) { return at.plane.shared_voxel<1>(row, args.halo); });
 
   constexpr u32 PARITIES = NARROW ? 1 : 8;  // blocks an anchor fragment
   Block acc[1][MT * PARITIES];
@@ -111,14 +92,15 @@ DEVICE void conv_transpose3d(const ConvTranspose3d& args) {
 
   for (u32 chunk = 0; chunk < args.chunks; chunk++) {
     const Filter& filter = pipeline.second(chunk) ? args.filter[1] : args.filter[0];
-    u32 group = min(first_group + warp_n, groups - 1);
-    In<elem> w = filter.taps(chunk, NARROW ? 8 : 27, group);
+    In<elem> w = filter.taps(chunk, NARROW ? 8 : 27, at.group<1>(0));
     u32 step = filter.tap_step();
     const u8* tile = pipeline.tile(chunk, [] {});
 #pragma unroll
     for (u32 b = 0; b < 2; b++)
 #pragma unroll
       for (u32 c = 0; c < 2; c++) {
+        // Two warps that share the taps take 12 + 3 and 6 + 6 of them.
+        if (args.warps_k == 2 && (b ^ c) != at.warp_k) continue;
         FragmentA views[MT + 1];
 #pragma unroll
         for (u32 d = 0; d <= MT; d++)
@@ -145,20 +127,19 @@ DEVICE void conv_transpose3d(const ConvTranspose3d& args) {
         }
       }
   }
-  __syncthreads();
+  sum_shared_taps(acc, args, at, shared);
 
-  Position at{blockIdx.z, blockIdx.x, gridDim.x, warp_m, args.warps_m, warp_n, args.warps_n, first_group, true};
   if constexpr (NARROW) {
-    narrow_epilogue(acc[0], args, plane, d0, at, shared);
+    narrow_epilogue(acc[0], args, at, shared);
   } else {
     auto voxel = [&](u32 i, u32 half) {
       u32 h, w, m = i >> 3, pd = i >> 2 & 1, ph = i >> 1 & 1, pw = i & 1;
-      bool inside = plane.locate(half, &h, &w);
-      return inside ? voxel_index(args.out, 2 * (d0 + m) + pd, 2 * h + ph, 2 * w + pw) : NO_VOXEL;
+      bool inside = at.plane.locate(half, &h, &w);
+      return inside ? voxel_index(args.out, 2 * (at.d0 + m) + pd, 2 * h + ph, 2 * w + pw) : NO_VOXEL;
     };
-    epilogue(acc, args.head, groups, args.out.d * args.out.h * args.out.w, at, voxel, shared);
+    epilogue(acc, args.head, at.groups, args.out.d * args.out.h * args.out.w, at.position(args), voxel, shared);
   }
 }
 
-KERNEL_RESIDENT(conv_transpose3d_general, ConvTranspose3d, 256, 1) { conv_transpose3d<2, false>(args); }
-KERNEL_RESIDENT(conv_transpose3d_narrow, ConvTranspose3d, 256, 2) { conv_transpose3d<4, true>(args); }
+KERNEL_RESIDENT(conv_transpose3d_general, Convolution, 256, 1) { conv_transpose3d<2, false>(args); }
+KERNEL_RESIDENT(conv_transpose3d_narrow, Convolution, 256, 2) { conv_transpose3d<4, true>(args); }

@@ -124,18 +124,41 @@ pub struct Output {
     pub partials: Option<Partials>,
 }
 
+/// What an output is asked to be.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    /// Its channels.
+    pub channels: usize,
+    /// (channels), added to it.
+    pub bias: Option<&'a DeviceParam>,
+    /// Whether to take statistics.
+    pub stats: bool,
+}
+
+impl<'a> Head<'a> {
+    /// `channels` channels and nothing else.
+    pub fn plain(channels: usize) -> Self {
+        Head { channels, bias: None, stats: false }
+    }
+}
+
 impl Output {
-    /// Memory for an output of `shape`; with statistics if `tiles`, the number of them a sample, is given.
+    /// Memory on the device of `like` for one output a head, each `shape` but for its channels, with `tiles` statistics
+    /// a sample where they are asked for.
     ///
     /// # Errors
     /// When the device has not enough.
-    pub fn new(like: &Act, shape: Shape, tiles: Option<usize>) -> Result<Self> {
+    pub fn all(like: &Act, shape: Shape, heads: &[Head], tiles: usize) -> Result<Vec<Self>> {
         let cuda = like.cuda();
-        let partials = match tiles {
-            Some(tiles) => Some(Partials { stats: cuda.buffer(shape.n * tiles * shape.c * 3)?, tiles }),
-            None => None,
+        let output = |head: &Head| {
+            let shape = shape.with_channels(head.channels);
+            let partials = match head.stats {
+                true => Some(Partials { stats: cuda.buffer(shape.n * tiles * shape.c * 3)?, tiles }),
+                false => None,
+            };
+            Ok(Output { data: cuda.act(shape.len())?, shape, partials })
         };
-        Ok(Output { data: cuda.act(shape.len())?, shape, partials })
+        heads.iter().map(output).collect()
     }
 }
 
@@ -143,13 +166,13 @@ impl Output {
 ///
 /// # Errors
 /// [`Error::Shape`] for more than two.
-pub fn heads(op: &'static str, outputs: &[Output], biases: &[Option<&DeviceParam>]) -> Result<[HeadArgs; 2]> {
+pub fn heads(op: &'static str, outputs: &[Output], asked: &[Head]) -> Result<[HeadArgs; 2]> {
     at_most_two(op, "outputs", outputs.len())?;
     let mut heads = [HeadArgs::zeroed(); 2];
-    for ((head, y), bias) in heads.iter_mut().zip(outputs).zip(biases) {
+    for ((head, y), asked) in heads.iter_mut().zip(outputs).zip(asked) {
         *head = HeadArgs {
             y: y.data.write(),
-            bias: bias.map_or(In::NULL, |b| b.value.read()),
+            bias: asked.bias.map_or(In::NULL, |b| b.value.read()),
             stats: y.partials.as_ref().map_or_else(Out::zeroed, |p| p.stats.write()),
             channels: y.shape.c as u32,
             groups: y.shape.c.div_ceil(GROUP) as u32,

@@ -2,15 +2,15 @@
 //! transposed one.
 
 pub use super::args::Output;
-use super::args::{FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume};
+use super::args::{FilterArgs, GROUP, Head, chunk};
 use super::narrow;
 use super::pack::{Form, Packing, packed};
-use super::plan::{Problem, VARIANTS, plan};
-use crate::device::cuda::{Act, Kernel, Launch};
+use super::plan::VARIANTS;
+use super::tiled::Tiled;
+use crate::device::cuda::Act;
 use crate::error::{Error, Result};
-use crate::ops::conv_transpose3d::{self, cuda::Scatter};
+use crate::ops::conv_transpose3d;
 use crate::tensor::{DeviceParam, Shape, View};
-use bytemuck::{Pod, Zeroable};
 
 /// A convolution's parameters on the device.
 #[derive(Clone, Copy, Debug)]
@@ -23,94 +23,36 @@ pub struct DeviceFilter<'a> {
     pub bias: Option<&'a DeviceParam>,
 }
 
-/// `Conv3d` of kernels/conv3d.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Args {
-    source: [SourceArgs; 2],
-    head: [HeadArgs; 2],
-    filter: [FilterArgs; 2],
-    halo: HaloArgs,
-    space: [u32; 3],
-    out: [u32; 3],
-    tile: [u32; 2],
-    tiles: [u32; 2],
-    warps: [u32; 3],
-    chunks: u32,
-    buffer_bytes: u32,
-    unused: u32,
-}
-
-/// A gathering convolution of `inputs`, concatenated, for `outputs`, concatenated.
-pub(in crate::ops) struct Gather<'a> {
-    /// Name for errors.
-    pub op: &'static str,
-    /// Kernel size.
-    pub kernel: usize,
-    /// Stride.
-    pub stride: usize,
-    /// One or two inputs of one size.
-    pub inputs: &'a [&'a View],
-    /// Channels, bias and whether to take statistics of one or two outputs.
-    pub outputs: &'a [(usize, Option<&'a DeviceParam>, bool)],
-    /// What is in the packed weights.
-    pub form: Form,
-    /// Packed weights of the only filter, or of one for each input or output.
-    pub filters: &'a [FilterArgs],
-}
-
-impl Gather<'_> {
-    /// Runs it.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for more than two inputs or outputs; those of the device.
-    pub fn run(&self) -> Result<Vec<Output>> {
-        if self.form != Form::Taps {
-            return narrow::run(self, self.form);
-        }
-        let (x, op) = (self.inputs[0], self.op);
-        let cuda = x.data.cuda();
-        let source = sources(op, self.inputs)?;
-        let out = x.shape.space().map(|s| s.div_ceil(self.stride));
-        let problem = Problem {
-            n: x.shape.n,
-            space: out,
-            window: self.kernel,
-            stride: self.stride,
-            chunks: chunks(&source),
-            groups: self.outputs.iter().map(|(c, ..)| c.div_ceil(GROUP)).sum(),
-        };
-        let plan = plan(&problem, &VARIANTS, cuda.info());
-        let tiles = plan.tiles.iter().product();
-        let outputs = self.outputs.iter().map(|&(c, _, stats)| {
-            Output::new(&x.data, Shape::new(x.shape.n, out, c), stats.then_some(tiles))
-        });
-        let outputs = outputs.collect::<Result<Vec<_>>>()?;
-        let biases: Vec<_> = self.outputs.iter().map(|&(_, bias, _)| bias).collect();
-        let small = |v: usize| v as u32;
-        let args = Args {
-            source,
-            head: heads(op, &outputs, &biases)?,
-            filter: [self.filters[0], self.filters[self.filters.len() - 1]],
-            halo: HaloArgs::from(&plan.halo),
-            space: volume(x.shape.space()),
-            out: volume(out),
-            tile: [plan.tile[1], plan.tile[2]].map(small),
-            tiles: [plan.tiles[1], plan.tiles[2]].map(small),
-            warps: plan.warps.map(small),
-            chunks: small(problem.chunks),
-            buffer_bytes: small(plan.halo.bytes()),
-            unused: 0,
-        };
-        let launch = Launch {
-            grid: [tiles, plan.slices, x.shape.n].map(small),
-            threads: small(plan.threads()),
-            shared: small(plan.shared),
-        };
-        let kernel = Kernel::<Args>::new("conv3d.cu", plan.variant.name);
-        cuda.launch(&kernel, launch, &args)?;
-        Ok(outputs)
+/// A convolution of `inputs` for `outputs`, both concatenated along channels, with weights packed as `form` says: of the
+/// only filter, or of one for each input or output.
+///
+/// # Errors
+/// [`Error::Shape`] for more than two inputs or outputs; those of the device.
+pub(in crate::ops) fn gather(
+    op: &'static str,
+    [kernel, stride]: [usize; 2],
+    inputs: &[&View],
+    outputs: &[Head],
+    form: Form,
+    filters: &[FilterArgs],
+) -> Result<Vec<Output>> {
+    if form != Form::Taps {
+        return narrow::run(op, inputs[0], stride, outputs, form, filters);
     }
+    let out = inputs[0].shape.space().map(|s| s.div_ceil(stride));
+    let tiled = Tiled {
+        op,
+        file: "conv3d.cu",
+        variants: &VARIANTS,
+        window: kernel,
+        stride,
+        held: out,
+        out,
+        inputs,
+        outputs,
+        filters,
+    };
+    tiled.run()
 }
 
 fn check(channels: usize, filters: &[DeviceFilter], stride: usize, by_input: bool) -> Result<usize> {
@@ -160,8 +102,12 @@ pub fn fprop(x: &View, filters: &[DeviceFilter], stride: usize, stats: &[bool]) 
         args.push(FilterArgs { first_group: first_group as u32, ..FilterArgs::new(w, groups) });
         first_group += groups;
     }
-    let outputs: Vec<_> = filters.iter().zip(stats).map(|(f, &stats)| (f.dims[0], f.bias, stats)).collect();
-    Gather { op: "conv3d", kernel, stride, inputs: &[x], outputs: &outputs, form, filters: &args }.run()
+    let outputs: Vec<_> = filters
+        .iter()
+        .zip(stats)
+        .map(|(f, &stats)| Head { channels: f.dims[0], bias: f.bias, stats })
+        .collect();
+    gather("conv3d", [kernel, stride], &[x], &outputs, form, &args)
 }
 
 /// dx = sum over the filters of their dy convolved backwards, for an input of `x_shape`.
@@ -201,29 +147,13 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
     let mut args = Vec::new();
     for (dy, w) in dys.iter().zip(&packs) {
         args.push(FilterArgs { first_chunk, ..FilterArgs::new(w, x_shape.c.div_ceil(GROUP)) });
-        first_chunk += dy.shape.c.div_ceil(super::args::chunk(dy.data.precision())) as u32;
+        first_chunk += dy.shape.c.div_ceil(chunk(dy.data.precision())) as u32;
     }
     let inputs: Vec<&View> = dys.iter().collect();
-    if stride == 2 {
-        let scatter = Scatter {
-            op: "conv3d dgrad",
-            inputs: &inputs,
-            out: x_shape.space(),
-            channels: x_shape.c,
-            bias: None,
-            stats: false,
-            filters: &args,
-        };
-        return Ok(scatter.run()?.data);
-    }
-    let gather = Gather {
-        op: "conv3d dgrad",
-        kernel,
-        stride,
-        inputs: &inputs,
-        outputs: &[(x_shape.c, None, false)],
-        form,
-        filters: &args,
+    let op = "conv3d dgrad";
+    let mut dxs = match stride {
+        1 => gather(op, [kernel, 1], &inputs, &[Head::plain(x_shape.c)], form, &args)?,
+        _ => conv_transpose3d::cuda::scatter(op, &inputs, x_shape.space(), Head::plain(x_shape.c), &args)?,
     };
-    Ok(gather.run()?.swap_remove(0).data)
+    Ok(dxs.swap_remove(0).data)
 }

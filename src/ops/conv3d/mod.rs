@@ -14,6 +14,7 @@ pub mod cuda;
 pub(super) mod narrow;
 pub(super) mod pack;
 pub mod plan;
+pub(super) mod tiled;
 
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};

@@ -1,11 +1,10 @@
 //! Convolutions of one or two input channels on a CUDA device (kernels/conv3d_narrow.cu).
 
-use super::args::{FilterArgs, GROUP, HeadArgs, Output, heads, volume};
-use super::cuda::Gather;
+use super::args::{FilterArgs, GROUP, Head, HeadArgs, Output, heads, volume};
 use super::pack::Form;
 use crate::device::cuda::{Elem, In, Kernel, Launch};
 use crate::error::Result;
-use crate::tensor::{PendingArgs, Shape};
+use crate::tensor::{PendingArgs, Shape, View};
 use bytemuck::{Pod, Zeroable};
 
 /// `Conv3dNarrow` of kernels/conv3d_narrow.cu.
@@ -60,30 +59,31 @@ fn constants(form: Form, inputs: usize) -> Constants {
     }
 }
 
-/// Runs a gathering convolution whose weights are packed as `form` says.
+/// Convolves `x` for one or two outputs, with weights packed as `form`, [`Form::Flat`] or [`Form::Band`], says.
 ///
 /// # Errors
-/// Those of the device.
-pub fn run(g: &Gather, form: Form) -> Result<Vec<Output>> {
-    let x = g.inputs[0];
+/// [`crate::Error::Shape`] for more than two outputs; those of the device.
+pub fn run(
+    op: &'static str,
+    x: &View,
+    stride: usize,
+    asked: &[Head],
+    form: Form,
+    filters: &[FilterArgs],
+) -> Result<Vec<Output>> {
     let cuda = x.data.cuda();
     let k = constants(form, x.shape.c);
-    let out = x.shape.space().map(|s| s.div_ceil(g.stride));
+    let out = x.shape.space().map(|s| s.div_ceil(stride));
     let tiles: [usize; 3] = std::array::from_fn(|i| out[i].div_ceil(k.tile[i]));
     let blocks = tiles.iter().product();
-    let groups: usize = g.outputs.iter().map(|(c, ..)| c.div_ceil(GROUP)).sum();
-    let outputs = g
-        .outputs
-        .iter()
-        .map(|&(c, _, stats)| Output::new(&x.data, Shape::new(x.shape.n, out, c), stats.then_some(blocks)));
-    let outputs = outputs.collect::<Result<Vec<_>>>()?;
-    let biases: Vec<_> = g.outputs.iter().map(|&(_, bias, _)| bias).collect();
+    let groups: usize = asked.iter().map(|head| head.channels.div_ceil(GROUP)).sum();
+    let outputs = Output::all(&x.data, Shape::new(x.shape.n, out, 0), asked, blocks)?;
     let small = |v: usize| v as u32;
     let args = Args {
         x: x.data.read(),
         map: x.pending_args(),
-        head: heads(g.op, &outputs, &biases)?,
-        filter: [g.filters[0], g.filters[g.filters.len() - 1]],
+        head: heads(op, &outputs, asked)?,
+        filter: [filters[0], filters[filters.len() - 1]],
         space: volume(x.shape.space()),
         out: volume(out),
         tiles: [tiles[1], tiles[2]].map(small),

@@ -39,8 +39,10 @@ pub struct Variant {
     pub depth: usize,
     /// Groups of 16 output channels that a warp holds.
     pub groups: usize,
-    /// Whether warps can share the taps of a tile.
-    pub splits_taps: bool,
+    /// Fragments of 16 voxels x 16 channels that a warp sums up.
+    pub blocks: usize,
+    /// Among how many warps the taps of a tile can be shared.
+    pub tap_shares: usize,
     /// Threads that a block may have.
     pub threads: usize,
     /// Registers a thread, as compiled for sm_90a.
@@ -144,7 +146,8 @@ const fn conv(
         stride,
         depth,
         groups,
-        splits_taps: kernel == 3,
+        blocks: depth * groups,
+        tap_shares: kernel,
         threads,
         registers,
         mma: kernel.pow(3) * depth * 2 * groups,
@@ -171,11 +174,10 @@ pub fn plan(p: &Problem, variants: &'static [Variant], info: &Info) -> Plan {
     let mut best: Option<Plan> = None;
     for v in variants.iter().filter(|v| (v.window, v.stride) == (p.window, p.stride)) {
         for (h, w) in SIDES.iter().flat_map(|&h| SIDES.iter().map(move |&w| (h, w))) {
-            for (warps_n, warps_k) in [(1, 1), (2, 1), (1, 3), (2, 3)] {
+            for (warps_n, warps_k) in [(1, 1), (2, 1), (1, v.tap_shares), (2, v.tap_shares)] {
                 let warps = [(h * w).div_ceil(16), warps_n, warps_k];
-                let fits = 32 * warps.iter().product::<usize>() <= v.threads
-                    && (v.splits_taps || warps_k == 1)
-                    && (warps_n - 1) * v.groups < p.groups;
+                let fits =
+                    32 * warps.iter().product::<usize>() <= v.threads && (warps_n - 1) * v.groups < p.groups;
                 let candidate = fits.then(|| arrange(p, v, [v.depth, h, w], warps, info)).flatten();
                 let better = |c: &Plan| best.as_ref().is_none_or(|b| c.cycles < b.cycles);
                 if let Some(candidate) = candidate.filter(better) {
@@ -197,7 +199,7 @@ fn arrange(
     let v = variant;
     let halo = HaloPlan::new(tile, v.window, v.stride);
     // What warps that share taps hand over, and the moments of each warp and channel.
-    let sums = if warps[2] > 1 { warps[0] * warps[1] * v.groups * v.depth * 32 * 32 } else { 0 };
+    let sums = if warps[2] > 1 { warps[0] * warps[1] * v.blocks * 32 * 32 } else { 0 };
     let moments = warps[0] * warps[1] * v.groups * GROUP * 12;
     let shared = (halo.bytes() * p.chunks.min(2)).max(sums).max(moments);
     if shared > SHARED_LIMIT || halo.voxels() >= 4096 {

@@ -1,44 +1,32 @@
 //! Transposed 3D convolution on a CUDA device (kernels/conv_transpose3d.cu). Its dgrad is a convolution of stride 2, and
 //! it is the dgrad of one.
 
-use crate::device::cuda::{Act, Kernel, Launch};
+use crate::device::cuda::Act;
 use crate::error::{Error, Result};
-use crate::ops::conv3d::args::{
-    FilterArgs, GROUP, HaloArgs, HeadArgs, SourceArgs, chunks, heads, sources, volume,
-};
-use crate::ops::conv3d::cuda::Gather;
+use crate::ops::conv3d::args::{FilterArgs, GROUP, Head};
 pub use crate::ops::conv3d::cuda::Output;
+use crate::ops::conv3d::cuda::gather;
 use crate::ops::conv3d::narrow;
 use crate::ops::conv3d::pack::{Form, Packing, packed};
-use crate::ops::conv3d::plan::{Problem, Variant, plan};
-use crate::tensor::{DeviceParam, Shape, View};
-use bytemuck::{Pod, Zeroable};
+use crate::ops::conv3d::plan::Variant;
+use crate::ops::conv3d::tiled::Tiled;
+use crate::tensor::{DeviceParam, View};
 
-/// `ConvTranspose3d` of kernels/conv_transpose3d.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Args {
-    source: [SourceArgs; 2],
-    head: [HeadArgs; 2],
-    filter: [FilterArgs; 2],
-    halo: HaloArgs,
-    space: [u32; 3],
-    out: [u32; 3],
-    tile: [u32; 2],
-    tiles: [u32; 2],
-    warps: [u32; 2],
-    chunks: u32,
-    buffer_bytes: u32,
-}
-
-const fn variant(name: &'static str, depth: usize, registers: usize, mma: usize, weights: usize) -> Variant {
+const fn variant(
+    name: &'static str,
+    [depth, parities]: [usize; 2],
+    registers: usize,
+    mma: usize,
+    weights: usize,
+) -> Variant {
     Variant {
         name,
         window: 2,
         stride: 1,
         depth,
         groups: 1,
-        splits_taps: false,
+        blocks: parities * depth,
+        tap_shares: if parities == 1 { 1 } else { 2 },
         threads: 256,
         registers,
         mma: mma * depth,
@@ -48,81 +36,42 @@ const fn variant(name: &'static str, depth: usize, registers: usize, mma: usize,
 
 /// The kernels at the end of kernels/conv_transpose3d.cu: 27 products of two mma each a chunk and anchor fragment, or 8
 /// of which every other one needs one mma.
-static GENERAL: [Variant; 1] = [variant("conv_transpose3d_general", 2, 255, 54, 27)];
-static NARROW: [Variant; 1] = [variant("conv_transpose3d_narrow", 4, 128, 12, 8)];
+static GENERAL: [Variant; 1] = [variant("conv_transpose3d_general", [2, 8], 255, 54, 27)];
+static NARROW: [Variant; 1] = [variant("conv_transpose3d_narrow", [4, 1], 128, 12, 8)];
 
 /// Output channels up to which all parities of a voxel fit one fragment.
 const NARROW_CHANNELS: usize = 2;
-
-/// The scattering product y[2 i + t - 1] += x[i] w[t] of `inputs`, concatenated.
-pub(in crate::ops) struct Scatter<'a> {
-    /// Name for errors.
-    pub op: &'static str,
-    /// One or two inputs of one size.
-    pub inputs: &'a [&'a View],
-    /// D, H, W of the output: twice the inputs', or one less.
-    pub out: [usize; 3],
-    /// Output channels.
-    pub channels: usize,
-    /// (channels), if any.
-    pub bias: Option<&'a DeviceParam>,
-    /// Whether to take statistics.
-    pub stats: bool,
-    /// Packed weights of the only filter, or of one for each input.
-    pub filters: &'a [FilterArgs],
-}
 
 /// What a block of packed weights holds for an output of `channels`.
 pub(in crate::ops) fn form(channels: usize) -> Form {
     if channels <= NARROW_CHANNELS { Form::Parity } else { Form::Taps }
 }
 
-impl Scatter<'_> {
-    /// Runs it.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] for more than two inputs; those of the device.
-    pub fn run(&self) -> Result<Output> {
-        let (x, op) = (self.inputs[0], self.op);
-        let cuda = x.data.cuda();
-        let source = sources(op, self.inputs)?;
-        let problem = Problem {
-            n: x.shape.n,
-            space: x.shape.space(),
-            window: 2,
-            stride: 1,
-            chunks: chunks(&source),
-            groups: self.channels.div_ceil(GROUP),
-        };
-        let variants = if form(self.channels) == Form::Parity { &NARROW } else { &GENERAL };
-        let plan = plan(&problem, variants, cuda.info());
-        let tiles = plan.tiles.iter().product();
-        let shape = Shape::new(x.shape.n, self.out, self.channels);
-        let outputs = [Output::new(&x.data, shape, self.stats.then_some(tiles))?];
-        let small = |v: usize| v as u32;
-        let args = Args {
-            source,
-            head: heads(op, &outputs, &[self.bias])?,
-            filter: [self.filters[0], self.filters[self.filters.len() - 1]],
-            halo: HaloArgs::from(&plan.halo),
-            space: volume(x.shape.space()),
-            out: volume(self.out),
-            tile: [plan.tile[1], plan.tile[2]].map(small),
-            tiles: [plan.tiles[1], plan.tiles[2]].map(small),
-            warps: [plan.warps[0], plan.warps[1]].map(small),
-            chunks: small(problem.chunks),
-            buffer_bytes: small(plan.halo.bytes()),
-        };
-        let launch = Launch {
-            grid: [tiles, plan.slices, x.shape.n].map(small),
-            threads: small(plan.threads()),
-            shared: small(plan.shared),
-        };
-        let kernel = Kernel::<Args>::new("conv_transpose3d.cu", plan.variant.name);
-        cuda.launch(&kernel, launch, &args)?;
-        let [output] = outputs;
-        Ok(output)
-    }
+/// The product y[2 i + t - 1] += x[i] w[t] of `inputs`, concatenated along channels, for an output of size `out`, which
+/// is twice theirs or one less. Weights are packed as [`form`] says: of the only filter, or of one for each input.
+///
+/// # Errors
+/// [`Error::Shape`] for more than two inputs; those of the device.
+pub(in crate::ops) fn scatter(
+    op: &'static str,
+    inputs: &[&View],
+    out: [usize; 3],
+    output: Head,
+    filters: &[FilterArgs],
+) -> Result<Vec<Output>> {
+    let tiled = Tiled {
+        op,
+        file: "conv_transpose3d.cu",
+        variants: if form(output.channels) == Form::Parity { &NARROW } else { &GENERAL },
+        window: 2,
+        stride: 1,
+        held: inputs[0].shape.space(),
+        out,
+        inputs,
+        outputs: &[output],
+        filters,
+    };
+    tiled.run()
 }
 
 /// Channels of one or two inputs, the second 0 where there is one.
@@ -179,16 +128,9 @@ pub fn fprop(
         outputs: [dims[1], 0],
     };
     let w = packed(weight, dims, packing)?;
-    let scatter = Scatter {
-        op,
-        inputs,
-        out: inputs[0].shape.space().map(|s| 2 * s),
-        channels: dims[1],
-        bias,
-        stats,
-        filters: &[FilterArgs::new(&w, dims[1].div_ceil(GROUP))],
-    };
-    scatter.run()
+    let out = inputs[0].shape.space().map(|s| 2 * s);
+    let filter = FilterArgs::new(&w, dims[1].div_ceil(GROUP));
+    Ok(scatter(op, inputs, out, Head { channels: dims[1], bias, stats }, &[filter])?.swap_remove(0))
 }
 
 /// dx of every input, which had `input_channels` channels: a convolution of dy with stride 2.
@@ -214,24 +156,16 @@ pub fn dgrad(
     };
     let w = packed(weight, dims, packing)?;
     let groups = input_channels.iter().map(|c| c.div_ceil(GROUP)).sum();
-    let outputs: Vec<_> = input_channels.iter().map(|&c| (c, None, false)).collect();
-    let gather = Gather {
-        op,
-        kernel: 3,
-        stride: 2,
-        inputs: &[dy],
-        outputs: &outputs,
-        form,
-        filters: &[FilterArgs::new(&w, groups)],
-    };
-    Ok(gather.run()?.into_iter().map(|y| y.data).collect())
+    let outputs: Vec<_> = input_channels.iter().map(|&c| Head::plain(c)).collect();
+    let dxs = gather(op, [3, 2], &[dy], &outputs, form, &[FilterArgs::new(&w, groups)])?;
+    Ok(dxs.into_iter().map(|dx| dx.data).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::cuda::Info;
-    use crate::ops::conv3d::plan::SHARED_LIMIT;
+    use crate::ops::conv3d::plan::{Problem, SHARED_LIMIT, plan};
 
     #[test]
     fn plans_fill_an_h100() {
@@ -249,14 +183,6 @@ mod tests {
             let variants = if form(channels) == Form::Parity { &NARROW } else { &GENERAL };
             let plan = plan(&p, variants, &info);
             let blocks = p.n * plan.tiles.iter().product::<usize>() * plan.slices;
-            println!(
-                "{p:?} {} tile {:?} warps {:?} {blocks} blocks {} KB {:.1} us",
-                plan.variant.name,
-                plan.tile,
-                plan.warps,
-                plan.shared >> 10,
-                plan.cycles / 1755.0
-            );
             assert!(plan.shared <= SHARED_LIMIT && blocks >= 96, "{p:?}: {plan:?}");
         }
     }
