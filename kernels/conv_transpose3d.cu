@@ -15,6 +15,7 @@
 // whole lines: the parities of w beside each other.
 //
 //   general    a slice of warps_n x 16 output channels; 8 parities x 16 channels = 64 sums a thread and anchor fragment.
+//              Two warps can share the 27 taps of the same anchors, which fills the machine where the volume is small.
 //              A fragment of A serves offsets a = 0, 1 of anchors d', d' - 1. With MT = 2, a chunk takes 12 A and 27 B
 //              (4 wavefronts each) for 108 mma: 1.4 wavefronts an mma against 1.55 cycles of the tensor core.
 //   narrow     at most two output channels: the 8 parities x 2 channels are 16 columns of one fragment, whose weights are

@@ -3,8 +3,9 @@
 use crate::conv_reference::{
     Field, Products, Schedules, check_partials, convolved, convolved_back, input, param, tolerance,
 };
-use crate::harness::{assert_close, on_every_device, uniform};
-use spleen_hpc::device::cuda::Cuda;
+use crate::harness::{assert_close, on_devices, on_every_device, uniform};
+use spleen_hpc::Error;
+use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::ops::conv3d::cuda::{DeviceFilter, dgrad, fprop};
 use spleen_hpc::tensor::Shape;
 use std::sync::Arc;
@@ -123,6 +124,30 @@ fn check(cuda: &Arc<Cuda>, index: u64, case: &Case) -> Vec<f32> {
     products.check(&name, allowed);
     all.extend(dx);
     all
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    on_devices(Precision::Half, &|cuda| {
+        let (x, _) = input(cuda, 1, Shape::new(1, [2, 2, 2], 4), None);
+        let weights = param(cuda, &uniform(Precision::Half, 2, 3 * 4 * 27));
+        let filter =
+            |i: usize, k: usize| DeviceFilter { weight: &weights, dims: [3, i, k, k, k], bias: None };
+        assert!(fprop(&x, &[filter(4, 3)], 1, &[false]).is_ok());
+        for (filters, stride, stats) in [
+            (vec![], 1, vec![]),
+            (vec![filter(4, 3); 3], 1, vec![false; 3]),
+            (vec![filter(5, 3)], 1, vec![false]),
+            (vec![filter(4, 2)], 1, vec![false]),
+            (vec![filter(4, 3)], 3, vec![false]),
+            (vec![filter(4, 3)], 1, vec![]),
+        ] {
+            let refused = fprop(&x, &filters, stride, &stats);
+            assert!(matches!(refused, Err(Error::Shape { .. })), "{filters:?} {stride} {stats:?}");
+            let refused = dgrad(&vec![x.clone(); stats.len()], &filters, x.shape, stride);
+            assert!(matches!(refused, Err(Error::Shape { .. })), "{filters:?} {stride} {stats:?}");
+        }
+    });
 }
 
 /// The cases run with every instance of the kernel, and with warps that share channels, voxels and taps.

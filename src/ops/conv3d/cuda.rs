@@ -55,23 +55,27 @@ pub(in crate::ops) fn gather(
     tiled.run()
 }
 
-fn check(channels: usize, filters: &[DeviceFilter], stride: usize, by_input: bool) -> Result<usize> {
+/// The kernel size of one or two filters over `channels` input channels, each with one of `others` (statistics to take
+/// or gradients given).
+fn check(channels: usize, filters: &[DeviceFilter], stride: usize, others: usize) -> Result<usize> {
     let kernel = filters.first().map_or(0, |f| f.dims[2]);
-    for f in filters {
+    let fits = |f: &DeviceFilter| {
         let [o, i, a, b, c] = f.dims;
-        let fits = [a, b, c] == [kernel; 3]
-            && channels == if by_input { i } else { o }
+        i == channels
+            && [a, b, c] == [kernel; 3]
             && f.weight.value.len() == f.dims.iter().product::<usize>()
-            && f.bias.is_none_or(|b| b.value.len() == o);
-        if !fits || !matches!((kernel, stride), (1, 1) | (3, 1) | (3, 2)) {
-            return Err(Error::Shape {
-                op: "conv3d",
-                want: format!("{channels} channels and k s of 1 1, 3 1 or 3 2"),
-                got: format!("weights {:?} with stride {stride}", f.dims),
-            });
-        }
+            && f.bias.is_none_or(|b| b.value.len() == o)
+    };
+    let known = matches!((kernel, stride), (1, 1) | (3, 1) | (3, 2));
+    if (1..=2).contains(&filters.len()) && others == filters.len() && known && filters.iter().all(fits) {
+        return Ok(kernel);
     }
-    Ok(kernel)
+    let dims: Vec<_> = filters.iter().map(|f| f.dims).collect();
+    Err(Error::Shape {
+        op: "conv3d",
+        want: format!("one or two weights [O, {channels}, k, k, k] with k s of 1 1, 3 1 or 3 2"),
+        got: format!("{dims:?} with stride {stride} for {others} outputs"),
+    })
 }
 
 /// y = conv(x) for every filter; all have one kernel size and read x once. `stats[i]` asks for the statistics of output
@@ -80,13 +84,13 @@ fn check(channels: usize, filters: &[DeviceFilter], stride: usize, by_input: boo
 /// # Errors
 /// [`Error::Shape`] when a filter does not fit `x`, or for none or more than two; those of the device.
 pub fn fprop(x: &View, filters: &[DeviceFilter], stride: usize, stats: &[bool]) -> Result<Vec<Output>> {
-    let kernel = check(x.shape.c, filters, stride, true)?;
+    let kernel = check(x.shape.c, filters, stride, stats.len())?;
     let channels: Vec<usize> = filters.iter().map(|f| f.dims[0]).collect();
     let form = narrow::form(kernel, stride, x.shape.c, &channels);
     let mut packs = Vec::new();
     for f in filters {
         let packing = Packing {
-            layout: "conv3d fprop",
+            layout: if form == Form::Band { "conv3d fprop, band" } else { "conv3d fprop" },
             form,
             first_is_input: false,
             mirrored: false,
@@ -115,10 +119,10 @@ pub fn fprop(x: &View, filters: &[DeviceFilter], stride: usize, stats: &[bool]) 
 /// # Errors
 /// [`Error::Shape`] when a filter does not fit its dy, or for none or more than two; those of the device.
 pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usize) -> Result<Act> {
-    let kernel = check(x_shape.c, filters, stride, true)?;
+    let kernel = check(x_shape.c, filters, stride, dys.len())?;
     for (f, dy) in filters.iter().zip(dys) {
         let fits = dy.shape == Shape::new(x_shape.n, x_shape.space().map(|s| s.div_ceil(stride)), f.dims[0]);
-        if !fits || dys.len() != filters.len() {
+        if !fits {
             return Err(Error::Shape {
                 op: "conv3d dgrad",
                 want: format!("one gradient for each filter onto {x_shape}"),
@@ -134,7 +138,7 @@ pub fn dgrad(dys: &[View], filters: &[DeviceFilter], x_shape: Shape, stride: usi
     let mut packs = Vec::new();
     for f in filters {
         let packing = Packing {
-            layout: "conv3d dgrad",
+            layout: if form == Form::Band { "conv3d dgrad, band" } else { "conv3d dgrad" },
             form,
             first_is_input: true,
             mirrored: stride == 1,
