@@ -14,7 +14,7 @@
 // Bounds, 8 patches on an H100: 1 -> 16 + 16 to 48^3 25 us of HBM, 3 of mma; 2 -> 2 at 96^3 18 us of HBM, 7 of mma, 7 of
 // shared memory, and about 13 of issue slots for loading (one voxel, not a vector, a thread: rows of a haloed tile start
 // anywhere).
-// Rejected: 2 -> 2 by FFMA (54 per output: 96 M a patch, 23 us at full rate for 8); as a flat product (4 mma of 8 columns
+// Rejected: 2 -> 2 by FFMA (54 per output: 96 M a patch, 26 us at full rate for 8); as a flat product (4 mma of 8 columns
 // for 16 voxels, six of eight columns empty, and 16 gathers for each: 31 us of shared memory).
 #include "epilogue.cuh"
 

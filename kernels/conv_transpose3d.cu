@@ -11,8 +11,8 @@
 //   p = 0: tap 1 of input i;   p = 1: tap 2 of input i and tap 0 of input i + 1,
 // so input offset o in {0, 1} feeds parities p >= o, and offset (a, b, c) of a voxel feeds 8, 4, 4, 4, 2, 2, 2, 1 of its
 // eight output parities: 27 products for eight outputs and 8 views of the tile instead of 27. A block owns
-// MT x tile_h x tile_w anchor voxels i; a warp keeps all eight parities of its anchors in registers, and they leave as
-// whole lines: the parities of w beside each other.
+// MT x tile_h x tile_w anchor voxels i; a warp keeps all eight parities of its anchors in registers. They leave in whole
+// 32-byte sectors; the two parities of w, which share a line, in stores that follow each other (narrow: in one store).
 //
 //   general    a slice of warps_n x 16 output channels; 8 parities x 16 channels = 64 sums a thread and anchor fragment.
 //              Two warps can share the 27 taps of the same anchors, which fills the machine where the volume is small.
