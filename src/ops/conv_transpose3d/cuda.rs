@@ -36,8 +36,8 @@ const fn variant(
 
 /// The kernels at the end of kernels/conv_transpose3d.cu: 27 products of two mma each a chunk and anchor fragment, or 8
 /// of which every other one needs one mma.
-static GENERAL: [Variant; 1] = [variant("conv_transpose3d_general", [2, 8], 255, 54, 27)];
-static NARROW: [Variant; 1] = [variant("conv_transpose3d_narrow", [4, 1], 128, 12, 8)];
+static GENERAL: [Variant; 1] = [variant("conv_transpose3d_general", [2, 8], 232, 54, 27)];
+static NARROW: [Variant; 1] = [variant("conv_transpose3d_narrow", [4, 1], 120, 12, 8)];
 
 /// Output channels up to which all parities of a voxel fit one fragment.
 const NARROW_CHANNELS: usize = 2;
