@@ -9,6 +9,8 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
+pub mod cuda_wgrad;
+
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};

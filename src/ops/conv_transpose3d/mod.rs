@@ -8,6 +8,8 @@
 //! ```
 //! In fprop each output parity has its own taps, so nothing is scattered and no zero is multiplied.
 
+pub mod cuda_wgrad;
+
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
 use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};
