@@ -143,7 +143,7 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
     Box x_box{sample, S * d0 - K / 2, S * h0 - K / 2, S * w0 - K / 2, tile.x_size(args.tile.d)};
     visit(Load<T>{args.x, x_first, args.x_volume, x_box, x_plane, tile});
     auto place = [&](u32 d, u32 h, u32 w) { return d * y_slice + T::SHIFTS - 1 + h * args.pitch + w; };
-#pragma unroll
+#pragma unroll 1
     for (u32 k = 0; k < COB; k++) {
       u32 chunk = blockIdx.z * COB + k;
       bool second = chunk >= args.y[0].chunks;
@@ -190,7 +190,7 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
   float* dw = (float*)memory;
   u32 x_count = min(CHUNK, args.x.channels - x_first) * TAPS, row = args.x.channels * TAPS;
   u64 out = (u64)blockIdx.x * (args.y[0].channels + args.y[1].channels) * row + x_first * TAPS;
-#pragma unroll
+#pragma unroll 1
   for (u32 k = 0; k < COB; k++) {
     for (u32 p = 0; p < KS; p++) {
       __syncthreads();

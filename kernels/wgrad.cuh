@@ -49,6 +49,7 @@ struct Load {
       u32 d = box.d + slice, h = box.h + line;  // negative ones become too large
       bool row_inside = d < volume.d && h < volume.h;
       u64 start = (((u64)box.sample * volume.d + d) * volume.h + h) * volume.w;
+#pragma unroll(UNIT == 1 ? 1 : 2)
       for (u32 i = lane; i < box.size.w * UNITS; i += WARP) {
         u32 column = i / UNITS, channel = i % UNITS * UNIT, w = box.w + column;
         bool inside = row_inside && w < volume.w && first + channel < x.channels;
