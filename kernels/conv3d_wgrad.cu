@@ -76,7 +76,6 @@ struct Tile {
 template <int K, int S>
 DEVICE void step(float (&sums)[K][K][2][4], const elem* x, const u32 (&at)[K][S], const elem* y, u32 y_at) {
   typedef Tile<K, S> T;
-  typedef Load<T> L;
   u32 lane = threadIdx.x % WARP;
   if constexpr (sizeof(elem) == 2) {
     // Fragments of both come transposed: a plane has K (voxels) along its rows. Matrices of x: channels 0-7 and 8-15
@@ -86,12 +85,12 @@ DEVICE void step(float (&sums)[K][K][2][4], const elem* x, const u32 (&at)[K][S]
     u32 b[T::SHIFTS][4];
 #pragma unroll
     for (u32 s = 0; s < T::SHIFTS; s++)
-      ldmatrix_x4_trans(b[s], y + L::address(y_voxel + T::SHIFTS - 1 - s, y_channel));
+      ldmatrix_x4_trans(b[s], y + address(y_voxel + T::SHIFTS - 1 - s, y_channel));
 #pragma unroll
     for (u32 kh = 0; kh < K; kh++) {
       u32 a[S][4];
 #pragma unroll
-      for (u32 v = 0; v < S; v++) ldmatrix_x4_trans(a[v], x + L::address(at[kh][v] + x_voxel, x_channel));
+      for (u32 v = 0; v < S; v++) ldmatrix_x4_trans(a[v], x + address(at[kh][v] + x_voxel, x_channel));
 #pragma unroll
       for (u32 kw = 0; kw < K; kw++)
 #pragma unroll
@@ -110,8 +109,8 @@ DEVICE void step(float (&sums)[K][K][2][4], const elem* x, const u32 (&at)[K][S]
 #pragma unroll
           for (u32 e = 0; e < 8; e++) {
             u32 i = lane / 4 + e / 2 % 2 * 8, o = e / 4 * 8 + lane % 4 * 2 + e % 2;
-            float xv = to_f32(x[L::address(at[kh][T::view(kw)] + k, i)]);
-            float yv = to_f32(y[L::address(y_at + k + T::SHIFTS - 1 - T::shift(kw), o)]);
+            float xv = to_f32(x[address(at[kh][T::view(kw)] + k, i)]);
+            float yv = to_f32(y[address(y_at + k + T::SHIFTS - 1 - T::shift(kw), o)]);
             sums[kh][kw][e / 4][e % 4] += xv * yv;
           }
   }

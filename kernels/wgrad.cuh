@@ -10,6 +10,9 @@ constexpr u32 WARP = 32;
 constexpr u32 CHUNK = 16;                    // channels of a plane
 constexpr u32 VECTOR = 16 / sizeof(elem);    // elements that move in one instruction
 
+// Element of a plane that holds this voxel's channel.
+DEVICE u32 address(u32 voxel, u32 channel) { return voxel * CHUNK + (channel ^ (voxel << 1 & 8)); }
+
 // One activation as a kernel reads it.
 struct Operand {  // src/ops/conv3d/cuda_wgrad.rs
   In<elem> data;  // (N, D, H, W, channels)
@@ -58,9 +61,6 @@ struct Load {
       }
     }
   }
-
-  // Element of a plane that holds this voxel's channel.
-  DEVICE_MEMBER u32 address(u32 voxel, u32 channel) { return voxel * CHUNK + (channel ^ (voxel << 1 & 8)); }
 
   DEVICE_METHOD bool in_vectors() const { return x.channels % VECTOR == 0; }
 

@@ -231,6 +231,63 @@ fn kernel_3_stride_2() {
 }
 
 #[test]
+fn one_channel() {
+    check_conv3d(
+        3,
+        2,
+        &[
+            (1, [9, 10, 12], 1, &[16, 16], Map::Nothing),
+            (3, [5, 4, 37], 1, &[16], Map::PerSample),
+            (1, [4, 6, 6], 1, &[4, 30], Map::PerChannel),
+        ],
+    );
+    check_conv3d(
+        3,
+        1,
+        &[(3, [3, 6, 5], 1, &[16], Map::PerChannel), (1, [5, 3, 18], 1, &[40, 3], Map::Nothing)],
+    );
+}
+
+#[test]
+fn two_channels() {
+    check_conv3d(
+        3,
+        1,
+        &[
+            (1, [4, 9, 6], 2, &[2], Map::PerChannel),
+            (3, [7, 3, 35], 2, &[2], Map::PerSample),
+            (1, [26, 2, 3], 2, &[2], Map::Nothing),
+            (1, [4, 3, 5], 2, &[5], Map::PerChannel),
+            (1, [3, 3, 3], 2, &[2, 2], Map::NormOnly),
+        ],
+    );
+    check_conv3d(3, 2, &[(1, [5, 7, 6], 2, &[4, 4], Map::PerChannel)]);
+}
+
+#[test]
+fn biases() {
+    let bits = SameBits::default();
+    on_every_device(|cuda| {
+        for (n, space, c) in [
+            (1, [3, 5, 7], 2),
+            (3, [9, 11, 10], 2),
+            (2, [4, 5, 6], 16),
+            (1, [3, 3, 3], 5),
+            (3, [2, 2, 3], 300),
+        ] {
+            let dy = Case::new(cuda, 10, Shape::new(n, space, c), Map::Nothing);
+            let flat = Flat::new(cuda, &[c]);
+            for _ in 0..2 {
+                conv3d::cuda_wgrad::bias_grad(&dy.view, &flat.slices()[0]).unwrap();
+            }
+            let want = (0..c).map(|c| dy.seen.iter().skip(c).step_by(dy.view.shape.c).sum()).collect();
+            let name = format!("bias {} {:?}", dy.view.shape, cuda.precision());
+            flat.assert_added(&name, &[want], 2.0, (1e-11, "sums in f32"), &bits);
+        }
+    });
+}
+
+#[test]
 fn kernel_1() {
     check_conv3d(
         1,

@@ -2,15 +2,18 @@
 //!
 //! The transposed convolution's are the same sums with other roles (see there), so its module calls [`accumulate`].
 
+use super::cuda_thinwgrad::{is_thin, thin};
 use crate::device::cuda::{Buf, Elem, In, InOut, Info, Kernel, Launch, Out, Precision};
 use crate::error::{Error, Result};
 use crate::tensor::{PendingArgs, View};
 use bytemuck::{Pod, Zeroable};
 
+pub use super::cuda_thinwgrad::bias_grad;
+
 /// `Operand` of kernels/wgrad.cuh.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Operand {
+pub(super) struct Operand {
     data: In<Elem>,
     map: PendingArgs,
     channels: u32,
@@ -18,13 +21,18 @@ struct Operand {
 }
 
 impl Operand {
-    fn new(view: &View) -> Self {
+    pub(super) fn new(view: &View) -> Self {
         Operand {
             data: view.data.read(),
             map: view.pending_args(),
             channels: view.shape.c as u32,
             chunks: view.shape.c.div_ceil(CHUNK) as u32,
         }
+    }
+
+    /// One or two of them.
+    pub(super) fn pair(views: &[&View]) -> [Self; 2] {
+        [Operand::new(views[0]), views.get(1).map_or(Operand::zeroed(), |v| Operand::new(v))]
     }
 }
 
@@ -128,7 +136,8 @@ impl Problem {
         if self.kernel == 1 { 0 } else { 3 - self.stride }
     }
 
-    fn chunks(&self) -> usize {
+    /// 16s of y's channels.
+    pub fn chunks(&self) -> usize {
         self.y_channels.iter().map(|c| c.div_ceil(CHUNK)).sum()
     }
 
@@ -225,32 +234,41 @@ pub(in crate::ops) fn accumulate(
         });
     }
     for (dys, dws) in dys.chunks(2).zip(dws.chunks(2)) {
-        tiled(x, dys, kernel, stride, dws)?;
+        one_or_two(x, dys, kernel, stride, dws)?;
     }
     Ok(())
 }
 
-/// One launch for one or two dys, and the sum of its partial results.
-fn tiled(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]) -> Result<()> {
-    let cuda = x.data.cuda();
+/// As the kernels have sizes.
+pub(super) fn small(sizes: [usize; 3]) -> [u32; 3] {
+    sizes.map(|s| s as u32)
+}
+
+/// Launches for one or two dys.
+fn one_or_two(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]) -> Result<()> {
     // Kernel 1 sees no neighbours: the voxels of a sample are one row.
-    let volume = |v: &View| if kernel == 1 { [1, 1, v.shape.voxels()] } else { v.shape.space() };
+    let y = dys[0].shape;
     let problem = Problem {
         kernel,
         stride,
         n: x.shape.n,
-        space: volume(dys[0]),
+        space: if kernel == 1 { [1, 1, y.voxels()] } else { y.space() },
         x_channels: x.shape.c,
-        y_channels: [dys[0].shape.c, dys.get(1).map_or(0, |y| y.shape.c)],
+        y_channels: [y.c, dys.get(1).map_or(0, |y| y.shape.c)],
     };
-    let plan = plan(&problem, cuda.info(), cuda.precision());
+    if is_thin(&problem) { thin(&problem, x, dys, dws) } else { tiled(&problem, x, dys, dws) }
+}
+
+/// One launch, and the sum of its partial results.
+fn tiled(problem: &Problem, x: &View, dys: &[&View], dws: &[Buf<f32>]) -> Result<()> {
+    let cuda = x.data.cuda();
+    let plan = plan(problem, cuda.info(), cuda.precision());
     let partials = cuda.buffer(plan.grid[0] * plan.partial)?;
-    let small = |sizes: [usize; 3]| sizes.map(|s| s as u32);
     let args = Args {
         x: Operand::new(x),
-        y: [Operand::new(dys[0]), dys.get(1).map_or(Operand::zeroed(), |y| Operand::new(y))],
+        y: Operand::pair(dys),
         partials: partials.write(),
-        x_volume: small(volume(x)),
+        x_volume: small(if problem.kernel == 1 { problem.space } else { x.shape.space() }),
         y_volume: small(problem.space),
         tile: small(plan.tile),
         tiles: small(plan.tiles),
@@ -261,7 +279,7 @@ fn tiled(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]
         y_plane: plan.planes[1] as u32,
         unused: 0,
     };
-    let kernel = match (kernel, stride) {
+    let kernel = match (problem.kernel, problem.stride) {
         (3, 1) => &K3S1,
         (3, 2) => &K3S2,
         _ => &K1S1,
@@ -272,7 +290,7 @@ fn tiled(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]
 }
 
 /// dws (one or two) += the sum of `splits` partial results, each as long as all of them.
-fn reduce(partials: &Buf<f32>, splits: usize, dws: &[Buf<f32>]) -> Result<()> {
+pub(super) fn reduce(partials: &Buf<f32>, splits: usize, dws: &[Buf<f32>]) -> Result<()> {
     let len = partials.len() / splits;
     let groups = splits.next_power_of_two().min(8);
     let args = ReduceArgs {

@@ -9,6 +9,7 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
+pub mod cuda_thinwgrad;
 pub mod cuda_wgrad;
 
 use crate::device::arena::Buffer;
