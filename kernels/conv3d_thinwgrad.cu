@@ -114,7 +114,7 @@ DEVICE void gather(const Thin& args, u8* memory) {
       u32 d = at.d * S - 1 + row / x_size.h, h = at.h * S - 1 + row % x_size.h;  // -1 becomes too large
       bool row_inside = d < args.x_volume.d && h < args.x_volume.h;
       u64 start = (((u64)at.sample * args.x_volume.d + d) * args.x_volume.h + h) * args.x_volume.w;
-#pragma unroll 2
+#pragma unroll(sizeof(elem) == 2 ? 4 : 1)
       for (u32 i = lane; i < x_size.w; i += WARP) {
         u32 w = at.w * S - 1 + i;
         Voxel<C> v{};

@@ -4,3 +4,4 @@
 mod harness;
 mod residual;
 mod wgrad;
+mod wgrad_plan;
