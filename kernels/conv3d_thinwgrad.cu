@@ -84,7 +84,7 @@ DEVICE void gather_step(float (&sums)[MT][4][4], const elem* x, const u32 (&at)[
 
 template <u32 C, u32 S>
 DEVICE void gather(const Thin& args, u8* memory) {
-  constexpr u32 ROWS = TAPS * C, MT = (ROWS + 15) / 16, GROUP = 32;
+  constexpr u32 ROWS = TAPS * C, MT = (ROWS + 15) / 16, COLUMNS = 32;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   Extent x_size{S * (args.tile.d - 1) + 3, S * (args.tile.h - 1) + 3, S * (args.tile.w - 1) + 3};
   // Rounded up to what keeps planes aligned.
@@ -97,14 +97,12 @@ DEVICE void gather(const Thin& args, u8* memory) {
     auto place = [&](u32 d, u32 h, u32 w) { return (d * args.tile.h + h) * args.tile.w + w; };
 #pragma unroll 1
     for (u32 k = 0; k < 2; k++) {
-      u32 chunk = blockIdx.z * 2 + k;
-      bool second = chunk >= args.y[0].chunks;
-      const Operand& y = args.y[second];
-      if (second) chunk -= args.y[0].chunks;
-      if (chunk >= y.chunks) continue;
+      Group group = group_of(args.y, blockIdx.z * 2 + k);
+      const Operand& y = args.y[group.which];
+      if (group.first >= y.channels) continue;
       elem* plane = (elem*)memory + which * stage + x_len + k * y_plane;
       Box box{at.sample, (i32)at.d, (i32)at.h, (i32)at.w, args.tile};
-      visit(Load<decltype(place)>{y, chunk * CHUNK, args.y_volume, box, plane, place});
+      visit(Load<decltype(place)>{y, group.first, args.y_volume, box, plane, place});
     }
   };
   auto load_x = [&](u32 number, u32 which) {
@@ -165,7 +163,7 @@ DEVICE void gather(const Thin& args, u8* memory) {
   }
 
   // As in conv3d_wgrad.cu: the warps' sums are added one after the other and leave in dw's layout.
-  float* dw = (float*)memory;  // [GROUP][ROWS]
+  float* dw = (float*)memory;  // [COLUMNS][ROWS]
   for (u32 p = 0; p < WARPS; p++) {
     __syncthreads();
     if (warp != p) continue;
@@ -183,12 +181,10 @@ DEVICE void gather(const Thin& args, u8* memory) {
   }
   __syncthreads();
   u64 out = (u64)blockIdx.x * (args.y[0].channels + args.y[1].channels) * ROWS;
-  for (u32 o = warp; o < GROUP; o += WARPS) {
-    u32 chunk = blockIdx.z * 2 + o / CHUNK;
-    bool second = chunk >= args.y[0].chunks;
-    u32 channel = (chunk - (second ? args.y[0].chunks : 0)) * CHUNK + o % CHUNK;
-    if (channel >= args.y[second].channels) continue;
-    u64 to = out + (u64)((second ? args.y[0].channels : 0) + channel) * ROWS;
+  for (u32 o = warp; o < COLUMNS; o += WARPS) {
+    Group group = group_of(args.y, blockIdx.z * 2 + o / CHUNK);
+    if (group.first + o % CHUNK >= args.y[group.which].channels) continue;
+    u64 to = out + (u64)(group.row + o % CHUNK) * ROWS;
     for (u32 i = lane; i < ROWS; i += WARP) args.partials.set(to + i, dw[o * ROWS + i]);
   }
 }

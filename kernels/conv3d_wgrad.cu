@@ -18,14 +18,15 @@
 //   s = 1: x of (kd, kh) is read once, and multiplied with dy moved by kw = 0, 1, 2: 6 ldmatrix for 18 mma.
 //   s = 2: even and odd h and w lie apart, so that steps are consecutive again. x[2 v - 1] and x[2 v] of (kd, kh) are
 //          read, dy and dy moved by one: kw = 0: odd dy, kw = 1: even dy, kw = 2: odd, moved. 8 ldmatrix for 18 mma.
-// While one tile is multiplied the next one is copied (cp.async), and gets its norm and PReLU when it is there.
+// While one tile is multiplied the next one is copied (cp.async). A warp maps what it copied itself when it has done 1/2,
+// 3/4 or all of its multiplications: the three warps of a scheduler do so in turn, and two keep the tensor cores busy.
 //
 // A block writes its sums once, in dw's layout, as one of `splits` partial results; wgrad_reduce adds these to dw in a
 // fixed order. What a launch writes there is at most 4 bytes x splits x dw, about 4 MB (s = 1) or 7 MB (s = 2) at 132
 // blocks.
 //
-// Bound on an H100, 16 -> 16 at 48^3, 8 patches (estimates, roofline.md): mma 20 us, shared memory 18 us (2 x 16
-// numbers in 4 cycles, 3 mma for 1 ldmatrix), HBM 20 us, L2 17 us with halos of 2.3.
+// Bound on an H100, 16 -> 16 at 48^3, 8 patches (estimates from roofline.md's rates): mma 20 us, ldmatrix 18 us (one for
+// 3 mma), HBM 20 us, L2 14 us with halos of 1.8, the map 4 us of issue slots.
 // Rejected: 32 x 32 channels a block (110 KB of sums a block: 190 MB of partial results over the net); M = 16 taps x
 // channels (a tap would need its own view of x, 2 mma for an ldmatrix); a ring of planes along d (saves 20 % of L2's
 // bytes where blocks are short along d); stores in the order of fragments (the reduction would scatter).
@@ -144,43 +145,42 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
     auto place = [&](u32 d, u32 h, u32 w) { return d * y_slice + T::SHIFTS - 1 + h * args.pitch + w; };
 #pragma unroll 1
     for (u32 k = 0; k < COB; k++) {
-      u32 chunk = blockIdx.z * COB + k;
-      bool second = chunk >= args.y[0].chunks;
-      const Operand& y = args.y[second];
-      if (second) chunk -= args.y[0].chunks;
-      if (chunk >= y.chunks) continue;
+      Group group = group_of(args.y, blockIdx.z * COB + k);
+      const Operand& y = args.y[group.which];
+      if (group.first >= y.channels) continue;
       elem* y_plane = x_plane + (args.x_plane + k * args.y_plane) * CHUNK;
       Box y_box{sample, d0, h0, w0, args.tile};
-      visit(Load<decltype(place)>{y, chunk * CHUNK, args.y_volume, y_box, y_plane, place});
+      visit(Load<decltype(place)>{y, group.first, args.y_volume, y_box, y_plane, place});
     }
   };
 
   float sums[K][K][2][4] = {};
-  u32 which = 0;
-  each_load(blockIdx.x, which, [](const auto& load) { load.start(); });
-  cp_async_commit();
-  for (u32 number = blockIdx.x; number < args.tile_count; number += gridDim.x, which ^= 1) {
-    cp_async_wait<0>();
-    each_load(number, which, [](const auto& load) { load.finish(); });
-    __syncthreads();  // this tile is here, and nobody reads the one before it any more
-    if (number + gridDim.x < args.tile_count) {
-      each_load(number + gridDim.x, which ^ 1, [](const auto& load) { load.start(); });
+  u32 all_steps = (args.tile.d * args.steps - part + KS - 1) / KS;  // of this warp in a tile
+  for (u32 which = 0, next = blockIdx.x; next < args.tile_count + gridDim.x; which ^= 1, next += gridDim.x) {
+    // Stage `which` holds the tile before `next`, nothing at first; the other stage is free.
+    bool more = next < args.tile_count;
+    if (more) {
+      each_load(next, which ^ 1, [](const auto& load) { load.start(); });
       cp_async_commit();
     }
     const elem* x = (elem*)memory + which * stage;
     const elem* y = x + (args.x_plane + block_chunk * args.y_plane) * CHUNK;
-    u32 d = 0, group = part;
-    for (;;) {
+    u32 count = next == blockIdx.x ? 0 : all_steps, turn = count * (2 + warp / 4) / 4;
+    for (u32 i = 0, d = 0, group = part;; i++, group += KS) {
+      if (i == turn && more) {
+        cp_async_wait<0>();
+        each_load(next, which ^ 1, [](const auto& load) { load.finish(); });
+      }
+      if (i == count) break;
       for (; group >= args.steps; group -= args.steps) d++;
-      if (d >= args.tile.d) break;
       u32 at[K][S];
 #pragma unroll
       for (u32 kh = 0; kh < K; kh++)
 #pragma unroll
         for (u32 v = 0; v < S; v++) at[kh][v] = tile(S * d + kd, kh, v) + group * 16;
       step<K, S>(sums, x, at, y, d * y_slice + group * 16);
-      group += KS;
     }
+    __syncthreads();  // the next tile is here, and nobody reads this one any more
   }
 
   // The warps' sums go through shared memory: those of one output are added in the order of their parts, and leave in
@@ -206,11 +206,9 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
           }
     }
     __syncthreads();
-    u32 chunk = blockIdx.z * COB + k;
-    bool second = chunk >= args.y[0].chunks;
-    u32 first = (chunk - (second ? args.y[0].chunks : 0)) * CHUNK, channels = args.y[second].channels;
-    for (u32 o = warp; o < CHUNK && first + o < channels; o += WARPS) {
-      u64 to = out + (u64)((second ? args.y[0].channels : 0) + first + o) * row;
+    Group group = group_of(args.y, blockIdx.z * COB + k);
+    for (u32 o = warp; o < CHUNK && group.first + o < args.y[group.which].channels; o += WARPS) {
+      u64 to = out + (u64)(group.row + o) * row;
       for (u32 i = lane; i < x_count; i += WARP) args.partials.set(to + i, dw[o * PITCH + i]);
     }
   }
@@ -224,7 +222,7 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
   }
 WGRAD(wgrad_k3s1, 3, 1, 1)
 WGRAD(wgrad_k3s2, 3, 2, 2)
-WGRAD(wgrad_k1s1, 1, 1, 4)
+WGRAD(wgrad_k1s1, 1, 1, 2)
 
 // dw += the sum of its partial results. A block has 256 / groups columns; group g adds up splits g, g + groups, ..,
 // then the groups' sums are added in order.

@@ -20,6 +20,17 @@ struct Operand {  // src/ops/conv3d/cuda_wgrad.rs
   u32 channels, chunks;  // chunks: planes that hold the channels
 };
 
+// Where a group of sixteen output channels comes from, all groups of y[0] before those of y[1].
+struct Group {
+  u32 which, first;  // the y, and the channel in it
+  u32 row;           // channel among those of both
+};
+DEVICE Group group_of(const Operand (&y)[2], u32 number) {
+  bool second = number >= y[0].chunks;
+  u32 first = (number - (second ? y[0].chunks : 0)) * CHUNK;
+  return {second, first, (second ? y[0].channels : 0) + first};
+}
+
 struct Extent {
   u32 d, h, w;
 };
@@ -52,7 +63,7 @@ struct Load {
       u32 d = box.d + slice, h = box.h + line;  // negative ones become too large
       bool row_inside = d < volume.d && h < volume.h;
       u64 start = (((u64)box.sample * volume.d + d) * volume.h + h) * volume.w;
-#pragma unroll(UNIT == 1 ? 1 : 2)
+#pragma unroll(UNIT == 1 || sizeof(elem) == 4 ? 1 : 2)
       for (u32 i = lane; i < box.size.w * UNITS; i += WARP) {
         u32 column = i / UNITS, channel = i % UNITS * UNIT, w = box.w + column;
         bool inside = row_inside && w < volume.w && first + channel < x.channels;

@@ -334,3 +334,59 @@ fn transposed() {
         }
     });
 }
+
+/// <conv(x; w), r> = <w, wgrad(x, r)>, and for the transposed convolution the same.
+#[test]
+fn gradients_are_adjoint() {
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    on_every_device(|cuda| {
+        for stride in [1, 2] {
+            let (space, cin, cout) = ([4, 2, 6], 16, 24);
+            let x = Case::new(cuda, 10, Shape::new(2, space, cin), Map::Nothing);
+            let r = Case::new(cuda, 20, Shape::new(2, space.map(|s| s.div_ceil(stride)), cout), Map::Nothing);
+            let w: Vec<f64> =
+                uniform(Precision::Single, 30, cout * cin * 27).iter().map(|&v| f64::from(v)).collect();
+            let mut y = vec![0.0; r.seen.len()];
+            let out = r.view.shape;
+            for n in 0..out.n {
+                for_taps(out.space(), 3, stride, |v, from, t| {
+                    let voxel = ((n * out.d + v[0] as usize) * out.h + v[1] as usize) * out.w + v[2] as usize;
+                    for (o, i) in (0..cout).flat_map(|o| (0..cin).map(move |i| (o, i))) {
+                        y[voxel * cout + o] += x.at(n, from, i) * w[(o * cin + i) * 27 + t];
+                    }
+                });
+            }
+            let gradient =
+                |dw: Buf<f32>| -> Vec<f64> { dw.download().unwrap().iter().map(|&v| f64::from(v)).collect() };
+            let zeros = || cuda.upload(&vec![0f32; w.len()]).unwrap();
+            let dw = zeros();
+            conv3d::cuda_wgrad::wgrad(&x.view, &[r.view.clone()], 3, stride, &[dw.clone()]).unwrap();
+            let (left, right) = (dot(&y, &r.seen), dot(&w, &gradient(dw)));
+            // Rounding errors of f32 sums, 1e-7 each, add up as random numbers do.
+            let allowed = 1e-6 * (dot(&y, &y) * dot(&r.seen, &r.seen)).sqrt();
+            assert!((left - right).abs() < allowed, "stride {stride}: {left} {right}");
+            if stride == 2 {
+                // conv_transpose3d of r with w gives x's shape: <conv_transpose(r; w), x> = <r, conv(x; w)>.
+                let dw = zeros();
+                conv_transpose3d::cuda_wgrad::wgrad(&[&r.view], &x.view, &dw).unwrap();
+                let right = dot(&w, &gradient(dw));
+                assert!((left - right).abs() < allowed, "transposed: {left} {right}");
+            }
+        }
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    on_every_device(|cuda| {
+        let of = |space, c| Case::new(cuda, 10, Shape::new(1, space, c), Map::Nothing).view;
+        let dw = |len| cuda.buffer::<f32>(len).unwrap();
+        let (x, dy) = (of([4, 4, 4], 4), of([2, 2, 2], 4));
+        let conv = |dy: &View, k, s, len| conv3d::cuda_wgrad::wgrad(&x, &[dy.clone()], k, s, &[dw(len)]);
+        assert!(conv(&dy, 3, 1, 432).is_err(), "dy of another size");
+        assert!(conv(&dy, 3, 2, 431).is_err(), "dw of another length");
+        assert!(conv(&x, 5, 1, 2000).is_err(), "a kernel there is not");
+        assert!(conv_transpose3d::cuda_wgrad::wgrad(&[&dy], &x, &dw(433)).is_err(), "dw of another length");
+        assert!(conv_transpose3d::cuda_wgrad::wgrad(&[&dy], &dy, &dw(432)).is_err(), "dy of another size");
+    });
+}

@@ -88,7 +88,7 @@ pub struct Problem {
     pub stride: usize,
     /// Samples.
     pub n: usize,
-    /// (D, H, W) of y; for kernel 1 any split of the voxels into three axes.
+    /// (D, H, W) of y; for kernel 1, which sees no neighbours, (1, 1, voxels).
     pub space: [usize; 3],
     /// Channels of x.
     pub x_channels: usize,
@@ -124,11 +124,7 @@ impl Problem {
 
     /// 16s of y's channels that a block owns.
     fn chunks_per_block(&self) -> usize {
-        match (self.kernel, self.stride) {
-            (3, 1) => 1,
-            (3, 2) => 2,
-            _ => 4,
-        }
+        if (self.kernel, self.stride) == (3, 1) { 1 } else { 2 }
     }
 
     /// Most that y is moved along w against x.
@@ -149,13 +145,11 @@ impl Problem {
             _ => w + 1,
         };
         let steps = ((h - 1) * pitch + w + self.shifts()).div_ceil(16);
-        // The last step of the last slice may read past it.
-        let slack = steps * 16 - h * pitch;
         let x = match self.stride {
             1 => (d + self.kernel - 1) * (h + self.kernel - 1) * pitch,
             _ => (2 * d + 1) * (2 * h + 1) * 2 * pitch,
         };
-        (pitch, steps, [x + slack, d * (steps * 16 + self.shifts())])
+        (pitch, steps, [x, d * (steps * 16 + self.shifts())])
     }
 }
 
@@ -169,37 +163,36 @@ pub fn plan(p: &Problem, info: &Info, precision: Precision) -> Plan {
     let voxel = CHUNK * precision.bytes();
     // Where sums pass through: 16 rows of 16 channels' taps, padded.
     let epilogue = CHUNK * (CHUNK * p.taps() + 4) * size_of::<f32>();
-    let budget = info.shared_per_block as usize;
+    let shares = info.multiprocessors as usize / (blocks_of_channels[0] * blocks_of_channels[1]);
+    let partial = p.y_channels.iter().sum::<usize>() * p.x_channels * p.taps();
     let mut best: Option<(f64, Plan)> = None;
     let [depth, height, width] = p.space;
-    let mut parts = 1;
-    while parts <= width {
-        let w = width.div_ceil(parts);
-        for (d, h) in (1..=depth.min(16)).flat_map(|d| (1..=height.min(16)).map(move |h| (d, h))) {
+    for w in sizes(width) {
+        for (d, h) in sizes(depth).flat_map(|d| sizes(height).map(move |h| (d, h))) {
             let (pitch, steps, planes) = p.layout([d, h, w]);
             let stage = (planes[0] + p.chunks_per_block() * planes[1]) * voxel;
             let shared = (2 * stage).max(epilogue);
-            if shared > budget {
+            if shared > info.shared_per_block as usize {
                 continue;
             }
             let tiles = [depth.div_ceil(d), height.div_ceil(h), width.div_ceil(w)];
             let count = p.n * tiles.iter().product::<usize>();
-            let shares = info.multiprocessors as usize / (blocks_of_channels[0] * blocks_of_channels[1]);
             let splits = shares.clamp(1, count);
             let mma = (d * steps * p.taps() * p.chunks_per_block() * 2) as f64 * 1.6;
             let cost = count.div_ceil(splits) as f64 * (mma + stage as f64 / 24.0);
             if best.is_none_or(|(least, _)| cost < least) {
                 let grid = [splits, blocks_of_channels[0], blocks_of_channels[1]];
-                let partial = p.y_channels.iter().sum::<usize>() * p.x_channels * p.taps();
-                best = Some((
-                    cost,
-                    Plan { tile: [d, h, w], tiles, pitch, steps, planes, grid, shared, partial },
-                ));
+                let plan = Plan { tile: [d, h, w], tiles, pitch, steps, planes, grid, shared, partial };
+                best = Some((cost, plan));
             }
         }
-        parts += 1 + parts / 4;
     }
     best.expect("a tile of one voxel fits everywhere").1
+}
+
+/// What `length` can be cut into: the size of the parts, for every number of parts that changes it.
+fn sizes(length: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(length), move |&s| (s > 1).then(|| length.div_ceil(length.div_ceil(s - 1))))
 }
 
 /// dw_i += sum over samples and voxels v of `x[stride v + t - p]` `dy_i[v]`, (channels of dy_i, channels of x, taps);
@@ -246,7 +239,6 @@ pub(super) fn small(sizes: [usize; 3]) -> [u32; 3] {
 
 /// Launches for one or two dys.
 fn one_or_two(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]) -> Result<()> {
-    // Kernel 1 sees no neighbours: the voxels of a sample are one row.
     let y = dys[0].shape;
     let problem = Problem {
         kernel,
