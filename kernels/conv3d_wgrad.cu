@@ -4,8 +4,8 @@
 //   conv_transpose3d  dw[i, o, t] += sum over samples and input voxels v of dy[2 v + t - 1, o] x[v, i]
 //
 // The second is the first with s = 2 where dy and x change places, down to the layout of dw, so one kernel serves both;
-// its names are the convolution's. Kernel 3 with p = 1 and s = 1 or 2, kernel 1 with p = 0 and s = 1. x may be one
-// tensor and dy up to two (a unit's filters; the inputs of a concatenation), any of them with a norm and PReLU pending.
+// its names are the convolution's. Kernel 3 with p = 1 and s = 1 or 2, kernel 1 with p = 0 and s = 1. There is one x, and
+// one dy or two (a unit's filters; the inputs of a concatenation), each of them with a norm and PReLU pending or not.
 //
 // A GEMM with M = 16 input channels of one tap, N = 16 output channels, K = voxels. A block owns 16 input channels and
 // COB x 16 output channels, and adds up its share of the tiles of voxels in registers: a warp has one kd, one 16 of
@@ -52,8 +52,8 @@ static_assert(sizeof(Wgrad) == 3 * sizeof(Operand) + 8 + 18 * 4, "keep in step w
 // How a tile of x lies in a plane, for kernel K and stride S, and which view of it meets which view of dy.
 template <int K, int S>
 struct Tile {
-  static constexpr u32 VIEWS = S;                       // of x for one (kd, kh)
-  static constexpr u32 SHIFTS = K == 1 ? 1 : S == 1 ? 3 : 2;  // of dy
+  // There are S views of x for one (kd, kh), and so many of dy:
+  static constexpr u32 SHIFTS = K == 1 ? 1 : S == 1 ? 3 : 2;
   DEVICE_MEMBER u32 view(u32 kw) { return S == 2 && kw == 1; }
   DEVICE_MEMBER u32 shift(u32 kw) { return S == 2 ? kw / 2 : kw; }
 

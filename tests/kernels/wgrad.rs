@@ -10,6 +10,7 @@ use spleen_hpc::ops::{conv_transpose3d, conv3d};
 use spleen_hpc::tensor::{DevicePending, Shape, View};
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::slice::from_ref;
 use std::sync::Arc;
 
 /// What is pending on an activation.
@@ -166,7 +167,10 @@ impl Flat {
     }
 }
 
+/// Samples, space and channels of x, channels of each dy, what is pending on x.
 type Row<'a> = (usize, [usize; 3], usize, &'a [usize], Map);
+
+type TransposedRow<'a> = (usize, [usize; 3], &'a [usize], usize, Map);
 
 /// Two calls add the gradient twice.
 fn check_conv3d(kernel: usize, stride: usize, cases: &[Row]) {
@@ -304,7 +308,8 @@ fn kernel_1() {
 #[test]
 fn transposed() {
     let bits = SameBits::default();
-    let cases: &[(usize, [usize; 3], &[usize], usize, Map)] = &[
+    // n, space of the inputs, their channels, channels of the output, what is pending on the last input.
+    let cases: &[TransposedRow] = &[
         (1, [3, 4, 5], &[32, 32], 2, Map::PerChannel),
         (3, [2, 3, 2], &[64, 64], 16, Map::PerSample),
         (1, [2, 2, 3], &[6], 4, Map::PerChannel),
@@ -360,7 +365,7 @@ fn gradients_are_adjoint() {
                 |dw: Buf<f32>| -> Vec<f64> { dw.download().unwrap().iter().map(|&v| f64::from(v)).collect() };
             let zeros = || cuda.upload(&vec![0f32; w.len()]).unwrap();
             let dw = zeros();
-            conv3d::cuda_wgrad::wgrad(&x.view, &[r.view.clone()], 3, stride, &[dw.clone()]).unwrap();
+            conv3d::cuda_wgrad::wgrad(&x.view, from_ref(&r.view), 3, stride, from_ref(&dw)).unwrap();
             let (left, right) = (dot(&y, &r.seen), dot(&w, &gradient(dw)));
             // Rounding errors of f32 sums, 1e-7 each, add up as random numbers do.
             let allowed = 1e-6 * (dot(&y, &y) * dot(&r.seen, &r.seen)).sqrt();
@@ -382,7 +387,7 @@ fn what_does_not_fit_is_refused() {
         let of = |space, c| Case::new(cuda, 10, Shape::new(1, space, c), Map::Nothing).view;
         let dw = |len| cuda.buffer::<f32>(len).unwrap();
         let (x, dy) = (of([4, 4, 4], 4), of([2, 2, 2], 4));
-        let conv = |dy: &View, k, s, len| conv3d::cuda_wgrad::wgrad(&x, &[dy.clone()], k, s, &[dw(len)]);
+        let conv = |dy: &View, k, s, len| conv3d::cuda_wgrad::wgrad(&x, from_ref(dy), k, s, &[dw(len)]);
         assert!(conv(&dy, 3, 1, 432).is_err(), "dy of another size");
         assert!(conv(&dy, 3, 2, 431).is_err(), "dw of another length");
         assert!(conv(&x, 5, 1, 2000).is_err(), "a kernel there is not");

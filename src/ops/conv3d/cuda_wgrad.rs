@@ -137,7 +137,8 @@ impl Problem {
         self.y_channels.iter().map(|c| c.div_ceil(CHUNK)).sum()
     }
 
-    /// How a tile lies in shared memory: pitch, steps, planes.
+    /// How a tile lies in shared memory: pitch, steps, planes. The last step of a slice may read up to 15 voxels past
+    /// the plane of x: finite numbers of the planes behind it, against zeros of y.
     fn layout(&self, [d, h, w]: [usize; 3]) -> (usize, usize, [usize; 2]) {
         let pitch = match (self.kernel, self.stride) {
             (1, _) => w,
