@@ -118,6 +118,12 @@ template <int N>
 DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// 1 / x to one unit in the last place, for x of normal size.
+DEVICE float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 // Rounded once each, never contracted: where a CPU's exact order of operations is to be followed.
 DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }

@@ -160,6 +160,7 @@ template <int N>
 static inline void cp_async_wait() {
   cuemu::copy_wait(N);
 }
+static inline float reciprocal(float x) { return 1.0f / x; }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 // The build forbids contraction, so plain operations are rounded once each.
 static inline double mul_rn(double a, double b) { return a * b; }

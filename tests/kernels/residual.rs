@@ -100,8 +100,7 @@ fn sums_apply_what_is_pending() {
                 assert_close(&format!("{shape} {p:?} alone"), &got, &want_a, allowed, why);
                 for map_b in maps_of(20) {
                     let got = add(&a_view, Some(&view(&b, &map_b))).unwrap().download().unwrap();
-                    let want: Vec<f64> =
-                        want_a.iter().zip(mapped(&b, &map_b)).map(|(a, b)| a + b).collect();
+                    let want: Vec<f64> = want_a.iter().zip(mapped(&b, &map_b)).map(|(a, b)| a + b).collect();
                     assert_close(&format!("{shape} {p:?}"), &got, &want, allowed, why);
                 }
             }

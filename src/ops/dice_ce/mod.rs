@@ -14,6 +14,8 @@
 //! Sums are f64 over fixed chunks in order. Generic over the float type of logits: f32 in the product, f64 where a
 //! reference is wanted.
 
+pub mod cuda;
+
 use crate::config::Loss;
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};

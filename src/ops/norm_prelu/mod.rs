@@ -10,6 +10,8 @@
 //! Statistics are merged from per-chunk (count, mean, M2) by Chan's rule in chunk order, never as a mean of squares
 //! less the square of the mean.
 
+pub mod cuda;
+
 use crate::device::arena::Buffer;
 use crate::error::{Error, Result};
 use crate::tensor::{Activation, Param, Pending, Tape, Tensor};
