@@ -1,5 +1,8 @@
 //! Every CUDA kernel against a plain f64 reference that nothing else uses: on the emulator, or natively with
 //! `SPLEEN_KERNEL_DEVICE=cuda`. One module an op; each has its cases and the argument for its tolerances.
 
+mod dice_ce;
 mod harness;
+mod norm_prelu;
 mod residual;
+mod same_bits;
