@@ -10,9 +10,10 @@
 // blockDim / slice rows; row r takes tiles r, r + rows, ..; then rows merge pairwise. Both by Chan's rule in f32: a tile's
 // mean is f32 already, and M2 is a sum of terms >= 0. rstd, scale and shift in double, once a channel.
 //
-// Bound: latency. The largest input, 8 patches of 48^3 x 16 in tiles of 8^3, is 1728 tiles a channel = 332 KB: at most 8
-// dependent merges a thread and 8 levels of the tree, about 3 us with the launch (an estimate). Rejected: M2 from sums and
-// sums of squares (cancels when |mean| >> std); double throughout (a division a merge: 10 us on sm_90, 300 on sm_86).
+// Bound: latency. The largest inputs, 8 patches of 48^3 x 16 or 96^3 x 2 in tiles of 8^3, are 332 KB: 1728 or 13824 tiles
+// a channel, so 7 or 27 merges a thread and 8 or 9 levels of the tree, some 3 to 5 us with the launch (an estimate).
+// Rejected: M2 from sums and sums of squares (cancels where |mean| >> std); double throughout (a division a merge: about
+// 10 us on sm_90, 300 us on sm_86).
 #include "ptx.cuh"
 
 constexpr double EPS = 1e-5, MOMENTUM = 0.1;

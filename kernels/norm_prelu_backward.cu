@@ -82,8 +82,8 @@ struct Lane {
   }
 };
 
-// Sums over the rows of a block, for each lane: row 0 has the result. values[N][blockDim] is shared memory, free before and
-// after. Threads of row >= rows only keep company at barriers.
+// Sums over the rows of a block, for each lane: row 0 has the result. values[N][blockDim] is shared memory, free before, and
+// again after the caller's next barrier. Threads of row >= rows only keep company at barriers.
 template <int N, class T>
 DEVICE void sum_rows(T* values, T (&sum)[N], u32 row, u32 rows, u32 lanes) {
   for (u32 n = rows, half; n > 1; n = half) {
@@ -94,7 +94,6 @@ DEVICE void sum_rows(T* values, T (&sum)[N], u32 row, u32 rows, u32 lanes) {
     if (row + half < n)
       for (int j = 0; j < N; j++) sum[j] += values[j * blockDim.x + threadIdx.x + half * lanes];
   }
-  __syncthreads();
 }
 
 // In the last block: from partial sums to totals, to parameter gradients and what dx needs.

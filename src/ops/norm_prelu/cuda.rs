@@ -232,7 +232,8 @@ pub fn forward(
             cuda.launch(&MERGE, launch, &MergeArgs { tiles, norm, count: voxels, tile_count, slice })?;
         }
         DeviceStatistics::Fixed { mean, var, bias } => {
-            for buf in [Some(mean), Some(var), bias].into_iter().flatten().filter(|b| b.len() != c) {
+            let mut given = [Some(mean), Some(var), bias].into_iter().flatten();
+            if let Some(buf) = given.find(|b| b.len() != c) {
                 return Err(refuse(format!("{c} statistics for {shape}"), buf.len().to_string()));
             }
             let bias = bias.map_or(In::NULL, Buf::read);
