@@ -201,7 +201,7 @@ mod tests {
                 let p = plan(Shape::new(n, [side; 3], 2), batch, 0, &machine());
                 assert_eq!(p.groups * p.voxels, n * side.pow(3), "{p:?}");
                 assert_eq!(p.voxels_per_block % VECTOR, 0, "blocks of whole vectors: {p:?}");
-                assert_eq!(p.width == VECTOR, p.voxels % VECTOR == 0, "{p:?}");
+                assert_eq!(p.width == VECTOR, p.voxels.is_multiple_of(VECTOR), "{p:?}");
                 let blocks = p.voxels.div_ceil(p.voxels_per_block) * p.groups;
                 assert!(blocks <= 132 * BLOCKS + p.groups, "{blocks}: {p:?}");
             }
