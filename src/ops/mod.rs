@@ -6,4 +6,5 @@ pub mod conv_transpose3d;
 pub mod dice_ce;
 pub mod norm_prelu;
 pub mod optimizer;
+pub mod patch;
 pub mod residual;

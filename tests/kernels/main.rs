@@ -3,4 +3,5 @@
 
 mod harness;
 mod optimizer;
+mod patch;
 mod residual;
