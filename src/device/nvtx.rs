@@ -8,6 +8,7 @@
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
+use std::mem::transmute;
 use std::ptr::{null, null_mut};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -56,11 +57,14 @@ impl Drop for Range {
 /// What a tool wants to be called.
 #[derive(Debug)]
 struct Tool {
-    /// `nvtxRangePushA`.
-    push: unsafe extern "C" fn(*const c_char) -> c_int,
-    /// `nvtxRangePop`.
-    pop: unsafe extern "C" fn() -> c_int,
+    push: Push,
+    pop: Pop,
 }
+
+/// `nvtxRangePushA`.
+type Push = unsafe extern "C" fn(*const c_char) -> c_int;
+/// `nvtxRangePop`.
+type Pop = unsafe extern "C" fn() -> c_int;
 
 /// `NvtxGetExportTableFunc_t`.
 type GetExportTable = unsafe extern "C" fn(u32) -> *const c_void;
@@ -182,7 +186,8 @@ unsafe fn attach(initialize: Initialize) -> Option<Tool> {
     };
     let (push, pop) = (function(RANGE_PUSH_A)?, function(RANGE_POP)?);
     // SAFETY: the tool wrote functions of these types there, as the protocol numbers them.
-    unsafe { Some(Tool { push: std::mem::transmute(push), pop: std::mem::transmute(pop) }) }
+    let (push, pop) = unsafe { (transmute::<*mut c_void, Push>(push), transmute::<*mut c_void, Pop>(pop)) };
+    Some(Tool { push, pop })
 }
 
 #[cfg(test)]

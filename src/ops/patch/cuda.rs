@@ -147,7 +147,7 @@ pub fn cut(
 
 /// 4 voxels of a row a thread where they divide the row, and one patch along y.
 fn plan(patches: usize, patch: [usize; 3]) -> (&'static Kernel<CutArgs>, Launch) {
-    let (kernel, width) = if patch[2] % 4 == 0 { (&CUT_4, 4) } else { (&CUT_1, 1) };
+    let (kernel, width) = if patch[2].is_multiple_of(4) { (&CUT_4, 4) } else { (&CUT_1, 1) };
     let mut launch = Launch::over(patch.iter().product::<usize>() / width, THREADS);
     launch.grid[1] = patches as u32;
     (kernel, launch)
