@@ -36,12 +36,14 @@ pub fn range(name: &'static str) -> Range {
 
 impl Range {
     fn begin(tool: Option<&'static Tool>, name: &'static str) -> Self {
-        let named = tool.zip(CString::new(name).ok());
-        if let Some((tool, name)) = &named {
+        let tool = tool.filter(|tool| {
+            // A name with a zero inside is none: no range.
+            let Ok(name) = CString::new(name) else { return false };
             // SAFETY: the tool's own function of this signature; it copies the string, which ends in zero.
             unsafe { (tool.push)(name.as_ptr()) };
-        }
-        Range { tool: named.map(|(tool, _)| tool), thread: PhantomData }
+            true
+        });
+        Range { tool, thread: PhantomData }
     }
 }
 
