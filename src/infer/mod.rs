@@ -2,6 +2,7 @@
 //!
 //! read -> preprocess -> windows -> blend -> softmax -> inverse resample + argmax -> write
 
+pub mod cuda;
 pub mod evaluate;
 pub mod importance;
 pub mod jobs;

@@ -5,4 +5,6 @@ pub mod conv3d;
 pub mod conv_transpose3d;
 pub mod dice_ce;
 pub mod norm_prelu;
+pub mod resample;
 pub mod residual;
+pub mod window;

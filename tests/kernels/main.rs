@@ -2,4 +2,7 @@
 //! `SPLEEN_KERNEL_DEVICE=cuda`. One module an op; each has its cases and the argument for its tolerances.
 
 mod harness;
+mod resample;
 mod residual;
+mod segment;
+mod window;

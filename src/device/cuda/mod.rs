@@ -8,6 +8,7 @@ mod pool;
 
 pub use driver::{Info, Launch, Precision};
 pub use memory::{Act, Buf, Elem, In, InOut, Out};
+pub use pool::size_class;
 
 use crate::error::Result;
 use bytemuck::Pod;

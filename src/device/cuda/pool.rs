@@ -11,6 +11,13 @@ use std::sync::{Arc, Mutex};
 /// Sizes are rounded up to this: the alignment of every block.
 const UNIT: usize = 256;
 
+/// Room for `len` values whose number changes from volume to volume, at most an eighth more: eight sizes an octave, so
+/// that blocks fit again instead of piling up. Below a million the number itself.
+pub fn size_class(len: usize) -> usize {
+    const SMALL: usize = 1 << 20;
+    if len < SMALL { len } else { len.next_multiple_of(1 << (len.ilog2() - 3)) }
+}
+
 /// Free blocks by size.
 #[derive(Debug, Default)]
 pub struct Pool {
@@ -66,5 +73,19 @@ impl Drop for Block {
     fn drop(&mut self) {
         self.cuda.driver().block_dropped(self.cuda.stream(), self.address);
         self.cuda.pool().lock().entry(self.size).or_default().push(self.address);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_class;
+
+    #[test]
+    fn size_classes_are_few_and_near() {
+        let lens = (1usize << 20..1 << 24).step_by(997);
+        let classes: std::collections::BTreeSet<_> = lens.clone().map(size_class).collect();
+        assert!(classes.len() <= 8 * 4 + 1, "{}", classes.len());
+        assert!(lens.clone().all(|len| (len..=len + len / 8).contains(&size_class(len))));
+        assert_eq!(size_class(12_345), 12_345);
     }
 }
