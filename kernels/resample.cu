@@ -18,28 +18,29 @@
 // reads, and along the one on which the result is while it writes; a tile in shared memory turns it between.
 //
 // A CT of 512 x 512 x 90 on 270 x 270 x 224, H100, estimates: scan 47 MB in, 33 MB out, 29 us at 2.8 TB/s; mask 130 MB
-// in, 24 MB out, 55 us. Both take about 50 float64 operations a voxel, as long again at half rate; where float64
-// runs at 1/64 (sm_86, 89, 120) that is the bound, about 1 ms each.
-// Rejected: float32 coordinates (off by a voxel's thousandth, labels differ), interpolating p1 alone (differs where the
-// channels round differently), a resident native-size float volume (94 MB more each way).
+// in, 24 MB out, 55 us. A voxel of the scan takes 40 float64 operations at 64 a clock and SM (45 us) and 15 conversions
+// between 32 and 64 bits at 16 (68 us, the bound); a voxel of the mask needs those of its coordinates only, 12 and 6,
+// where no neighbour is organ. On sm_86, 89 and 120 both run at 2 a clock and SM: 2 to 4 ms for the scan.
+// Rejected: float32 coordinates (not the CPU's bits; labels at half-way points fall elsewhere), interpolating p1 alone
+// (differs where the channels round differently), a resident native-size float volume (94 MB more each way).
 #include "ptx.cuh"
 
 constexpr u32 TILE = 32, PITCH = TILE + 1, THREADS = 256, ROWS = THREADS / TILE;
 
 struct Mapping {  // src/ops/resample/cuda.rs
-  In<double> along;  // positions along i, then j, then k of the output
-  double theta[3][4];  // rows and columns k, j, i
-  u32 oblique;  // positions are normalised and go through theta; else they are source coordinates
-  u32 out[3];  // voxels of the output
-  u32 grid[3];  // voxels of the source
-  i32 start[3];  // the part of the source that is in memory: its first voxel ..
-  u32 stored[3];  // .. and its size
-  u32 from_first;  // elements; steps may be negative, sums wrap
+  In<double> along;           // positions along i, then j, then k of the output
+  double theta[3][4];         // rows and columns k, j, i
+  u32 oblique;                // positions are normalised and go through theta; else they are source coordinates
+  u32 out[3];                 // voxels of the output
+  u32 grid[3];                // voxels of the source
+  i32 start[3];               // the part of the source that is in memory: its first voxel ..
+  u32 stored[3];              // .. and its size
+  u32 from_first;             // elements; steps may be negative, sums wrap
   i32 from_step[3];
   u32 to_first;
   i32 to_step[3];
-  u32 lane_axis, row_axis;  // axes of a tile; slabs are along the third
-  u32 turn;  // whether the result is contiguous along the tile's rows
+  u32 lane_axis, row_axis;    // axes of a tile; slabs are along the third
+  u32 turn;                   // whether the result is contiguous along the tile's rows
 };
 static_assert(sizeof(Mapping) == 8 + 96 + 24 * 4, "keep in step with src/ops/resample/cuda.rs");
 
@@ -51,15 +52,14 @@ struct Taps {
 };
 
 DEVICE Taps taps(const Mapping& map, u32 axis, double x) {
-  u32 last = map.grid[axis] - 1;
-  x = fmin(fmax(x, 0.0), (double)last);
+  x = fmin(fmax(x, 0.0), (double)(map.grid[axis] - 1));
   u32 low = (u32)x;
   Taps t;
-  t.weight[0] = add_rn((double)(low + 1), -x);
+  t.weight[0] = add_rn(add_rn((double)low, 1.0), -x);
   t.weight[1] = add_rn(x, -(double)low);
   for (u32 i = 0; i < 2; i++) {
-    // Beyond the edge the weight is 0 and the edge is read.
-    u32 local = min(low + i, last) - map.start[axis];
+    // A neighbour beyond the edge is not in memory, and has weight 0.
+    u32 local = low + i - map.start[axis];
     t.inside[i] = local < map.stored[axis];
     t.at[i] = local * map.from_step[axis];
   }
@@ -73,30 +73,41 @@ DEVICE double through_theta(const Mapping& map, u32 axis, const double (&base)[3
   return mul_rn(add_rn(mul_rn(add_rn(g, 1.0), map.grid[axis]), -1.0), 0.5);
 }
 
-// The C channels at an output voxel. `read(element, value)` reads a source voxel.
-template <int C, class Read>
-DEVICE void interpolate(const Mapping& map, const u32 (&voxel)[3], const float (&outside)[C], Read read,
-                        float (&result)[C]) {
+// The source voxels around an output voxel.
+struct Cell {
+  Taps i, j, k;
+};
+
+DEVICE Cell cell(const Mapping& map, const u32 (&voxel)[3]) {
   double x[3] = {map.along[voxel[0]], map.along[map.out[0] + voxel[1]], map.along[map.out[0] + map.out[1] + voxel[2]]};
   if (map.oblique) {
     double base[3] = {x[0], x[1], x[2]};
     for (u32 axis = 0; axis < 3; axis++) x[axis] = through_theta(map, axis, base);
   }
-  Taps ti = taps(map, 0, x[0]), tj = taps(map, 1, x[1]), tk = taps(map, 2, x[2]);
-  double sum[C] = {};
+  return {taps(map, 0, x[0]), taps(map, 1, x[1]), taps(map, 2, x[2])};
+}
+
+// Values of the eight neighbours, i slowest. `read(element)` reads a source voxel that is in memory.
+template <class V, class Read>
+DEVICE void neighbours(const Mapping& map, const Cell& at, V outside, Read read, V (&value)[8]) {
 #pragma unroll
   for (u32 e = 0; e < 8; e++) {
     u32 a = e / 4, b = e / 2 % 2, c = e % 2;
-    double weight = mul_rn(mul_rn(tk.weight[c], tj.weight[b]), ti.weight[a]);
-    float value[C];
-    if (ti.inside[a] && tj.inside[b] && tk.inside[c]) {
-      read(map.from_first + ti.at[a] + tj.at[b] + tk.at[c], value);
-    } else {
-      for (int ch = 0; ch < C; ch++) value[ch] = outside[ch];
-    }
-    for (int ch = 0; ch < C; ch++) sum[ch] = add_rn(sum[ch], mul_rn((double)value[ch], weight));
+    bool inside = at.i.inside[a] && at.j.inside[b] && at.k.inside[c];
+    value[e] = inside ? read(map.from_first + at.i.at[a] + at.j.at[b] + at.k.at[c]) : outside;
   }
-  for (int ch = 0; ch < C; ch++) result[ch] = (float)sum[ch];
+}
+
+// Their weighted sum; `channel(value)` is the number that counts.
+template <class V, class Channel>
+DEVICE float weigh(const Cell& at, const V (&value)[8], Channel channel) {
+  double sum = 0.0;
+#pragma unroll
+  for (u32 e = 0; e < 8; e++) {
+    double weight = mul_rn(mul_rn(at.k.weight[e % 2], at.j.weight[e / 2 % 2]), at.i.weight[e / 4]);
+    sum = add_rn(sum, mul_rn((double)channel(value[e]), weight));
+  }
+  return (float)sum;
 }
 
 // Output voxel (i, j, k) at a lane and row of this block's tile; false past the end.
@@ -140,16 +151,20 @@ struct Scan {  // src/ops/resample/cuda.rs
   Out<float> exact;  // null: not wanted
   float floor, width;  // of the HU window
 
-  DEVICE_METHOD float value(const u32 (&voxel)[3]) const {
-    auto read = [this](u32 at, float(&v)[1]) {
-      v[0] = integers ? (float)add_rn(mul_rn((double)integers[at], slope), inter) : floats[at];
+  DEVICE_METHOD float read(u32 at) const {
+    if (!integers) {
       constexpr float LARGEST = 3.402823466e38f;
-      if (!(fabsf(v[0]) <= LARGEST)) v[0] = floor;
-    };
-    const float outside[1] = {0.0f};
-    float hu[1];
-    interpolate(map, voxel, outside, read, hu);
-    float y = (hu[0] - floor) / width;
+      float v = floats[at];
+      return fabsf(v) <= LARGEST ? v : floor;
+    }
+    i16 v = integers[at];
+    return slope == 1.0 && inter == 0.0 ? (float)v : (float)add_rn(mul_rn((double)v, slope), inter);
+  }
+  DEVICE_METHOD float value(const u32 (&voxel)[3]) const {
+    Cell at = cell(map, voxel);
+    float values[8];
+    neighbours(map, at, 0.0f, [this](u32 element) { return read(element); }, values);
+    float y = (weigh(at, values, [](float v) { return v; }) - floor) / width;
     return y < 0.0f ? 0.0f : y > 1.0f ? 1.0f : y;
   }
   DEVICE_METHOD void put(u32 at, float y) const {
@@ -174,15 +189,18 @@ struct Mask {  // src/ops/resample/cuda.rs
   Out<u8> mask;
 
   DEVICE_METHOD u32 value(const u32 (&voxel)[3]) const {
-    auto read = [this](u32 at, float(&v)[2]) {
-      Pair pair = probabilities.vector<Pair>((u64)at * 2);
-      v[0] = pair.v[0];
-      v[1] = pair.v[1];
-    };
-    const float background[2] = {1.0f, 0.0f};
-    float p[2];
-    interpolate(map, voxel, background, read, p);
-    return p[1] > p[0];
+    Cell at = cell(map, voxel);
+    Pair values[8];
+    const Pair background = {{1.0f, 0.0f}};
+    neighbours(
+        map, at, background, [this](u32 element) { return probabilities.vector<Pair>((u64)element * 2); }, values);
+    // Rounding keeps order and weights are not negative: without a neighbour of more p1 than p0, y1 > y0 cannot be.
+    bool any = false;
+    for (u32 e = 0; e < 8; e++) any |= values[e].v[1] > values[e].v[0];
+    if (!any) return 0;
+    float y0 = weigh(at, values, [](Pair p) { return p.v[0]; });
+    float y1 = weigh(at, values, [](Pair p) { return p.v[1]; });
+    return y1 > y0;
   }
   DEVICE_METHOD void put(u32 at, u32 y) const { mask.set(at, (u8)y); }
 };

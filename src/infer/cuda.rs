@@ -19,7 +19,7 @@ use super::stages::{self, Stages};
 use crate::config::{Blend, Preprocess, Window};
 use crate::data::preprocess::Geometry;
 use crate::data::scan::{self, StoredScan};
-use crate::data::volume::FileVoxels;
+use crate::data::volume::{FileVoxels, Volume};
 use crate::device::cuda::{Act, Buf, Cuda, Info, Precision};
 use crate::ops::resample::cuda::{invert_argmax, prepare};
 use crate::ops::window::cuda::{Image, Tiling};
@@ -89,6 +89,26 @@ pub fn grid_mask(
     tiling.argmax(&sums)?.download()
 }
 
+/// Masks of a case that the host preprocessed, on its own grid and on the scan's, k fastest: what evaluation compares.
+///
+/// # Errors
+/// As [`probabilities`].
+pub fn both_masks(
+    cuda: &Arc<Cuda>,
+    network: &DeviceNetwork,
+    (image, geometry): (&Volume<f32>, &Geometry),
+    window: &Window,
+) -> Result<(Vec<u8>, Vec<u8>)> {
+    let shape = image.shape;
+    let data = cuda.act(image.len())?;
+    data.upload(&image.data)?;
+    let (tiling, sums) = sums(cuda, network, &Image { data, whole: shape, start: [0; 3], shape }, window)?;
+    let grid = tiling.argmax(&sums)?;
+    tiling.softmax(&sums)?;
+    let native = invert_argmax(&sums, geometry)?;
+    Ok((grid.download()?, native.download()?))
+}
+
 /// From a scan's voxels to its mask, native grid, k fastest, and the geometry with what was cropped.
 ///
 /// # Errors
@@ -110,7 +130,6 @@ pub fn segment_on_device(
         shape: geometry.prepared_shape(),
     };
     let probabilities = probabilities(cuda, network, &image, window)?;
-    drop(image);
     let mask = invert_argmax(&probabilities, &geometry)?.download()?;
     Ok((mask, geometry))
 }
@@ -150,8 +169,8 @@ struct Ready {
     read_s: f64,
 }
 
-/// Segments every job: [`super::pipeline::segment`] on a device. The network and all that the device does run on the
-/// calling thread.
+/// Segments every job: [`super::pipeline::segment`] on a device, which is driven by the calling thread. The seconds of
+/// the network are those of all that the device does, and of the copies.
 pub fn segment(
     jobs: &[Job],
     (cuda, network): (&Arc<Cuda>, &DeviceNetwork),

@@ -122,7 +122,9 @@ fn every_geometry_gives_the_bits_of_the_cpu() {
 fn scaled_integers_and_floats_that_are_no_numbers() {
     on_every_device(|cuda| {
         for grid in &grids()[..3] {
-            check(cuda, grid, &integers(1, grid, 0.37, -11.3), false);
+            for (slope, inter) in [(0.37, -11.3), (1.0, -150.0), (-1.0, 0.0)] {
+                check(cuda, grid, &integers(1, grid, slope, inter), false);
+            }
             let mut rng = Philox::new(2, 0);
             let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX];
             let voxels = (0..grid.shape.iter().product())

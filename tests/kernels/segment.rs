@@ -157,6 +157,8 @@ fn masks_are_those_of_the_cpu() {
                 let wrong =
                     (0..grid.len()).filter(wrong).find(|i| (want[2 * i] - want[2 * i + 1]).abs() > TIE);
                 assert_eq!(wrong, None, "{case}: voxel of the grid");
+                let both = device::both_masks(cuda, &on_device, (image, &geometry), &window).unwrap();
+                assert_eq!(both, (grid, mask), "{case}");
             }
         }
     });
