@@ -160,6 +160,19 @@ fn the_crop_is_the_box_of_the_foreground() {
     });
 }
 
+/// The float32 next to the floor is foreground, though fp16 stores it as 0.
+#[test]
+fn the_crop_looks_at_the_intensities_before_they_are_rounded() {
+    on_every_device(|cuda| {
+        let grid = grids().into_iter().find(|g| g.name.starts_with("skipped: the target")).unwrap();
+        let mut voxels = vec![WINDOW[0]; grid.shape.iter().product()];
+        for at in [200, 340] {
+            voxels[at] = WINDOW[0].next_up();
+        }
+        check(cuda, &grid, &FileVoxels::F32(voxels), true);
+    });
+}
+
 #[test]
 fn other_numbers_of_voxels_than_planned_are_refused() {
     on_every_device(|cuda| {

@@ -3,8 +3,8 @@
 use crate::harness::{on_every_device, stored};
 use spleen_hpc::config::{Blend, Config, Preprocess, Recipe, Window};
 use spleen_hpc::data::nifti_write::write_volume;
-use spleen_hpc::data::scan;
 use spleen_hpc::data::volume::{Affine, Volume};
+use spleen_hpc::data::{nifti, scan};
 use spleen_hpc::device::cuda::Precision;
 use spleen_hpc::infer::jobs::{Style, jobs};
 use spleen_hpc::infer::predict::{argmax, probabilities};
@@ -195,22 +195,28 @@ fn the_pipeline_writes_the_files_that_the_cpu_writes() {
     let (p, window) = config(Recipe::V036);
     on_every_device(|cuda| {
         let stop = AtomicBool::new(false);
-        let (ours, theirs) = ("device", "cpu").into();
         let jobs = |out: &str| jobs(&inputs, &dir.path().join(out), Style::Mask).unwrap();
         let mut told = 0;
-        let got =
-            device::segment(&jobs(ours), (cuda, &on_device), (&p, &window), Style::Mask, &stop, |_, _| {
-                told += 1
-            });
+        let got = device::segment(
+            &jobs("device"),
+            (cuda, &on_device),
+            (&p, &window),
+            Style::Mask,
+            &stop,
+            |_, _| told += 1,
+        );
         let net = on_cpu(cuda.precision());
-        let want = pipeline::segment(&jobs(theirs), &net, (&p, &window), Style::Mask, &stop, |_, _| ());
+        let want = pipeline::segment(&jobs("cpu"), &net, (&p, &window), Style::Mask, &stop, |_, _| ());
         assert_eq!((got.len(), told), (4, 4));
         for (got, want) in got.iter().zip(&want) {
             match (got, want) {
                 (Ok(got), Ok(want)) => {
-                    assert!(got.voxels.abs_diff(want.voxels) <= 1, "{} and {}", got.voxels, want.voxels);
                     assert_eq!((got.shape, &got.warnings), (want.shape, &want.warnings));
-                    assert!(got.output.exists());
+                    let [ours, theirs] = [got, want].map(|s| nifti::read(&s.output).unwrap());
+                    assert_eq!(ours.header, theirs.header);
+                    let pairs = ours.volume.data.iter().zip(&theirs.volume.data);
+                    // A draw that expf decides, where it does not round as the CPU's; see the test above.
+                    assert!(pairs.filter(|(a, b)| a != b).count() <= 1, "{}", got.output.display());
                 }
                 (Err(got), Err(want)) => assert_eq!(got.to_string(), want.to_string()),
                 _ => panic!("{got:?} and {want:?}"),

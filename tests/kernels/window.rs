@@ -87,9 +87,10 @@ fn check(cuda: &Arc<Cuda>, shape: [usize; 3], config: &Window) {
     tiling.softmax(&sums).unwrap();
     let got = sums.download().unwrap();
     for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-        // The same operations but for expf, which CUDA and libm both promise to 1 ulp, of opposite sign at worst: the
-        // sum dilutes it, the quotient rounds once more.
-        assert!(ulps(*got, *want) <= 2, "{case} at {i}: {got} instead of {want}");
+        // The same operations but for expf, which libm rounds as good as correctly and CUDA to 1 ulp: a step of the
+        // exponential, one of the sum and one of the quotient, each up to twice as large as one of the result's. On
+        // the emulator, which shares libm, they are equal.
+        assert!(ulps(*got, *want) <= 4, "{case} at {i}: {got} instead of {want}");
     }
     assert_eq!(mask, argmax(&got), "{case}");
 }
