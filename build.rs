@@ -1,7 +1,10 @@
-//! Records the commit the binary is built from; every checkpoint, cache and report carries it. With the feature
-//! `emulator` it also compiles the CUDA kernels as C++, to be run on the CPU (tests/emulator).
+//! Records the commit the binary is built from; every checkpoint, cache and report carries it. Lists the CUDA kernels,
+//! whose text the binary carries. With the feature `emulator` it also compiles them as C++, to be run on the CPU
+//! (tests/emulator).
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{env, fs};
 
 fn main() {
     let git = |args: &[&str]| {
@@ -15,21 +18,48 @@ fn main() {
         println!("cargo::rerun-if-changed={log}");
     }
     println!("cargo::rerun-if-changed=build.rs");
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    embed_kernels(&root.join("kernels"), &out.join("kernels.rs"));
     println!("cargo::rustc-check-cfg=cfg(emulated)");
     #[cfg(feature = "emulator")]
-    emulator::build();
+    emulator::build(&root, &out);
+}
+
+/// Writes the two tables that src/device/cuda/sources.rs includes: name and text of every kernel file and header.
+fn embed_kernels(folder: &Path, table: &Path) {
+    println!("cargo::rerun-if-changed={}", folder.display());
+    let mut text = String::new();
+    for (constant, extension) in [("KERNELS", "cu"), ("HEADERS", "cuh")] {
+        text += &format!("const {constant}: &[(&str, &str)] = &[\n");
+        for path in files(folder, extension) {
+            let name = path.file_name().and_then(|name| name.to_str()).expect("kernels have plain names");
+            text += &format!("    ({name:?}, include_str!({path:?})),\n");
+        }
+        text += "];\n";
+    }
+    fs::write(table, text).expect("OUT_DIR is writable");
+}
+
+/// Files of a folder with this extension, sorted.
+fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
+    let entries =
+        fs::read_dir(folder).expect("a folder of the source").map(|entry| entry.expect("readable").path());
+    let mut list: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == extension)).collect();
+    list.sort();
+    list
 }
 
 #[cfg(feature = "emulator")]
 mod emulator {
+    use super::files;
     use std::hash::{DefaultHasher, Hash, Hasher};
     use std::path::{Path, PathBuf};
     use std::{env, fs};
 
     /// Compiles every kernel twice (fp16 and f32 storage) and the machine that runs them. Without a C++ compiler the
     /// cfg `emulated` stays unset, and tests that need the emulator say that they are skipped.
-    pub fn build() {
-        println!("cargo::rerun-if-changed=kernels");
+    pub fn build(root: &Path, out: &Path) {
         println!("cargo::rerun-if-changed=tests/emulator");
         let x86_linux = env::var("CARGO_CFG_TARGET_ARCH").as_deref() == Ok("x86_64")
             && env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux");
@@ -39,8 +69,6 @@ mod emulator {
             println!("cargo::warning=no C++ compiler for x86-64 Linux: the kernels are not emulated");
             return;
         }
-        let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
-        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
         let mut build = cc::Build::new();
         build.cpp(true).std("c++20").opt_level(2).debug(true).warnings(false);
         build.include(root.join("kernels")).include(root.join("tests/emulator"));
@@ -49,7 +77,7 @@ mod emulator {
         let mut sources = vec![root.join("tests/emulator/runtime.cpp")];
         let mut kernels = files(&root.join("kernels"), "cu");
         for kernel in &kernels {
-            sources.extend([16, 32].map(|bits| translation_unit(&out, kernel, bits)));
+            sources.extend([16, 32].map(|bits| translation_unit(out, kernel, bits)));
         }
         // Objects are kept under a hash of all they are made of: a change of one kernel compiles one kernel.
         let mut headers = files(&root.join("kernels"), "cuh");
@@ -82,14 +110,6 @@ mod emulator {
         println!("cargo::rustc-link-lib=static:+whole-archive=cuemu");
         println!("cargo::rustc-link-lib=stdc++");
         println!("cargo::rustc-cfg=emulated");
-    }
-
-    fn files(folder: &Path, extension: &str) -> Vec<PathBuf> {
-        let entries =
-            fs::read_dir(folder).expect("a folder of the source").map(|e| e.expect("readable").path());
-        let mut list: Vec<_> = entries.filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
-        list.sort();
-        list
     }
 
     fn read(path: &Path) -> String {

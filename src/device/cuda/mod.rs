@@ -3,8 +3,12 @@
 pub mod driver;
 #[cfg(emulated)]
 pub mod emulated;
+pub mod kernel_cache;
 mod memory;
+pub mod nvrtc;
+mod nvrtc_library;
 mod pool;
+pub mod sources;
 
 pub use driver::{Info, Launch, Precision};
 pub use memory::{Act, Buf, Elem, In, InOut, Out};
