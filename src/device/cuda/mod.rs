@@ -4,13 +4,16 @@ pub mod driver;
 #[cfg(emulated)]
 pub mod emulated;
 pub mod kernel_cache;
+pub mod libcuda;
 mod memory;
+pub mod native;
+mod native_modules;
 pub mod nvrtc;
 mod nvrtc_library;
 mod pool;
 pub mod sources;
 
-pub use driver::{Info, Launch, Precision};
+pub use driver::{Info, Launch, Precision, Prepared};
 pub use memory::{Act, Buf, Elem, In, InOut, Out};
 
 use crate::error::Result;
@@ -103,6 +106,14 @@ impl Cuda {
     /// When the device has not enough.
     pub fn act(self: &Arc<Self>, len: usize) -> Result<Act> {
         Ok(Act::new(self.buffer(len * self.precision.bytes())?, self.precision))
+    }
+
+    /// Makes kernel files ready that are about to be used, all at once; else each is when it is used first.
+    ///
+    /// # Errors
+    /// When one does not compile or load.
+    pub fn prepare(&self, files: &[&'static str]) -> Result<Prepared> {
+        self.driver.prepare(files, self.precision)
     }
 
     /// Queues a kernel.
