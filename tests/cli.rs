@@ -7,7 +7,7 @@ use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::nn::state_dict::{Array, StateDict, names};
 use spleen_hpc::nn::weights::{Metadata, read_any, write_safetensors};
 
-const VERBS: [&str; 7] = ["train", "evaluate", "infer", "phantom", "cache", "import", "export"];
+const VERBS: [&str; 8] = ["train", "evaluate", "infer", "phantom", "cache", "import", "export", "doctor"];
 
 fn spleen(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_spleen-hpc"))

@@ -71,6 +71,12 @@ pub fn announce_device(choice: DeviceChoice) -> Result<()> {
                 "--device {choice}: this build has no CUDA engine, use --device cpu"
             )));
         }
+        #[cfg(emulated)]
+        DeviceChoice::Emulated(_) => {
+            return Err(Error::Usage(format!(
+                "--device {choice}: this build has no CUDA engine, use --device cpu"
+            )));
+        }
     }
     Ok(())
 }

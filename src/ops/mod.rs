@@ -6,3 +6,10 @@ pub mod conv_transpose3d;
 pub mod dice_ce;
 pub mod norm_prelu;
 pub mod residual;
+
+use crate::device::cuda::SelfTest;
+
+/// The cases by which `spleen-hpc doctor` tries a device.
+pub fn self_tests() -> Vec<SelfTest> {
+    [residual::cuda::SELF_TESTS].concat()
+}

@@ -1,6 +1,6 @@
 //! The driver library: whether it is there, which devices it has, and what its errors mean.
 //!
-//! cudarc, whose bindings are called here, panics where the library or a function is missing, so [`load`] asks for
+//! cudarc, whose bindings are called here, panics where the library or a function is missing, so [`look`] asks for
 //! everything once and comes before all else.
 
 use super::driver::Info;
@@ -55,20 +55,43 @@ const FUNCTIONS: &[&str] = &[
     "cuThreadExchangeStreamCaptureMode",
 ];
 
+/// What there is of a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// None: this machine never had a GPU, or not for this program.
+    NoDriver,
+    /// A driver that finds no GPU, as in a container that was given none.
+    NoGpu,
+    /// A driver that works.
+    Ready,
+}
+
 /// Loads the driver library and starts it, once a process.
 ///
 /// # Errors
-/// [`Error::Gpu`]: there is none, it is too old, or it does not start, as where there is no GPU.
-pub fn load() -> Result<()> {
-    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+/// [`Error::Gpu`]: it is there but too old, or does not start.
+pub fn look() -> Result<Presence> {
+    static LOADED: OnceLock<Result<Presence, String>> = OnceLock::new();
     let loaded = LOADED.get_or_init(|| start().map_err(|err| err.to_string()));
     loaded.clone().map_err(Error::Gpu)
 }
 
-fn start() -> Result<()> {
+/// The same where nothing less than a working driver will do.
+///
+/// # Errors
+/// [`Error::Gpu`]: there is none, it finds no GPU, is too old, or does not start.
+pub fn load() -> Result<()> {
+    match look()? {
+        Presence::NoDriver => Err(Error::Gpu("there is no NVIDIA driver (libcuda.so.1)".into())),
+        Presence::NoGpu => Err(Error::Gpu("the NVIDIA driver finds no GPU".into())),
+        Presence::Ready => Ok(()),
+    }
+}
+
+fn start() -> Result<Presence> {
     // SAFETY: opens and closes the library by its name; its start-up code is NVIDIA's.
     if !unsafe { sys::is_culib_present() } {
-        return Err(Error::Gpu("there is no NVIDIA driver (libcuda.so.1)".into()));
+        return Ok(Presence::NoDriver);
     }
     // SAFETY: the library is there, so this does not panic.
     let library = unsafe { sys::culib() };
@@ -81,7 +104,10 @@ fn start() -> Result<()> {
         }
     }
     // SAFETY: the function is there; 0 is the only value its argument may have.
-    check(unsafe { sys::cuInit(0) }, "the NVIDIA driver does not start")
+    match unsafe { sys::cuInit(0) } {
+        CUresult::CUDA_ERROR_NO_DEVICE => Ok(Presence::NoGpu),
+        status => check(status, "the NVIDIA driver does not start").map(|()| Presence::Ready),
+    }
 }
 
 /// The newest CUDA that the driver supports, major and minor.

@@ -11,10 +11,12 @@ mod native_modules;
 pub mod nvrtc;
 mod nvrtc_library;
 mod pool;
+mod self_test;
 pub mod sources;
 
 pub use driver::{Info, Launch, Precision, Prepared};
 pub use memory::{Act, Buf, Elem, In, InOut, Out};
+pub use self_test::{SelfTest, agree};
 
 use crate::error::Result;
 use bytemuck::Pod;

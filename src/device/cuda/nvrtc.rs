@@ -88,14 +88,25 @@ pub struct Module {
 pub struct Nvrtc(Loaded);
 
 impl Nvrtc {
-    /// The NVRTC of this machine, looked for once.
+    /// The NVRTC of this machine, if it has one; looked for once.
     ///
     /// # Errors
-    /// [`Error::Gpu`] where there is none, or only one that cannot be used.
+    /// [`Error::Gpu`] where there are only such as cannot be used.
+    pub fn look() -> Result<Option<&'static Nvrtc>> {
+        static FOUND: OnceLock<Result<Option<Nvrtc>, String>> = OnceLock::new();
+        let find = || Ok(nvrtc_library::find().map_err(|err| err.to_string())?.map(Nvrtc));
+        FOUND.get_or_init(find).as_ref().map(Option::as_ref).map_err(|what| Error::Gpu(what.clone()))
+    }
+
+    /// The same where it cannot be done without.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] where there is none, or only such as cannot be used.
     pub fn get() -> Result<&'static Nvrtc> {
-        static FOUND: OnceLock<Result<Nvrtc, String>> = OnceLock::new();
-        let found = FOUND.get_or_init(|| nvrtc_library::find().map(Nvrtc).map_err(|err| err.to_string()));
-        found.as_ref().map_err(|what| Error::Gpu(what.clone()))
+        let cure = nvrtc_library::CURE;
+        let none =
+            || Error::Gpu(format!("there is no NVRTC, the CUDA compiler (libnvrtc.so.13 or .12): {cure}"));
+        Self::look()?.ok_or_else(none)
     }
 
     /// Major and minor version.

@@ -7,6 +7,7 @@ use crate::data::cache::user_folder;
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::env;
+use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -76,7 +77,7 @@ const NAMES: [&str; 2] = ["libnvrtc.so.13", "libnvrtc.so.12"];
 const BELOW: [&str; 6] =
     ["", "lib64", "lib", "targets/x86_64-linux/lib", "nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"];
 /// What to do where there is none.
-const CURE: &str =
+pub(super) const CURE: &str =
     "run scripts/fetch_nvrtc.sh, or `pip install nvidia-cuda-nvrtc` and set SPLEEN_NVRTC to its folder";
 
 /// A loaded libnvrtc. It stays loaded as long as this lives.
@@ -91,25 +92,28 @@ pub(super) struct Loaded {
 /// /usr/local/cuda*, the active Python environment and what scripts/fetch_nvrtc.sh fetched.
 ///
 /// # Errors
-/// [`Error::Gpu`] where there is none, or only one that cannot be used.
-pub(super) fn find() -> Result<Loaded> {
+/// [`Error::Gpu`] where there are only such as cannot be used.
+pub(super) fn find() -> Result<Option<Loaded>> {
     if let Some(named) = variable(VARIABLE) {
-        let file = if named.is_dir() { in_folder(&named) } else { std::path::absolute(&named).ok() };
+        let file = match named.is_file() {
+            true => std::path::absolute(&named).ok(),
+            false => in_folder(&named),
+        };
         let none =
             || Error::Gpu(format!("{VARIABLE}={}: there is no libnvrtc.so.12 or .13", named.display()));
-        return load(&file.ok_or_else(none)?);
+        return load(&file.ok_or_else(none)?).map(Some);
     }
     let mut refusal = None;
     let found = folders().into_iter().filter_map(|folder| in_folder(&folder));
     for file in NAMES.iter().map(PathBuf::from).chain(found) {
         match load(&file) {
-            Ok(loaded) => return Ok(loaded),
+            Ok(loaded) => return Ok(Some(loaded)),
             // A name that the loader does not know is no news; a library that cannot be used is.
             Err(error) if file.is_absolute() => drop(refusal.get_or_insert(error)),
             Err(_) => {}
         }
     }
-    Err(refusal.unwrap_or_else(|| Error::Gpu(format!("NVRTC, the CUDA compiler, was not found: {CURE}"))))
+    refusal.map_or(Ok(None), Err)
 }
 
 fn variable(name: &str) -> Option<PathBuf> {
@@ -150,8 +154,11 @@ fn load(file: &Path) -> Result<Loaded> {
         matches(&format!("{}/libnvrtc-builtins.so.*", glob::Pattern::escape(&folder.to_string_lossy())))
     });
     let builtins = beside.into_iter().flatten().find_map(|path| open(&path).ok());
-    let library =
-        open(file).map_err(|err| Error::Gpu(format!("{}: cannot be loaded ({err})", file.display())))?;
+    let library = open(file).map_err(|err| {
+        // The loader's reason is the source; the error itself says no more than that it failed.
+        let why = err.source().map_or_else(|| err.to_string(), ToString::to_string);
+        Error::Gpu(format!("{}: cannot be loaded ({why})", file.display()))
+    })?;
     let lacks = |name| Error::Gpu(format!("{}: is no NVRTC 12 or 13, for it lacks {name}", file.display()));
     let functions = Functions::of(&library).map_err(lacks)?;
     let (mut major, mut minor) = (0, 0);

@@ -1,9 +1,10 @@
 //! The residual sum on a CUDA device (kernels/residual.cu).
 
-use crate::device::cuda::{Act, Elem, In, Kernel, Launch, Out};
+use crate::device::cuda::{Act, Cuda, Elem, In, Kernel, Launch, Out, SelfTest, agree};
 use crate::error::Result;
-use crate::tensor::{PendingArgs, View};
+use crate::tensor::{PendingArgs, Shape, Tape, Tensor, View};
 use bytemuck::{Pod, Zeroable};
+use std::sync::Arc;
 
 /// `Residual` of kernels/residual.cu.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -42,4 +43,24 @@ pub fn add(a: &View, b: Option<&View>) -> Result<Act> {
     };
     cuda.launch(&ADD, Launch::over(a.data.len(), THREADS), &args)?;
     Ok(y)
+}
+
+/// See [`SelfTest`].
+pub const SELF_TESTS: &[SelfTest] = &[SelfTest { name: "residual", run: self_test }];
+
+fn self_test(cuda: &Arc<Cuda>) -> Result<String> {
+    let shape = Shape::new(2, [5, 6, 7], 16);
+    // Multiples of 1/64 up to 2, which fp16 holds exactly; their sums too.
+    let values =
+        |step: usize| (0..shape.len()).map(|i| (i * step % 257) as f32 / 64.0 - 2.0).collect::<Vec<_>>();
+    let (a, b) = (values(37), values(101));
+    let tensor = |values: &[f32]| Tensor::from_slice(shape, values).into();
+    let want = super::add(&mut Tape::off(), &tensor(&a), &tensor(&b))?;
+    let view = |values: &[f32]| {
+        let act = cuda.act(values.len())?;
+        act.upload(values)?;
+        Ok::<_, crate::Error>(View::plain(act, shape))
+    };
+    let got = add(&view(&a)?, Some(&view(&b)?))?.download()?;
+    agree(&got, want.data(), 0.0)
 }
