@@ -107,8 +107,8 @@ fn keep(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// The hash of everything that changes the machine code.
 fn key(version: (u32, u32), source: &Source<'_>, precision: Precision, target: &Target) -> blake3::Hash {
+    let options = options(version, precision, target);
     let version = format!("NVRTC {}.{}", version.0, version.1);
-    let options = options(precision, target);
     let headers = source.headers.iter().flat_map(|&(name, text)| [name, text]);
     let parts = [version.as_str(), source.file, source.text].into_iter();
     let mut hash = blake3::Hasher::new();

@@ -6,10 +6,14 @@
 use super::driver::Info;
 use crate::error::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute, CUresult, CUstreamCaptureMode};
+use libloading::Library;
+use std::error::Error as _;
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 use std::sync::OnceLock;
 
+/// The driver library's name.
+const LIBRARY: &str = "libcuda.so.1";
 /// Every driver function that is called. All are in the driver of CUDA 12.0 and in later ones.
 const FUNCTIONS: &[&str] = &[
     "cuCtxSetCurrent",
@@ -82,16 +86,24 @@ pub fn look() -> Result<Presence> {
 /// [`Error::Gpu`]: there is none, it finds no GPU, is too old, or does not start.
 pub fn load() -> Result<()> {
     match look()? {
-        Presence::NoDriver => Err(Error::Gpu("there is no NVIDIA driver (libcuda.so.1)".into())),
+        Presence::NoDriver => Err(Error::Gpu(format!("there is no NVIDIA driver ({LIBRARY})"))),
         Presence::NoGpu => Err(Error::Gpu("the NVIDIA driver finds no GPU".into())),
         Presence::Ready => Ok(()),
     }
 }
 
 fn start() -> Result<Presence> {
-    // SAFETY: opens and closes the library by its name; its start-up code is NVIDIA's.
-    if !unsafe { sys::is_culib_present() } {
-        return Ok(Presence::NoDriver);
+    // SAFETY: loading runs the library's own start-up code, NVIDIA's.
+    match unsafe { Library::new(LIBRARY) } {
+        // It stays loaded: cudarc opens it by the same name.
+        Ok(library) => std::mem::forget(library),
+        Err(err) => {
+            let why = err.source().map_or_else(|| err.to_string(), ToString::to_string);
+            return match why.contains("No such file") {
+                true => Ok(Presence::NoDriver),
+                false => Err(Error::Gpu(format!("the NVIDIA driver cannot be loaded ({why})"))),
+            };
+        }
     }
     // SAFETY: the library is there, so this does not panic.
     let library = unsafe { sys::culib() };

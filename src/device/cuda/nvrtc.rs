@@ -149,7 +149,7 @@ impl Nvrtc {
     /// [`Error::Nvrtc`] with the compiler's log when the source is at fault, [`Error::Gpu`] when NVRTC is.
     pub fn compile(&self, source: &Source<'_>, precision: Precision, target: &Target) -> Result<Module> {
         let mut program = Handle::new(self, source)?;
-        let failed = program.compile(&options(precision, target));
+        let failed = program.compile(&options(self.version(), precision, target));
         if failed == nvrtc_library::BUILTIN_OPERATION_FAILURE {
             return Err(Error::Gpu(format!(
                 "{}: its libnvrtc-builtins is missing or of another version: install NVRTC as a whole",
@@ -185,8 +185,8 @@ impl Nvrtc {
     }
 }
 
-/// What NVRTC is told; part of the key of a cached kernel.
-pub(super) fn options(precision: Precision, target: &Target) -> Vec<String> {
+/// What an NVRTC of this version is told; part of the key of a cached kernel.
+pub(super) fn options(version: (u32, u32), precision: Precision, target: &Target) -> Vec<String> {
     let mut options = vec![
         format!("-arch={target}"),
         "-std=c++17".into(),
@@ -198,6 +198,10 @@ pub(super) fn options(precision: Precision, target: &Target) -> Vec<String> {
     ];
     if target.is_machine_code() {
         options.push("--ptxas-options=-v".into());
+    }
+    if version >= (12, 9) {
+        // Its own cache, since 12.9 and only where there is a driver, would keep ptxas' report from us; we have ours.
+        options.push("--no-cache".into());
     }
     options
 }
