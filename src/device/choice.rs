@@ -25,8 +25,9 @@ impl From<Amp> for Precision {
 /// # Errors
 /// [`Error::Usage`] where a device was asked for by name and cannot be had.
 pub fn resolve(choice: DeviceChoice, precision: Precision) -> Result<(Device, String)> {
-    let cannot =
-        |why: Error| Error::Usage(format!("--device {choice}: {why}; `spleen-hpc doctor` says more"));
+    let cannot = |why: Error| {
+        Error::Usage(format!("--device {choice}: {why}: use --device cpu, `spleen-hpc doctor` says more"))
+    };
     match choice {
         DeviceChoice::Cpu => Ok((Device::Cpu, format!("{}, as asked", cpu()))),
         DeviceChoice::Cuda(ordinal) => {

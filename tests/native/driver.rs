@@ -14,10 +14,8 @@ fn gpu(precision: Precision) -> Arc<Cuda> {
     Cuda::new(Arc::new(Native::new(0).expect("the fake driver works")), precision)
 }
 
-/// Arguments of residual.cu, by hand, for launches that must fail.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct Nothing([u64; 4]);
+/// Zeros, more than any kernel takes arguments.
+type Zeros = [u64; 64];
 
 /// Every op's small case agrees with the CPU: kernels are compiled, loaded, found and given their arguments.
 #[test]
@@ -163,22 +161,38 @@ fn late_errors_name_the_last_kernels() {
     });
 }
 
+/// A block may have as much dynamic shared memory as the device allows, not the 48 KiB that need no asking.
+#[test]
+fn blocks_may_have_all_shared_memory() {
+    with_fake("driver::blocks_may_have_all_shared_memory", "", || {
+        let cuda = gpu(Precision::Half);
+        let launch = |shared| {
+            // Of kernels/residual.cu; of length 0, so that no address is used.
+            let kernel: Kernel<Zeros> = Kernel::new("residual.cu", "residual_add");
+            cuda.launch(&kernel, Launch { grid: [1; 3], threads: 32, shared }, &[0; 64])
+        };
+        launch(cuda.info().shared_per_block).unwrap();
+        assert!(launch(cuda.info().shared_per_block + 1).is_err());
+        cuda.synchronize().unwrap();
+    });
+}
+
 /// A launch that is refused names the kernel and its shape; a kernel that is not there, its file.
 #[test]
 fn refused_launches_are_described() {
     with_fake("driver::refused_launches_are_described", "", || {
         let cuda = gpu(Precision::Half);
         let launch = Launch { grid: [7, 2, 1], threads: 2048, shared: 0 };
-        let kernel: Kernel<Nothing> = Kernel::new("residual.cu", "residual_add");
-        let said = cuda.launch(&kernel, launch, &Nothing([0; 4])).unwrap_err().to_string();
+        let kernel: Kernel<Zeros> = Kernel::new("residual.cu", "residual_add");
+        let said = cuda.launch(&kernel, launch, &[0; 64]).unwrap_err().to_string();
         assert!(
             said.starts_with(
                 "residual.cu: launch of residual_add_f16 (7x2x1 blocks of 2048 threads, 0 bytes"
             ),
             "{said}"
         );
-        let unknown: Kernel<Nothing> = Kernel::new("residual.cu", "nothing");
-        let said = cuda.launch(&unknown, launch, &Nothing([0; 4])).unwrap_err().to_string();
+        let unknown: Kernel<Zeros> = Kernel::new("residual.cu", "nothing");
+        let said = cuda.launch(&unknown, launch, &[0; 64]).unwrap_err().to_string();
         assert_eq!(
             said,
             "residual.cu has no kernel nothing_f16: named symbol not found (CUDA_ERROR_NOT_FOUND)"
