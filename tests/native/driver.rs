@@ -83,25 +83,27 @@ fn a_graph_is_replayed() {
     });
 }
 
-/// Two streams, ordered by more events than a stream has.
+/// Two streams, ordered by more events than a stream has: every value is copied before the next overwrites it.
 #[test]
 fn streams_wait_for_each_other() {
     with_fake("driver::streams_wait_for_each_other", "seed=1", || {
+        const ROUNDS: usize = 200;
         let cuda = gpu(Precision::Single);
         let (driver, first) = (cuda.driver(), cuda.stream());
         let second = driver.new_stream().unwrap();
-        let (a, b) = (cuda.upload(&[0u64; 32]).unwrap(), cuda.upload(&[0u64; 32]).unwrap());
-        let bytes = 32 * 8;
-        for round in 0..200u64 {
-            // SAFETY: both buffers live and are as large.
-            unsafe { driver.fill(first, a.address(), round as u8, bytes).unwrap() };
+        let (value, history) = (cuda.upload(&[0u8; 1]).unwrap(), cuda.upload(&[0u8; ROUNDS]).unwrap());
+        for round in 0..ROUNDS {
+            // SAFETY: both buffers live and have these bytes.
+            unsafe { driver.fill(first, value.address(), round as u8, 1).unwrap() };
             driver.wait(second, driver.record(first).unwrap()).unwrap();
+            let slot = history.slice(round, 1);
             // SAFETY: as above.
-            unsafe { driver.copy(second, b.address(), a.address(), bytes).unwrap() };
+            unsafe { driver.copy(second, slot.address(), value.address(), 1).unwrap() };
             driver.wait(first, driver.record(second).unwrap()).unwrap();
         }
+        let want: Vec<u8> = (0..ROUNDS).map(|round| round as u8).collect();
         driver.synchronize(second).unwrap();
-        assert_eq!(b.download().unwrap(), [u64::from_ne_bytes([199; 8]); 32]);
+        assert_eq!(history.download().unwrap(), want);
     });
 }
 
