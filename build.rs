@@ -65,7 +65,11 @@ mod emulator {
             && env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux");
         let mut compiler = cc::Build::new();
         compiler.cpp(true);
-        if !x86_linux || compiler.try_get_compiler().is_err() {
+        // cc names a compiler without trying whether it is there.
+        let answers = compiler.try_get_compiler().is_ok_and(|compiler| {
+            compiler.to_command().arg("--version").output().is_ok_and(|out| out.status.success())
+        });
+        if !x86_linux || !answers {
             println!("cargo::warning=no C++ compiler for x86-64 Linux: the kernels are not emulated");
             return;
         }

@@ -9,6 +9,7 @@ use spleen_hpc::device::cuda::kernel_cache::{KernelCache, in_parallel};
 use spleen_hpc::device::cuda::nvrtc::Target;
 use spleen_hpc::device::cuda::sources::{self, Source};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const KERNEL: &str = "#include \"head.cuh\"\nKERNEL(twice, Args, 32) { args.y.set(0, FACTOR); }\n";
 const HEAD: &str = "#include \"ptx.cuh\"\n#define FACTOR 2.0f\nstruct Args { Out<float> y; };\n";
@@ -69,6 +70,56 @@ fn it_says_which_it_is() {
     assert!(nvrtc.path().is_file(), "{}", nvrtc.path().display());
     assert!(nvrtc.chips().unwrap().contains(&80));
     nvrtc.check_install().unwrap();
+}
+
+/// Every place where it is looked for, each with the files that belong together.
+#[test]
+fn it_is_found_where_people_have_it() {
+    let Some(nvrtc) = skip::nvrtc() else { return };
+    let here = nvrtc.path().parent().expect("a folder");
+    let doctor = |variable: &str, value: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_spleen-hpc"));
+        for other in
+            ["SPLEEN_NVRTC", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"]
+        {
+            command.env_remove(other);
+        }
+        // Without what scripts/fetch_nvrtc.sh left in the user's cache.
+        command.env("XDG_CACHE_HOME", "/nowhere").env(variable, value);
+        let out = command.args(["doctor", "--device", "cpu", "--arch", "sm_80"]).output().expect("it runs");
+        (out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    let (_, without) = doctor("NOTHING", Path::new(""));
+    if !without.contains("nvrtc      none") {
+        println!("skipped: this machine has an NVRTC without being told where");
+        return;
+    }
+    for (variable, below) in [
+        ("SPLEEN_NVRTC", ""),
+        ("SPLEEN_NVRTC", "nvidia/cu13/lib"),
+        ("CUDA_HOME", "lib64"),
+        ("CUDA_PATH", "targets/x86_64-linux/lib"),
+        ("VIRTUAL_ENV", "lib/python3.12/site-packages/nvidia/cu13/lib"),
+        ("VIRTUAL_ENV", "lib/python3.9/site-packages/nvidia/cuda_nvrtc/lib"),
+        ("CONDA_PREFIX", "lib"),
+        ("XDG_CACHE_HOME", "spleen-hpc/nvrtc/nvidia/cu13/lib"),
+        ("LD_LIBRARY_PATH", ""),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join(below);
+        std::fs::create_dir_all(&folder).unwrap();
+        for file in files(here).iter().filter(|file| file.to_string_lossy().contains("libnvrtc")) {
+            std::os::unix::fs::symlink(file, folder.join(file.file_name().unwrap())).unwrap();
+        }
+        let (success, said) = doctor(variable, dir.path());
+        let line = said.lines().find(|line| line.starts_with("nvrtc ")).expect("a line");
+        // A library found by name is shown as it is mapped: links are followed.
+        assert!(
+            success && line.contains(folder.to_str().unwrap()) || variable == "LD_LIBRARY_PATH",
+            "{said}"
+        );
+        assert!(success && said.contains("compiled for sm_80 in"), "{variable} {below}: {said}");
+    }
 }
 
 #[test]

@@ -74,9 +74,8 @@ fn gpu(ordinal: u32, precision: Precision) -> Result<Arc<Cuda>> {
             _ => format!("there are {count} GPUs, cuda:0 to cuda:{}", count.saturating_sub(1)),
         }));
     }
-    let native = Native::new(ordinal)?;
     Nvrtc::get()?.check_install()?;
-    Ok(Cuda::new(Arc::new(native), precision))
+    Ok(Cuda::new(Arc::new(Native::new(ordinal)?), precision))
 }
 
 fn describe(cuda: &Cuda) -> String {
