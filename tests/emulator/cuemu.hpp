@@ -27,7 +27,7 @@ struct Thread {
   const Block* block;
   unsigned linear, lane, warp;
 };
-extern thread_local Thread* self;
+extern constinit thread_local Thread* self;
 
 // A line of a kernel, for reports.
 struct Site {

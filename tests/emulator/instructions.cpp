@@ -199,10 +199,18 @@ void copy_wait(u32 groups) {
     for (; f.waited_copies < end; f.waited_copies++)
       if (!f.copies[f.waited_copies].done) perform(f.copies[f.waited_copies]);
   }
-  if (f.waited_groups == f.groups.size() && f.waited_copies == f.copies.size()) {
-    f.copies.clear();
-    f.groups.clear();
-    f.waited_copies = f.waited_groups = 0;
-  }
+  if (f.waited_groups == f.groups.size() && f.waited_copies == f.copies.size()) forget_copies(f);
+}
+
+void end_copies(Fiber& f) {
+  if (f.waited_copies < f.copies.size())
+    fail("the thread ends with %zu copies (cp.async) it has not waited for", f.copies.size() - f.waited_copies);
+  if (!f.groups.empty()) forget_copies(f);
+}
+
+void forget_copies(Fiber& f) {
+  f.copies.clear();
+  f.groups.clear();
+  f.waited_copies = f.waited_groups = 0;
 }
 }  // namespace cuemu

@@ -14,7 +14,6 @@ Kernel* kernels = nullptr;
 
 struct Run {
   Launch launch;
-  u32 blocks;
   u32 step, start;  // the i-th block to run is start + i step, modulo their number
   std::atomic<u32> next{0};
   std::mutex lock;
@@ -45,9 +44,9 @@ void run_blocks(Run& run, Machine& m) {
   machine = &m;
   m.launch = &run.launch;
   m.failed = false;
-  for (u32 i; (i = run.next++) < run.blocks;) {
-    if (run_block(m, (run.start + (u64)i * run.step) % run.blocks)) continue;
-    run.next = run.blocks;
+  for (u32 i; (i = run.next++) < run.launch.blocks;) {
+    if (run_block(m, (run.start + (u64)i * run.step) % run.launch.blocks)) continue;
+    run.next = run.launch.blocks;
     std::lock_guard<std::mutex> guard(run.lock);
     if (i < run.failed_at) {
       run.failed_at = i;
@@ -92,27 +91,37 @@ extern "C" void cuemu_limits(const Kernel* kernel, u32* args_bytes, u32* max_thr
 extern "C" int cuemu_launch(Device* device, const Kernel* kernel, const u32* grid, u32 threads, u32 shared_bytes,
                             const void* args, u64 seed, u32 host_threads, char* error, u64 error_bytes) {
   Run run;
-  run.launch = {device, kernel, args, {grid[0], grid[1], grid[2]}, {threads, 1, 1}, threads, shared_bytes, seed};
-  run.blocks = grid[0] * grid[1] * grid[2];
+  Launch& launch = run.launch;
+  launch.device = device;
+  launch.kernel = kernel;
+  launch.args = args;
+  launch.grid = {grid[0], grid[1], grid[2]};
+  launch.block = {threads, 1, 1};
+  launch.threads = threads;
+  launch.shared_bytes = shared_bytes;
+  launch.seed = seed;
+  launch.blocks = grid[0] * grid[1] * grid[2];
+  launch.first_number = device->shadow.begin_launch();
   run.step = 1;
   run.start = 0;
   run.error = error;
   run.error_bytes = error_bytes;
-  if (seed && run.blocks > 1) {
+  if (seed && run.launch.blocks > 1) {
     u64 random = seed * 0x9E3779B97F4A7C15ull;
-    run.start = (random >> 33) % run.blocks;
+    run.start = (random >> 33) % run.launch.blocks;
     do {
       random = random * 0x5851F42D4C957F2Dull + 0x14057B7EF767814Full;
-      run.step = 1 + (random >> 33) % (run.blocks - 1);
-    } while (std::gcd(run.step, run.blocks) != 1);
+      run.step = 1 + (random >> 33) % (run.launch.blocks - 1);
+    } while (std::gcd(run.step, run.launch.blocks) != 1);
   }
   struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &action, nullptr);
   sigaction(SIGBUS, &action, nullptr);
-  host_threads = std::max(1u, std::min(host_threads, run.blocks));
+  host_threads = std::max(1u, std::min(host_threads, run.launch.blocks));
   while (device->machines.size() < host_threads) device->machines.push_back(new Machine);
+  for (Machine* m : device->machines) m->begin_launch(launch.first_number);
   std::vector<std::thread> others;
   for (u32 i = 1; i < host_threads; i++) others.emplace_back([&run, device, i] { run_blocks(run, *device->machines[i]); });
   run_blocks(run, *device->machines[0]);
@@ -126,6 +135,6 @@ extern "C" int cuemu_launch(Device* device, const Kernel* kernel, const u32* gri
 
 // Groups of 8 rows that ldmatrix has read since the last call, and the passes over the banks that they took.
 extern "C" void cuemu_bank_conflicts(Device* device, u64* requests, u64* wavefronts) {
-  *requests = device->ldmatrix_phases.exchange(0);
-  *wavefronts = device->ldmatrix_wavefronts.exchange(0);
+  *requests = std::exchange(device->ldmatrix_phases, 0);
+  *wavefronts = std::exchange(device->ldmatrix_wavefronts, 0);
 }

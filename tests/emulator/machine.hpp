@@ -2,8 +2,9 @@
 //
 // scheduler.cpp     fibers of a block, barriers, warp collectives
 // instructions.cpp  shuffles, ldmatrix, mma, cp.async
-// memory.cpp        device memory, bounds, the shadow map that finds races between blocks
-// order.cpp         which block's writes another may read: fences and atomics
+// memory.cpp        device memory
+// shadow.cpp        checks of every access to it: bounds, races between blocks
+// order.cpp         which block happened before which: fences and atomics
 // launch.cpp        blocks over host threads, reports, and what Rust calls
 #pragma once
 #include <atomic>
@@ -12,6 +13,7 @@
 
 #define ELEM 32
 #include "ptx.cuh"
+#include "order.hpp"
 #undef threadIdx
 #undef blockIdx
 #undef blockDim
@@ -32,7 +34,7 @@ struct Copy {
 // A CUDA thread. `self` points to its first member.
 struct Fiber {
   Thread thread;
-  void* sp = nullptr;
+  void* sp = nullptr;     // null until it first runs
   u8* stack = nullptr;  // its lowest byte
   Site site{};          // where it waits or waited last
   bool done = false;
@@ -43,6 +45,10 @@ struct Fiber {
   // Spinning: how often the same word was read with nothing between.
   const void* polled = nullptr;
   u32 polls = 0;
+  // One more than the barriers passed at its last store and at its last fence; whether no store came after that.
+  u32 wrote = 0, fenced = 0;
+  bool fenced_all = false;
+  Order::Acquired saw;  // what its last atomic acquires if a fence follows
   void* tsan = nullptr;
   void* fake_stack = nullptr;
 };
@@ -66,6 +72,13 @@ struct Warp {
   Slot slot[32];
 };
 
+// A line of the kernel that this block has run, and its number in the shadow map.
+struct KnownLine {
+  Site site;
+  bool atomic;
+  u32 number = 0;
+};
+
 // Blocks one after another on one host thread.
 struct Machine {
   Launch* launch = nullptr;
@@ -81,6 +94,7 @@ struct Machine {
   void* scheduler_sp = nullptr;
   u8* stacks = nullptr;
   u32 stacks_made = 0;
+  std::vector<u8*> free_stacks;
   u8* shared_end = nullptr;  // a page that faults begins here
   u8* shared = nullptr;
   u32 shared_bytes = 0;
@@ -88,6 +102,14 @@ struct Machine {
   bool shuffle = false;
   bool failed = false;
   char error[1024];
+  // Races between blocks; see shadow.cpp. Numbers from `first_mine` to `next_number` are of this block; lines known
+  // under a number less than `first_valid` are of another block or an earlier time.
+  KnownLine lines[128];
+  u32 first_mine = 0, first_valid = 0, next_number = 0, end_number = 0;
+  u32 clock = 1;
+  bool any_fence = false;
+  std::unordered_map<u32, u32> seen;  // other blocks' clocks, if `seen_known`
+  bool seen_known = false;
   u64 ldmatrix_phases = 0, ldmatrix_wavefronts = 0;
   std::atomic<u64> blocks_begun{0};
   void* tsan = nullptr;
@@ -96,6 +118,8 @@ struct Machine {
   size_t stack_size = 0;
 
   ~Machine();
+  Device& device();
+  void begin_launch(u32 first_number);
   u64 next() {
     random ^= random << 13;
     random ^= random >> 7;
@@ -112,9 +136,12 @@ struct Launch {
   Dim grid, block;
   u32 threads, shared_bytes;
   u64 seed;
+  u32 blocks;
+  u32 first_number = 0;  // in the shadow map
+  Order order;
 };
 
-extern thread_local Machine* machine;  // null outside a launch
+extern constinit thread_local Machine* machine;  // null outside a launch
 
 inline Fiber& me() { return *(Fiber*)self; }
 
@@ -130,6 +157,9 @@ void dismiss(Warp& w);
 // instructions.cpp
 void perform(const Copy& copy);
 void perform_some_copies(Fiber& f);
+// When the thread ends: it must have waited for all of them.
+void end_copies(Fiber& f);
+void forget_copies(Fiber& f);
 
 const char* base_name(const char* path);
 }  // namespace cuemu

@@ -1,4 +1,4 @@
-// Device memory, and the checks of every access a kernel makes to it.
+// Device memory: allocations, and which of their bytes may be used.
 #include "memory.hpp"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace cuemu {
 namespace {
-constexpr u64 PAGE = 4096, UNIT = 256;
+constexpr u64 PAGE = 4096;
 
 u64 pages(u64 bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
@@ -15,17 +15,6 @@ u64 pages(u64 bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 void set_live(Device& d, const u8* p, u64 bytes, u64 usable) {
   u16* live = (u16*)d.live.begin + (p - d.memory.begin) / UNIT;
   for (u64 at = 0; at < bytes; at += UNIT) *live++ = at < usable ? std::min(UNIT, usable - at) : 0;
-}
-u32 live_at(const Device& d, u64 offset) { return ((const u16*)d.live.begin)[offset / UNIT]; }
-
-void check(const void* p, u32 bytes, const char* what, Site site) {
-  Device& d = *machine->launch->device;
-  u64 offset = (const u8*)p - d.memory.begin;
-  if ((uintptr_t)p % std::min(bytes & -bytes, 16u))
-    fail("misaligned %s of %u bytes at %p (%s:%d)", what, bytes, p, base_name(site.file), site.line);
-  if (offset >= d.memory.bytes) fail("%s at %p, which is no device memory (%s:%d)", what, p, base_name(site.file), site.line);
-  if (offset % UNIT + bytes > live_at(d, offset))
-    fail("%s of %u bytes at %p, outside every live block (%s:%d)", what, bytes, p, base_name(site.file), site.line);
 }
 }  // namespace
 
@@ -45,47 +34,6 @@ Device::~Device() {
   for (Machine* m : machines) delete m;
 }
 
-void begin_block(Machine&) {}
-
-void on_load(const void* p, u32 bytes, Site site) {
-  check(p, bytes, "load", site);
-  Fiber& f = me();
-  f.polls = f.polled == p ? f.polls + 1 : 0;
-  f.polled = p;
-  if (f.polls > SPIN) fail("the thread reads one word for ever: no block may wait for another (%s:%d)", base_name(site.file), site.line);
-}
-void on_store(const void* p, u32 bytes, Site site) {
-  check(p, bytes, "store", site);
-  me().polls = 0;
-}
-
-namespace {
-void on_atomic(const void* p, Site site) {
-  check(p, 4, "atomic", site);
-  Fiber& f = me();
-  f.polls = f.polled == p ? f.polls + 1 : 0;
-  f.polled = p;
-  if (f.polls > SPIN) fail("the thread tries one word for ever: no block may wait for another (%s:%d)", base_name(site.file), site.line);
-}
-}  // namespace
-
-u32 fetch_add(u32* p, u32 v, Site site) {
-  on_atomic(p, site);
-  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
-}
-u32 fetch_or(u32* p, u32 v, Site site) {
-  on_atomic(p, site);
-  return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST);
-}
-u32 fetch_inc(u32* p, u32 limit, Site site) {
-  on_atomic(p, site);
-  u32 old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-  while (!__atomic_compare_exchange_n(p, &old, old >= limit ? 0 : old + 1, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-  }
-  return old;
-}
-void fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-
 }  // namespace cuemu
 
 using namespace cuemu;
@@ -94,7 +42,7 @@ using namespace cuemu;
 extern "C" Device* cuemu_device(u64 memory) {
   Device* d = new Device;
   u64 space = pages(memory) * 2;
-  if (!d->memory.reserve(space, false) || !d->live.reserve(space / UNIT * 2, true)) {
+  if (!d->memory.reserve(space, false) || !d->live.reserve(space / UNIT * 2, true) || !d->shadow.reserve(space)) {
     delete d;
     return nullptr;
   }

@@ -1,4 +1,4 @@
-// Device memory: one range of addresses a device, allocations with pages between them that fault.
+// Device memory: one range of addresses a device, allocations with pages between them that fault; and its shadow.
 #pragma once
 #include <map>
 
@@ -6,7 +6,7 @@
 
 namespace cuemu {
 
-// A host range that is reserved at once and becomes real page by page.
+// A range of host addresses that is reserved at once and becomes real page by page.
 struct Range {
   u8* begin = nullptr;
   u64 bytes = 0;
@@ -14,19 +14,54 @@ struct Range {
   ~Range();
 };
 
+// A line of a kernel that touches device memory, run by one block at one time of its clock.
+struct Access {
+  Site site;
+  bool atomic;
+  u32 block, clock;
+};
+
+// Who wrote and read each byte of device memory; see shadow.cpp.
+struct Shadow {
+  static constexpr u32 CHUNK = 64, SEGMENT = 1 << 16, LAST = 0x3FFFFFFF - CHUNK, SEGMENTS = (LAST >> 16) + 2;
+  Range words;     // written, then read
+  Range segments;  // pointers to the accesses of this launch, SEGMENT of them each
+  std::atomic<u32> next{CHUNK};
+  u32 first = 0;  // of this launch
+  std::mutex lock;
+
+  bool reserve(u64 memory);
+  ~Shadow();
+  u32* written() { return (u32*)words.begin; }
+  u32* read() { return (u32*)(words.begin + words.bytes / 2); }
+  Access** table() { return (Access**)segments.begin; }
+  Access& access(u32 word) {
+    u32 i = word / 2 - first;
+    return table()[i / SEGMENT][i % SEGMENT];
+  }
+  // The first word of a new launch: all words of earlier ones are smaller.
+  u32 begin_launch();
+  // A new number, times two.
+  u32 number(Machine& m, const Access& access);
+};
+
+// Device memory is live in units of this many bytes, of which the first few may be used.
+constexpr u64 UNIT = 256;
+
 struct Device {
   Range memory;
   std::map<u8*, u64> unused;  // of `memory`, by address
   std::map<u8*, u64> blocks;  // what was allocated
   u64 left = 0;               // bytes that may still be allocated
-  Range live;                 // a u16 for each unit of 256 bytes: how many of them may be used
+  Range live;                 // a u16 for each unit: how many of its bytes may be used
+  Shadow shadow;
   std::vector<Machine*> machines;
-  std::atomic<u64> ldmatrix_phases{0}, ldmatrix_wavefronts{0};
+  u64 ldmatrix_phases = 0, ldmatrix_wavefronts = 0;
   ~Device();
 };
 
-// A thread that reads one word so often with nothing between waits for another block.
-constexpr u32 SPIN = 1 << 20;
+inline u32 live_at(const Device& d, u64 offset) { return ((const u16*)d.live.begin)[offset / UNIT]; }
+inline Device& Machine::device() { return *launch->device; }
 
 // Called when a block starts.
 void begin_block(Machine& m);

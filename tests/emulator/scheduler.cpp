@@ -37,14 +37,33 @@ cuemu_switch:
 
 namespace cuemu {
 
-thread_local Thread* self;
-thread_local Machine* machine;
+constinit thread_local Thread* self;
+constinit thread_local Machine* machine;
 
 namespace {
 constexpr size_t PAGE = 4096, STACK = 128 << 10;
 
+void entry();
+
+// A fiber gets a stack when it first runs and leaves it to others when it ends: threads that never wait share one, which
+// stays in the cache.
+void give_stack(Machine& m, Fiber& f) {
+  if (!sanitizer::THREADS) {
+    f.stack = m.free_stacks.back();
+    m.free_stacks.pop_back();
+  }
+  // Stacks lie at multiples of 128 KB: without the shift all lanes' variables would share a few lines of the cache.
+  u64 number = (f.stack - m.stacks) / STACK;
+  void** sp = (void**)(f.stack + STACK - PAGE - 64 - number % 32 * 1088);
+  *--sp = nullptr;
+  *--sp = (void*)entry;
+  for (int i = 0; i < 6; i++) *--sp = nullptr;
+  f.sp = sp;
+}
+
 void switch_to(Fiber& to) {
   Fiber& from = me();
+  if (!to.sp) give_stack(*machine, to);
   sanitizer::leave_for(to, from.done ? nullptr : &from.fake_stack, STACK - PAGE);
   self = &to.thread;
   cuemu_switch(&from.sp, to.sp);
@@ -80,53 +99,61 @@ Fiber* next_fiber(Machine& m) {
   return &m.fibers[w * 32 + lane];
 }
 
-// Where every fiber begins and ends.
+// What every stack runs: one thread after another.
 void entry() {
   sanitizer::arrived(nullptr);
   Machine& m = *machine;
-  sanitizer::acquire(&m.block);
-  m.launch->kernel->entry(m.launch->args);
-  sanitizer::release(&m.block);
-  Fiber& f = me();
-  if (f.waited_copies < f.copies.size()) fail("the thread ends with %zu copies (cp.async) it has not waited for",
-                                              f.copies.size() - f.waited_copies);
-  f.done = true;
-  m.alive--;
-  park();
-  abort();
+  for (;;) {
+    sanitizer::acquire(&m.block);
+    m.launch->kernel->entry(m.launch->args);
+    sanitizer::release(&m.block);
+    Fiber& f = me();
+    end_copies(f);
+    f.done = true;
+    m.alive--;
+    Fiber* next = next_fiber(m);
+    if (!next) leave_block();
+    if (next->sp || sanitizer::THREADS) {
+      m.free_stacks.push_back(f.stack);
+      switch_to(*next);
+    }
+    next->stack = f.stack;
+    next->sp = f.stack;
+    self = &next->thread;
+  }
 }
 
 void make_stacks(Machine& m) {
-  if (m.stacks_made >= m.threads) return;
-  if (m.stacks) munmap(m.stacks, m.stacks_made * STACK);
-  for (u32 i = 0; i < m.stacks_made; i++) sanitizer::destroy(m.fibers[i]);
-  m.stacks = (u8*)mmap(nullptr, m.threads * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (m.stacks == MAP_FAILED) abort();
-  m.fibers.resize(m.threads);
-  for (u32 i = 0; i < m.threads; i++) {
-    Fiber& f = m.fibers[i];
-    f.stack = m.stacks + i * STACK + PAGE;
-    mprotect(f.stack - PAGE, PAGE, PROT_NONE);
-    sanitizer::create(f);
+  if (m.stacks_made < m.threads) {
+    if (m.stacks) munmap(m.stacks, m.stacks_made * STACK);
+    for (u32 i = 0; i < m.stacks_made; i++) sanitizer::destroy(m.fibers[i]);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    m.stacks = (u8*)mmap(nullptr, m.threads * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (m.stacks == MAP_FAILED) abort();
+    m.stacks_made = m.threads;
+    m.fibers.resize(m.threads);
+    for (u32 i = 0; i < m.threads; i++) {
+      mprotect(m.stacks + i * STACK, PAGE, PROT_NONE);
+      sanitizer::create(m.fibers[i]);
+    }
   }
-  m.stacks_made = m.threads;
+  m.free_stacks.clear();
+  for (u32 i = m.threads; i-- > 0;) {
+    m.free_stacks.push_back(m.stacks + i * STACK + PAGE);
+    if (sanitizer::THREADS) m.fibers[i].stack = m.free_stacks.back();
+  }
 }
 
 void make_fiber(Machine& m, u32 t, Dim at) {
   Fiber& f = m.fibers[t];
   f.thread = {at, &m.block, t, t % 32, t / 32};
+  f.sp = nullptr;
   f.site = {nullptr, 0};
   f.done = false;
-  f.copies.clear();
-  f.groups.clear();
-  f.waited_copies = f.waited_groups = 0;
-  f.polls = 0;
-  // Stacks lie at multiples of 128 KB: without the shift all lanes' variables would share a few lines of the cache.
-  void** sp = (void**)(f.stack + STACK - PAGE - 64 - t % 32 * 1088);
-  *--sp = nullptr;
-  *--sp = (void*)entry;
-  for (int i = 0; i < 6; i++) *--sp = nullptr;
-  f.sp = sp;
+  f.polled = nullptr;
+  f.wrote = f.fenced = 0;
+  f.fenced_all = false;
+  f.saw = {};
 }
 
 // Shared memory ends where a page that faults begins. What its alignment leaves over, and a margin before it, is filled
@@ -302,10 +329,11 @@ bool run_block(Machine& m, u32 index) {
   for (u32 z = 0; z < l.block.z; z++)
     for (u32 y = 0; y < l.block.y; y++)
       for (u32 x = 0; x < l.block.x; x++) make_fiber(m, t++, {x, y, z});
-  sanitizer::allow(m.stacks, m.threads * STACK);
+  sanitizer::allow(m.stacks, m.stacks_made * STACK);
   sanitizer::enter(m);
   self = nullptr;
   Fiber& first = *next_fiber(m);
+  give_stack(m, first);
   sanitizer::release(&m.block);
   sanitizer::leave_for(first, &m.fake_stack, STACK - PAGE);
   self = &first.thread;
@@ -314,6 +342,8 @@ bool run_block(Machine& m, u32 index) {
   sanitizer::acquire(&m.block);
   self = nullptr;
   if (m.alive && !m.failed) report_deadlock(m);
+  if (m.failed)
+    for (Fiber& f : m.fibers) forget_copies(f);
   if (!m.failed && m.shared_bytes) check_shared(m);
   return !m.failed;
 }
