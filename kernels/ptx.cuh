@@ -52,13 +52,16 @@ DEVICE float to_f32(h16 v) {
   return f;
 }
 
-template <class T>
-DEVICE T global_load(const T* p) {
-  return *p;
+// Of an element in global memory. The emulator's also knows the line it was made on, for reports.
+typedef u64 Index;
+// A V from the address of a T, or to it.
+template <class V, class T>
+DEVICE V global_load(const T* p) {
+  return *(const V*)p;
 }
-template <class T>
-DEVICE void global_store(T* p, T v) {
-  *p = v;
+template <class V, class T>
+DEVICE void global_store(T* p, V v) {
+  *(V*)p = v;
 }
 // Adds and returns the old value.
 DEVICE u32 global_fetch_add(u32* p, u32 v) { return atomicAdd(p, v); }
@@ -156,11 +159,11 @@ struct alignas(16) Word4 {
 template <class T>
 struct In {
   const T* p;
-  DEVICE_METHOD T operator[](u64 i) const { return global_load(p + i); }
+  DEVICE_METHOD T operator[](Index i) const { return global_load<T>(p + i); }
   // One vector from element i on; its address must be a multiple of its size.
   template <class V>
-  DEVICE_METHOD V vector(u64 i) const {
-    return global_load((const V*)(p + i));
+  DEVICE_METHOD V vector(Index i) const {
+    return global_load<V>(p + i);
   }
   DEVICE_METHOD In<T> at(u64 i) const { return In<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
@@ -170,10 +173,10 @@ struct In {
 template <class T>
 struct Out {
   T* p;
-  DEVICE_METHOD void set(u64 i, T v) const { global_store(p + i, v); }
+  DEVICE_METHOD void set(Index i, T v) const { global_store(p + i, v); }
   template <class V>
-  DEVICE_METHOD void vector(u64 i, V v) const {
-    global_store((V*)(p + i), v);
+  DEVICE_METHOD void vector(Index i, V v) const {
+    global_store(p + i, v);
   }
   DEVICE_METHOD Out<T> at(u64 i) const { return Out<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
@@ -183,23 +186,23 @@ struct Out {
 template <class T>
 struct InOut {
   T* p;
-  DEVICE_METHOD T operator[](u64 i) const { return global_load(p + i); }
-  DEVICE_METHOD void set(u64 i, T v) const { global_store(p + i, v); }
+  DEVICE_METHOD T operator[](Index i) const { return global_load<T>(p + i); }
+  DEVICE_METHOD void set(Index i, T v) const { global_store(p + i, v); }
   template <class V>
-  DEVICE_METHOD V vector(u64 i) const {
-    return global_load((const V*)(p + i));
+  DEVICE_METHOD V vector(Index i) const {
+    return global_load<V>(p + i);
   }
   template <class V>
-  DEVICE_METHOD void vector(u64 i, V v) const {
-    global_store((V*)(p + i), v);
+  DEVICE_METHOD void vector(Index i, V v) const {
+    global_store(p + i, v);
   }
   DEVICE_METHOD InOut<T> at(u64 i) const { return InOut<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
 };
 
 template <class T>
-DEVICE void cp_async_16(void* to, In<T> from, u64 i, bool valid) {
-  global_to_shared_16(to, valid ? (const void*)(from.p + i) : (const void*)from.p, valid);
+DEVICE void cp_async_16(void* to, In<T> from, Index i, bool valid) {
+  global_to_shared_16(to, from.p + (valid ? i : Index(0)), valid);
 }
 
 // Whether this is the last block to arrive: it then sees what all others wrote before. `counter` is 0 between launches.

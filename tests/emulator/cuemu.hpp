@@ -34,7 +34,9 @@ struct Site {
   const char* file;
   int line;
 };
-#define CUEMU_SITE cuemu::Site site = cuemu::Site{__builtin_FILE(), __builtin_LINE()}
+// The caller's line as a default argument, and how a function with such arguments reads it.
+#define CUEMU_SITE const char* file = __builtin_FILE(), int line = __builtin_LINE()
+#define CUEMU_HERE cuemu::Site{file, line}
 
 // Ends the launch with a report that names kernel, block and thread. On the side of the scheduler it returns.
 void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -89,28 +91,28 @@ T shuffled(unsigned mask, T value, unsigned source, Site site) {
 #define blockDim (cuemu::self->block->dim)
 #define gridDim (cuemu::self->block->grid)
 
-static inline void __syncthreads(CUEMU_SITE) { cuemu::barrier(site); }
-static inline void __syncwarp(unsigned mask = ~0u, CUEMU_SITE) { cuemu::warp_barrier(mask, site); }
+static inline void __syncthreads(CUEMU_SITE) { cuemu::barrier(CUEMU_HERE); }
+static inline void __syncwarp(unsigned mask = ~0u, CUEMU_SITE) { cuemu::warp_barrier(mask, CUEMU_HERE); }
 // A source outside the lane's group of `width` is the lane itself, as on a GPU.
 template <class T>
 static inline T __shfl_sync(unsigned mask, T v, int source, int width = 32, CUEMU_SITE) {
   int lane = cuemu::self->lane;
-  return cuemu::shuffled(mask, v, (lane & ~(width - 1)) | (source & (width - 1)), site);
+  return cuemu::shuffled(mask, v, (lane & ~(width - 1)) | (source & (width - 1)), CUEMU_HERE);
 }
 template <class T>
 static inline T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, CUEMU_SITE) {
   int lane = cuemu::self->lane, source = lane ^ bits;
-  return cuemu::shuffled(mask, v, (source & ~(width - 1)) <= (lane & ~(width - 1)) ? source : lane, site);
+  return cuemu::shuffled(mask, v, (source & ~(width - 1)) <= (lane & ~(width - 1)) ? source : lane, CUEMU_HERE);
 }
 template <class T>
 static inline T __shfl_down_sync(unsigned mask, T v, int by, int width = 32, CUEMU_SITE) {
   int lane = cuemu::self->lane, source = lane + by;
-  return cuemu::shuffled(mask, v, source < (lane & ~(width - 1)) + width ? source : lane, site);
+  return cuemu::shuffled(mask, v, source < (lane & ~(width - 1)) + width ? source : lane, CUEMU_HERE);
 }
 template <class T>
 static inline T __shfl_up_sync(unsigned mask, T v, int by, int width = 32, CUEMU_SITE) {
   int lane = cuemu::self->lane, source = lane - by;
-  return cuemu::shuffled(mask, v, source >= (lane & ~(width - 1)) ? source : lane, site);
+  return cuemu::shuffled(mask, v, source >= (lane & ~(width - 1)) ? source : lane, CUEMU_HERE);
 }
 
 // The nearest fp16, ties to even.
@@ -142,35 +144,54 @@ static inline float to_f32(h16 v) {
   return scaled;
 }
 
+// An index is a number that remembers where it became one: `x[i]` reports the line of the kernel, not of In<T>.
+namespace cuemu {
+struct Index {
+  u64 i;
+  Site site;
+  Index(u64 i, CUEMU_SITE) : i(i), site(CUEMU_HERE) {}
+};
 template <class T>
-static inline T global_load(const T* p, CUEMU_SITE) {
-  cuemu::on_load(p, sizeof(T), site);
-  return *p;
-}
+struct Place {
+  T* p;
+  Site site;
+};
 template <class T>
-static inline void global_store(T* p, T v, CUEMU_SITE) {
-  cuemu::on_store(p, sizeof(T), site);
-  *p = v;
+Place<T> operator+(T* p, Index i) {
+  return {p + i.i, i.site};
 }
-static inline u32 global_fetch_add(u32* p, u32 v, CUEMU_SITE) { return cuemu::fetch_add(p, v, site); }
-static inline u32 global_fetch_inc(u32* p, u32 limit, CUEMU_SITE) { return cuemu::fetch_inc(p, limit, site); }
-static inline u32 global_fetch_or(u32* p, u32 v, CUEMU_SITE) { return cuemu::fetch_or(p, v, site); }
+}  // namespace cuemu
+using cuemu::Index;
+template <class V, class T>
+static inline V global_load(cuemu::Place<T> from) {
+  cuemu::on_load(from.p, sizeof(V), from.site);
+  return *(const V*)from.p;
+}
+template <class V, class T>
+static inline void global_store(cuemu::Place<T> to, V v) {
+  cuemu::on_store(to.p, sizeof(V), to.site);
+  *(V*)to.p = v;
+}
+static inline u32 global_fetch_add(u32* p, u32 v, CUEMU_SITE) { return cuemu::fetch_add(p, v, CUEMU_HERE); }
+static inline u32 global_fetch_inc(u32* p, u32 limit, CUEMU_SITE) { return cuemu::fetch_inc(p, limit, CUEMU_HERE); }
+static inline u32 global_fetch_or(u32* p, u32 v, CUEMU_SITE) { return cuemu::fetch_or(p, v, CUEMU_HERE); }
 static inline void global_fence() { cuemu::fence(); }
 
-static inline void ldmatrix_x4(u32 (&r)[4], const void* row, CUEMU_SITE) { cuemu::ldmatrix(r, 4, false, row, site); }
+static inline void ldmatrix_x4(u32 (&r)[4], const void* row, CUEMU_SITE) { cuemu::ldmatrix(r, 4, false, row, CUEMU_HERE); }
 static inline void ldmatrix_x4_trans(u32 (&r)[4], const void* row, CUEMU_SITE) {
-  cuemu::ldmatrix(r, 4, true, row, site);
+  cuemu::ldmatrix(r, 4, true, row, CUEMU_HERE);
 }
-static inline void ldmatrix_x2(u32 (&r)[2], const void* row, CUEMU_SITE) { cuemu::ldmatrix(r, 2, false, row, site); }
+static inline void ldmatrix_x2(u32 (&r)[2], const void* row, CUEMU_SITE) { cuemu::ldmatrix(r, 2, false, row, CUEMU_HERE); }
 static inline void ldmatrix_x2_trans(u32 (&r)[2], const void* row, CUEMU_SITE) {
-  cuemu::ldmatrix(r, 2, true, row, site);
+  cuemu::ldmatrix(r, 2, true, row, CUEMU_HERE);
 }
 static inline void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, CUEMU_SITE) {
   u32 b[2] = {b0, b1};
-  cuemu::mma_m16n8k16(d, a, b, site);
+  cuemu::mma_m16n8k16(d, a, b, CUEMU_HERE);
 }
-static inline void global_to_shared_16(void* to, const void* from, bool valid, CUEMU_SITE) {
-  cuemu::copy_async(to, from, valid, site);
+template <class T>
+static inline void global_to_shared_16(void* to, cuemu::Place<T> from, bool valid) {
+  cuemu::copy_async(to, from.p, valid, from.site);
 }
 static inline void cp_async_commit() { cuemu::copy_commit(); }
 template <int N>
