@@ -12,7 +12,6 @@ use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Activation, Grads, Param, ParamId, Pending, Shape, Tape, Tensor};
 use spleen_hpc::train::trainer::Trainer;
 use std::hint::black_box;
-use std::sync::Arc;
 
 fn uniform(len: usize) -> Vec<f32> {
     let mut rng = Philox::new(1, len as u64);
@@ -37,8 +36,8 @@ fn layers(c: &mut Criterion) {
         let pending = Pending { scale: vec![1.1; input], shift: vec![-0.3; input], slope: 0.25 };
         let x = Activation::lazy(raw, pending);
         let shape = if transposed { vec![input, output, k, k, k] } else { vec![output, input, k, k, k] };
-        let value = Arc::new(uniform(shape.iter().product()));
-        let weight = Param { id: ParamId(0), shape, value };
+        let value = uniform(shape.iter().product());
+        let weight = Param::new(ParamId(0), shape, value);
         let run = |tape: &mut Tape| -> Tensor {
             if transposed {
                 conv_transpose3d(tape, &[&x], &weight, None).expect("fits")
@@ -56,7 +55,7 @@ fn layers(c: &mut Criterion) {
             let mut tape = Tape::recording();
             let y = run(&mut tape);
             let mut grads = Grads::new([weight.value.len()]);
-            grads.add(y.id(), y.clone());
+            grads.set(y.id(), y.clone());
             (tape, grads)
         };
         let backward = |(tape, mut grads): (Tape, Grads)| {

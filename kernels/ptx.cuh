@@ -9,6 +9,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef short i16;
 typedef int i32;
 typedef long long i64;
 
@@ -38,6 +39,10 @@ typedef float elem;
 // An entry point: one struct of arguments by value, at most `threads` threads a block. Reads them as `args`.
 #define KERNEL(name, Args, threads) \
   extern "C" __global__ void __launch_bounds__(threads) CAT(name, SUFFIX)(const __grid_constant__ Args args)
+// The same where the compiler may not spend more registers than let `blocks` blocks run on a multiprocessor, and need not
+// spend fewer: left alone it spills for the sake of one more block.
+#define KERNEL_RESIDENT(name, Args, threads, blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) CAT(name, SUFFIX)(const __grid_constant__ Args args)
 // The block's dynamic shared memory, the only shared memory there is.
 #define SHARED(name) extern __shared__ __align__(1024) u8 name[]
 
@@ -52,13 +57,22 @@ DEVICE float to_f32(h16 v) {
   return f;
 }
 
-template <class T>
-DEVICE T global_load(const T* p) {
-  return *p;
+// Of an element in global memory. The emulator's also knows the line it was made on, for reports.
+typedef u64 Index;
+// A V from the address of a T, or to it.
+template <class V, class T>
+DEVICE V global_load(const T* p) {
+  return *(const V*)p;
 }
-template <class T>
-DEVICE void global_store(T* p, T v) {
-  *p = v;
+// Two floats rounded to fp16, `low` in the low half.
+DEVICE u32 to_h16x2(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <class V, class T>
+DEVICE void global_store(T* p, V v) {
+  *(V*)p = v;
 }
 // Adds and returns the old value.
 DEVICE u32 global_fetch_add(u32* p, u32 v) { return atomicAdd(p, v); }
@@ -118,6 +132,12 @@ template <int N>
 DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// 1 / x to one unit in the last place, for x of normal size.
+DEVICE float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 // Rounded once each, never contracted: where a CPU's exact order of operations is to be followed.
 DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
@@ -156,11 +176,11 @@ struct alignas(16) Word4 {
 template <class T>
 struct In {
   const T* p;
-  DEVICE_METHOD T operator[](u64 i) const { return global_load(p + i); }
+  DEVICE_METHOD T operator[](Index i) const { return global_load<T>(p + i); }
   // One vector from element i on; its address must be a multiple of its size.
   template <class V>
-  DEVICE_METHOD V vector(u64 i) const {
-    return global_load((const V*)(p + i));
+  DEVICE_METHOD V vector(Index i) const {
+    return global_load<V>(p + i);
   }
   DEVICE_METHOD In<T> at(u64 i) const { return In<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
@@ -170,10 +190,10 @@ struct In {
 template <class T>
 struct Out {
   T* p;
-  DEVICE_METHOD void set(u64 i, T v) const { global_store(p + i, v); }
+  DEVICE_METHOD void set(Index i, T v) const { global_store(p + i, v); }
   template <class V>
-  DEVICE_METHOD void vector(u64 i, V v) const {
-    global_store((V*)(p + i), v);
+  DEVICE_METHOD void vector(Index i, V v) const {
+    global_store(p + i, v);
   }
   DEVICE_METHOD Out<T> at(u64 i) const { return Out<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
@@ -183,23 +203,23 @@ struct Out {
 template <class T>
 struct InOut {
   T* p;
-  DEVICE_METHOD T operator[](u64 i) const { return global_load(p + i); }
-  DEVICE_METHOD void set(u64 i, T v) const { global_store(p + i, v); }
+  DEVICE_METHOD T operator[](Index i) const { return global_load<T>(p + i); }
+  DEVICE_METHOD void set(Index i, T v) const { global_store(p + i, v); }
   template <class V>
-  DEVICE_METHOD V vector(u64 i) const {
-    return global_load((const V*)(p + i));
+  DEVICE_METHOD V vector(Index i) const {
+    return global_load<V>(p + i);
   }
   template <class V>
-  DEVICE_METHOD void vector(u64 i, V v) const {
-    global_store((V*)(p + i), v);
+  DEVICE_METHOD void vector(Index i, V v) const {
+    global_store(p + i, v);
   }
   DEVICE_METHOD InOut<T> at(u64 i) const { return InOut<T>{p + i}; }
   DEVICE_METHOD explicit operator bool() const { return p != nullptr; }
 };
 
 template <class T>
-DEVICE void cp_async_16(void* to, In<T> from, u64 i, bool valid) {
-  global_to_shared_16(to, valid ? (const void*)(from.p + i) : (const void*)from.p, valid);
+DEVICE void cp_async_16(void* to, In<T> from, Index i, bool valid) {
+  global_to_shared_16(to, from.p + (valid ? i : Index(0)), valid);
 }
 
 // Whether this is the last block to arrive: it then sees what all others wrote before. `counter` is 0 between launches.

@@ -39,6 +39,31 @@ pub enum Error {
         /// What it was given.
         got: String,
     },
+    /// A kernel that the CUDA compiler refuses.
+    #[error("{file} does not compile for {arch}:\n{log}")]
+    Nvrtc {
+        /// File in `kernels/`.
+        file: String,
+        /// What it was compiled for.
+        arch: String,
+        /// The compiler's own words, which name our files and lines.
+        log: String,
+    },
+    /// The CUDA driver, its compiler or the device does not do what it should.
+    #[error("{0}")]
+    Gpu(String),
+    /// Device memory is used up.
+    #[error("the GPU has no room for {} more ({} of {} are free): {cure}", mib(*.bytes), mib(*.free), mib(*.total))]
+    OutOfMemory {
+        /// What was asked for.
+        bytes: u64,
+        /// What the device had left.
+        free: u64,
+        /// All it has.
+        total: u64,
+        /// What to do.
+        cure: String,
+    },
     /// The loss left the numbers.
     #[error("step {step}: the loss is {loss}; {cure}")]
     Diverged {
@@ -86,7 +111,17 @@ impl Error {
         match self {
             Error::File { .. } | Error::Io { .. } | Error::Usage(_) => 2,
             Error::Interrupted => 130,
-            Error::Shape { .. } | Error::Diverged { .. } | Error::Internal(_) => 1,
+            Error::Shape { .. }
+            | Error::Nvrtc { .. }
+            | Error::Gpu(_)
+            | Error::OutOfMemory { .. }
+            | Error::Diverged { .. }
+            | Error::Internal(_) => 1,
         }
     }
+}
+
+/// A size for people, at least 1 MiB where there is anything.
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
 }

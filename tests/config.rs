@@ -101,6 +101,8 @@ fn the_resolved_file_reproduces_the_config() {
             "0.15",
             "--device",
             "cpu",
+            "--amp",
+            "off",
             "--lr",
             "0.00031",
         ]);
@@ -113,11 +115,16 @@ fn the_resolved_file_reproduces_the_config() {
         assert_eq!(config, Config::resolve(&[&again]).unwrap());
 
         let record = config.record();
-        for place in ["data", "device", "threads"] {
+        for place in ["data", "device", "amp", "threads"] {
             assert!(record.get(place).is_none(), "{place} says where, not what");
         }
         let here = Overrides::from_json(record, Path::new("checkpoint")).unwrap();
-        let given = Overrides { data: config.run.data.clone(), device: Some(config.device), ..here };
+        let given = Overrides {
+            data: config.run.data.clone(),
+            device: Some(config.device),
+            amp: Some(config.amp),
+            ..here
+        };
         assert_eq!(config, Config::resolve(&[&given]).unwrap());
     }
 }

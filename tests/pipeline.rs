@@ -10,6 +10,7 @@ use spleen_hpc::data::{nifti, nifti_write};
 use spleen_hpc::infer::evaluate::evaluate;
 use spleen_hpc::infer::jobs::{Style, jobs};
 use spleen_hpc::infer::pipeline::{Statistics, segment};
+use spleen_hpc::infer::predict::Predictor;
 use spleen_hpc::rng::Philox;
 
 /// 53.5 HU: half way between -57 and 164.
@@ -134,7 +135,7 @@ fn scores_follow_from_the_counts() {
     let mut config = Config::for_recipe(Recipe::V036);
     config.window = Window { roi: [16, 16, 16], ..config.window };
     let stop = AtomicBool::new(false);
-    let results = evaluate(&cases, &self::bright, &config, None, &stop, |_, _| ());
+    let results = evaluate(&cases, &Predictor::Host(&self::bright), &config, None, &stop, |_, _| ());
     let a = results[0].as_ref().unwrap();
     let (pred, truth) = (bright.len() as f64, label.data.iter().map(|&v| f64::from(v)).sum::<f64>());
     let dice = (2.0 * truth / (pred + truth)) as f32;

@@ -50,7 +50,7 @@ fn run(
     let resume = last.exists().then(|| checkpoint::load(&last).expect("a checkpoint"));
     let stop = AtomicBool::new(false);
     let mut losses = vec![];
-    let run = Run { config: c, dir, train: Arc::clone(train), val, resume, stop: &stop };
+    let run = Run { config: c, dir, train: Arc::clone(train), val, resume, stop: &stop, device: None };
     let summary = run.train(&mut |event| {
         if let Event::Step { loss, .. } = event {
             losses.push(*loss);
@@ -119,7 +119,15 @@ fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
     c.optim.lr = f64::INFINITY;
     let stop = AtomicBool::new(false);
     let resume = Some(checkpoint::load(&folder.join(LAST)).expect("a checkpoint"));
-    let run = Run { config: &c, dir: &folder, train: Arc::clone(&train), val: &val, resume, stop: &stop };
+    let run = Run {
+        config: &c,
+        dir: &folder,
+        train: Arc::clone(&train),
+        val: &val,
+        resume,
+        stop: &stop,
+        device: None,
+    };
     let error = run.train(&mut |_| {}).expect_err("weights that are infinite").to_string();
     assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
     assert!(std::fs::read(folder.join(LAST)).expect("still there") == good, "the checkpoint was overwritten");
@@ -134,8 +142,15 @@ fn weights_that_left_the_numbers_are_never_saved() {
     (c.optim.lr, c.run.epochs, c.run.val_interval) = (1e38, 1, 1);
     std::fs::create_dir_all(&folder).expect("a run folder");
     let stop = AtomicBool::new(false);
-    let run =
-        Run { config: &c, dir: &folder, train: Arc::clone(&train), val: &val, resume: None, stop: &stop };
+    let run = Run {
+        config: &c,
+        dir: &folder,
+        train: Arc::clone(&train),
+        val: &val,
+        resume: None,
+        stop: &stop,
+        device: None,
+    };
     let error = run.train(&mut |_| {}).expect_err("weights beyond f32").to_string();
     assert!(error.contains("last good checkpoint is"), "{error}");
     let last = checkpoint::load(&folder.join(LAST)).expect("the checkpoint before the first step");

@@ -312,6 +312,7 @@ fn sample_checkpoint() -> (StateDict, Moments, CheckpointMeta) {
         commit: "abc".into(),
         history: vec![EpochRecord { epoch: 1, loss: 1.0 / 3.0, dice: None }],
         epoch_losses: vec![0.25, 1.0 / 3.0],
+        scaler: None,
     };
     (weights, Moments { exp_avg, exp_avg_sq }, meta)
 }

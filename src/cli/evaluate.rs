@@ -9,12 +9,13 @@ use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
-use super::settings::{Settings, announce_device, data, resolve};
+use super::settings::{Settings, choose_device, data, resolve};
 use super::train::split;
 use super::{INTERRUPTED, Outcome, interrupt, memory, say, tell};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::{Case, training_cases};
 use crate::data::publish::{self, publish};
+use crate::device::Device;
 use crate::infer::evaluate::{CaseScores, evaluate};
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::report::csv;
@@ -74,7 +75,7 @@ pub fn run(args: &Args) -> Outcome {
         ));
     }
     memory::check_window(&config)?;
-    announce_device(config.device)?;
+    let device = choose_device(&config)?;
     let learned = trained.learned_from();
     if let (Which::Val, Some(case)) = (args.cases, cases.iter().find(|case| learned.contains(&case.name))) {
         let name = &case.name;
@@ -83,19 +84,19 @@ pub fn run(args: &Args) -> Outcome {
         ));
     }
     let stop = interrupt::watch("the cases under way are finished first")?;
-    score(&cases, &args.weights, &config, &args.out, args.masks.as_deref(), stop)
+    score(&cases, (&args.weights, &device), &config, &args.out, args.masks.as_deref(), stop)
 }
 
-/// Scores `weights` on `cases`, on the screen and in tables in `out`; masks go to `masks`.
+/// Scores `weights` on `cases` by `device`, on the screen and in tables in `out`; masks go to `masks`.
 pub fn score(
     cases: &[Case],
-    weights: &Path,
+    (weights, device): (&Path, &Device),
     config: &Config,
     out: &Path,
     masks: Option<&Path>,
     stop: &AtomicBool,
 ) -> Outcome {
-    let network = Trained::open(weights)?.network()?;
+    let network = Trained::open(weights)?.network(device)?;
     for folder in std::iter::once(out).chain(masks) {
         publish::folder(folder)?;
     }
@@ -104,16 +105,18 @@ pub fn score(
     }
     let progress = Progress::bar_only(cases.len(), "cases");
     let mut ended = 0;
-    let results = evaluate(cases, &progress.counting(&network), config, masks, stop, |case, result| {
-        progress.suspend(|| match result {
-            Ok(scores) => {
-                scores.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
-                say(line(scores));
-            }
-            Err(err) => tell(format_args!("error: {}: {err}", case.name)),
-        });
-        ended += 1;
-        progress.set(ended, cases.len());
+    let results = network.predict(&progress, |predictor| {
+        evaluate(cases, predictor, config, masks, stop, |case, result| {
+            progress.suspend(|| match result {
+                Ok(scores) => {
+                    scores.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
+                    say(line(scores));
+                }
+                Err(err) => tell(format_args!("error: {}: {err}", case.name)),
+            });
+            ended += 1;
+            progress.set(ended, cases.len());
+        })
     });
     progress.finish();
 

@@ -8,13 +8,14 @@ use serde_json::json;
 
 use super::network::Trained;
 use super::progress::Progress;
-use super::settings::{Settings, announce_device, resolve};
+use super::settings::{Settings, choose_device, resolve};
 use super::{INTERRUPTED, Outcome, interrupt, memory, say, tell};
 use crate::config::{Config, Overrides};
 use crate::data::dataset::expand_inputs;
 use crate::data::publish::{self, publish};
 use crate::infer::jobs::{Job, Style, jobs};
-use crate::infer::pipeline::{Statistics, segment};
+use crate::infer::pipeline::Statistics;
+use crate::infer::segment;
 use crate::{Error, Result};
 
 /// Segment scans: one mask a scan, in the scan's own geometry, and statistics.json with volumes in ml
@@ -50,20 +51,14 @@ pub fn run(args: &Args) -> Outcome {
     let trained = Trained::open(&args.weights)?;
     let config = resolve(&trained.config()?, &args.settings.given()?, &trained.fixed())?;
     memory::check_window(&config)?;
-    announce_device(config.device)?;
-    let network = trained.network()?;
+    let network = trained.network(&choose_device(&config)?)?;
     publish::folder(&args.out)?;
     let stop = interrupt::watch("the scans under way are finished first")?;
 
     let progress = Progress::bar_only(jobs.len(), "scans");
     let mut ended = 0;
-    let results = segment(
-        &jobs,
-        &progress.counting(&network),
-        (&config.preprocess, &config.window),
-        style,
-        stop,
-        |_, result| {
+    let results = network.predict(&progress, |predictor| {
+        segment(&jobs, predictor, (&config.preprocess, &config.window), style, stop, |_, result| {
             progress.suspend(|| match result {
                 Ok(found) => {
                     found.warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
@@ -73,8 +68,8 @@ pub fn run(args: &Args) -> Outcome {
             });
             ended += 1;
             progress.set(ended, jobs.len());
-        },
-    );
+        })
+    });
     progress.finish();
 
     write_statistics(&args.out, &args.weights, &config, &jobs, &results)?;

@@ -1,6 +1,7 @@
 //! The command line: flags in, exit code out, every failure one sentence on stderr.
 
 mod cache;
+mod doctor;
 mod evaluate;
 mod infer;
 mod interrupt;
@@ -46,6 +47,7 @@ enum Verb {
     Cache(cache::Args),
     Import(weights::ImportArgs),
     Export(weights::ExportArgs),
+    Doctor(doctor::Args),
 }
 
 /// Parses the process's arguments, does what they say, and reports a failure on stderr.
@@ -61,6 +63,7 @@ pub fn run() -> ExitCode {
         Verb::Cache(args) => cache::run(&args),
         Verb::Import(args) => weights::import(&args),
         Verb::Export(args) => weights::export(&args),
+        Verb::Doctor(args) => doctor::run(&args),
     });
     done.unwrap_or_else(|err| {
         tell(format_args!("error: {err}"));

@@ -1,13 +1,18 @@
 //! Weights from a file: what they are, how they were trained, and the network they make.
 
 use std::path::Path;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 
+use super::progress::Progress;
 use crate::config::{Net, Overrides};
-use crate::infer::predict::Network;
+use crate::device::Device;
+use crate::infer::predict::Predictor;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{CheckpointMeta, Split};
 use crate::nn::state_dict::{StateDict, infer_net};
 use crate::nn::weights::{Metadata, read_any, read_safetensors};
+use crate::tensor::View;
 use crate::{Error, Result};
 
 /// A weight file of any kind, read and checked.
@@ -60,9 +65,40 @@ impl Trained {
         split.map_or_else(|_| Vec::new(), |split| split.train)
     }
 
-    /// The network, ready to predict.
-    pub fn network(&self) -> Result<Box<Network<'static>>> {
-        let net = UNet::from_state_dict(&self.weights)?;
-        Ok(Box::new(move |images, shape| Ok(net.infer(images, shape)?.data().to_vec())))
+    /// The network, ready to predict on `device`.
+    ///
+    /// # Errors
+    /// When the device has not enough memory.
+    pub fn network(&self, device: &Device) -> Result<Ready> {
+        let mut net = UNet::from_state_dict(&self.weights)?;
+        if let Device::Cuda(cuda) = device {
+            net.place_for_inference(cuda)?;
+        }
+        Ok(Ready { net })
+    }
+}
+
+/// A network where it computes.
+pub struct Ready {
+    net: UNet,
+}
+
+impl Ready {
+    /// Runs `work` with it; the bar counts its windows.
+    pub fn predict<R>(&self, progress: &Progress, work: impl FnOnce(&Predictor) -> R) -> R {
+        let windows = AtomicUsize::new(0);
+        let count = |n: usize| progress.note(format!("{} windows", windows.fetch_add(n, Relaxed) + n));
+        match self.net.params()[0].cuda() {
+            None => work(&Predictor::Host(&|x: &[f32], shape| {
+                let logits = self.net.infer(x, shape)?.data().to_vec();
+                count(shape[0]);
+                Ok(logits)
+            })),
+            Some(cuda) => work(&Predictor::Device(cuda, &|x: &View| {
+                let logits = self.net.infer_on_device(x)?;
+                count(x.shape.n);
+                Ok(logits)
+            })),
+        }
     }
 }

@@ -1,14 +1,11 @@
 //! A bar with an ETA on a terminal, plain lines elsewhere; both on stderr.
 
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::tell;
-use crate::Result;
-use crate::infer::predict::Network;
 
 /// Progress of a known number of units.
 pub struct Progress {
@@ -52,19 +49,6 @@ impl Progress {
     /// A note beside the bar; nothing where there is no bar.
     pub fn note(&self, text: String) {
         self.bar.set_message(text);
-    }
-
-    /// `network`, with the windows it has seen beside the bar: one scan may take minutes.
-    pub fn counting<'a>(
-        &'a self,
-        network: &'a Network,
-    ) -> impl Fn(&[f32], [usize; 4]) -> Result<Vec<f32>> + Sync + 'a {
-        let windows = AtomicUsize::new(0);
-        move |x, shape| {
-            let logits = network(x, shape)?;
-            self.note(format!("{} windows", windows.fetch_add(shape[0], Ordering::Relaxed) + shape[0]));
-            Ok(logits)
-        }
     }
 
     /// Runs `print` with the bar out of the way.

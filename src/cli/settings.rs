@@ -6,7 +6,8 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
 use super::tell;
-use crate::config::{Config, DeviceChoice, Overrides};
+use crate::config::{Config, Overrides};
+use crate::device::{Device, choice};
 use crate::{Error, Result};
 
 /// The numbers of a run, as every verb that computes takes them.
@@ -61,18 +62,14 @@ pub fn read_toml(path: &Path) -> Result<Overrides> {
     Overrides::from_toml(&text, path)
 }
 
-/// Says on stderr what computes and why, or why the device asked for cannot.
-pub fn announce_device(choice: DeviceChoice) -> Result<()> {
-    match choice {
-        DeviceChoice::Auto => tell(format_args!("device: cpu (this build has no CUDA engine)")),
-        DeviceChoice::Cpu => tell(format_args!("device: cpu (as asked)")),
-        DeviceChoice::Cuda(_) => {
-            return Err(Error::Usage(format!(
-                "--device {choice}: this build has no CUDA engine, use --device cpu"
-            )));
-        }
-    }
-    Ok(())
+/// The device that `config` means; says on stderr which and why.
+///
+/// # Errors
+/// [`Error::Usage`] where one was asked for that cannot be had.
+pub fn choose_device(config: &Config) -> Result<Device> {
+    let (device, why) = choice::resolve(config.device, config.amp.into())?;
+    tell(format_args!("device: {why}"));
+    Ok(device)
 }
 
 /// The headings of [`Overrides`] that a verb has no use for: hidden in its help and refused on its command line.

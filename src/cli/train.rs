@@ -8,16 +8,19 @@ use std::time::{Duration, Instant};
 
 use super::cache::build;
 use super::progress::{Progress, compact};
-use super::settings::{Settings, announce_device, read_toml, resolve};
+use super::settings::{Settings, choose_device, read_toml, resolve};
 use super::{INTERRUPTED, Outcome, evaluate, interrupt, memory, phantom, say, tell};
 use crate::config::{Config, Overrides, Run};
 use crate::data::cache;
+use crate::data::cache::CachedCase;
 use crate::data::dataset::{Case, Split, training_cases};
 use crate::data::publish;
 use crate::data::sampler::warnings;
-use crate::device::arena;
+use crate::device::cuda::Cuda;
+use crate::device::{Device, arena};
 use crate::nn::checkpoint;
-use crate::train::run as train;
+use crate::train::memory_plan::MemoryPlan;
+use crate::train::run::{self as train, OnDevice};
 use crate::{Error, Result};
 
 /// Train the network; without --data on phantoms it makes itself
@@ -67,7 +70,7 @@ pub fn run(args: &Args) -> Outcome {
         refuse_other_course(&given, &base)?;
     }
     let mut config = resolve(&base, &given, &Overrides::default())?;
-    announce_device(config.device)?;
+    let device = choose_device(&config)?;
     let data = config.run.data.take().map_or_else(|| phantom::for_run(&args.run), Ok)?;
     // Absolute, so that a run can be resumed from anywhere.
     let data = std::path::absolute(&data).map_err(Error::io(&data, "find"))?;
@@ -76,7 +79,9 @@ pub fn run(args: &Args) -> Outcome {
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
     memory::check_window(&config)?;
-    memory::check_step(&config, train.len())?;
+    if let Device::Cpu = device {
+        memory::check_step(&config, train.len())?;
+    }
     publish::folder(&args.run)?;
     let dir = args.cache_dir.clone().map_or_else(|| cache::default_dir(&data), Ok)?;
     let mut picked: Vec<Case> = train.iter().chain(&val).map(|&i| cases[i].clone()).collect();
@@ -94,7 +99,19 @@ pub fn run(args: &Args) -> Outcome {
         val.len(),
         args.run.display()
     ));
-    let run = train::Run { config: &config, dir: &args.run, train: Arc::new(train), val: &val, resume, stop };
+    let on_device = match &device {
+        Device::Cpu => None,
+        Device::Cuda(cuda) => Some(plan_memory(cuda, &config, &train)?),
+    };
+    let run = train::Run {
+        config: &config,
+        dir: &args.run,
+        train: Arc::new(train),
+        val: &val,
+        resume,
+        stop,
+        device: on_device,
+    };
     let mut screen = Screen::new(config.run.epochs);
     let summary = run.train(&mut |event| screen.show(event))?;
     screen.finish();
@@ -108,7 +125,20 @@ pub fn run(args: &Args) -> Outcome {
     }
     drop(val);
     arena::trim();
-    scores(&args.run, &summary, &val_cases, &config, stop)
+    if let Device::Cuda(cuda) = &device {
+        cuda.trim()?;
+    }
+    scores(&args.run, &summary, (&val_cases, &device), &config, stop)
+}
+
+/// Where the training cases will be, by a plan of the device's memory that is told on stderr.
+fn plan_memory(cuda: &Arc<Cuda>, config: &Config, train: &[CachedCase]) -> Result<OnDevice> {
+    let shapes: Vec<[usize; 3]> = train.iter().map(CachedCase::shape).collect();
+    let cases = (&shapes[..], config.run.cache_dtype);
+    let free = cuda.driver().free_memory()?;
+    let plan = MemoryPlan::new(&config.net, &config.sampling, cuda.precision(), cases, free);
+    tell(plan);
+    Ok(OnDevice { cuda: cuda.clone(), resident: plan.resident })
 }
 
 /// Refuses what would make the checkpoint another run's: its state fits one optimizer and its place in the epoch one
@@ -135,7 +165,7 @@ fn refuse_other_course(given: &Overrides, run: &Overrides) -> Result<()> {
 fn scores(
     run: &Path,
     summary: &train::Summary,
-    cases: &[Case],
+    (cases, device): (&[Case], &Device),
     config: &Config,
     stop: &AtomicBool,
 ) -> Outcome {
@@ -147,7 +177,7 @@ fn scores(
         [] => ExitCode::SUCCESS,
         _ => {
             let masks = run.join("masks");
-            evaluate::score(cases, &summary.weights, config, &run.join("eval"), Some(&masks), stop)?
+            evaluate::score(cases, (&summary.weights, device), config, &run.join("eval"), Some(&masks), stop)?
         }
     };
     say(format_args!("weights: {weights}"));

@@ -24,6 +24,8 @@ pub struct Config {
     pub seed: u64,
     /// What computes.
     pub device: DeviceChoice,
+    /// How a CUDA device computes.
+    pub amp: Amp,
     /// CPU threads; 0 means one a core. Never changes a result.
     pub threads: usize,
     /// From a scan to the network's grid.
@@ -87,6 +89,9 @@ pub enum DeviceChoice {
     Cpu,
     /// CUDA device of this number.
     Cuda(u32),
+    /// The CUDA kernels run on the CPU, in a schedule drawn from this seed: for tests.
+    #[cfg(emulated)]
+    Emulated(u64),
 }
 
 impl FromStr for DeviceChoice {
@@ -94,6 +99,11 @@ impl FromStr for DeviceChoice {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = text.strip_prefix("cuda:").map(str::parse);
+        #[cfg(emulated)]
+        if let Some(seed) = text.strip_prefix("emulated:").map_or((text == "emulated").then_some("0"), Some) {
+            let wrong = |_| format!("`{seed}` is no seed of an emulated device: say emulated:N");
+            return seed.parse().map(DeviceChoice::Emulated).map_err(wrong);
+        }
         match (text, number) {
             ("auto", _) => Ok(DeviceChoice::Auto),
             ("cpu", _) => Ok(DeviceChoice::Cpu),
@@ -110,8 +120,20 @@ impl fmt::Display for DeviceChoice {
             DeviceChoice::Auto => f.write_str("auto"),
             DeviceChoice::Cpu => f.write_str("cpu"),
             DeviceChoice::Cuda(n) => write!(f, "cuda:{n}"),
+            #[cfg(emulated)]
+            DeviceChoice::Emulated(seed) => write!(f, "emulated:{seed}"),
         }
     }
+}
+
+/// Automatic mixed precision. The CPU computes in f32 whatever this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Amp {
+    /// fp16 storage and tensor cores, f32 sums.
+    On,
+    /// f32 storage and arithmetic.
+    Off,
 }
 
 impl TryFrom<String> for DeviceChoice {

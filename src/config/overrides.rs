@@ -22,6 +22,10 @@ pub struct Overrides {
     /// What computes: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, help_heading = "General")]
     pub device: Option<DeviceChoice>,
+    /// Mixed precision of a CUDA device: fp16 storage and tensor cores, f32 sums; the CPU computes in f32 always
+    /// [default: on]
+    #[arg(long, value_enum, help_heading = "General")]
+    pub amp: Option<Amp>,
     /// CPU threads, 0 for one a core; never changes a result [default: 0]
     #[arg(long, value_name = "N", help_heading = "General")]
     pub threads: Option<usize>,
@@ -180,6 +184,7 @@ keys! {
     recipe => recipe;
     seed => seed;
     device => device;
+    amp => amp;
     threads => threads;
     spacing => preprocess.spacing_mm;
     hu_window => preprocess.hu_window;
@@ -283,10 +288,10 @@ impl Config {
         Overrides::of(self).to_toml()
     }
 
-    /// What decides a result, for its header; not where files lie or how many threads made it, so that equal results
-    /// are equal bytes. [`Overrides::from_json`] reads it.
+    /// What decides a result, for its header; not where files lie, what computed it (which rounds in its own way) or how
+    /// many threads did, so that equal results are equal bytes. [`Overrides::from_json`] reads it.
     pub fn record(&self) -> serde_json::Value {
-        Overrides { data: None, device: None, threads: None, ..Overrides::of(self) }.to_json()
+        Overrides { data: None, device: None, amp: None, threads: None, ..Overrides::of(self) }.to_json()
     }
 }
 

@@ -84,16 +84,21 @@ pub fn default_dir(data: &Path) -> Result<PathBuf> {
     if std::fs::create_dir_all(&beside).is_ok() && tempfile::tempfile_in(&beside).is_ok() {
         return Ok(beside);
     }
+    let user = user_folder().ok_or_else(|| {
+        Error::file(&beside, "cannot be written and there is no home folder; name a --cache-dir")
+    })?;
+    let dir = user.join(short_hash(&[absolute(data).as_os_str().as_encoded_bytes()]));
+    std::fs::create_dir_all(&dir).map_err(Error::io(&dir, "create"))?;
+    Ok(dir)
+}
+
+/// This program's folder in the user's cache, if there is a home. It may not exist yet.
+pub(crate) fn user_folder() -> Option<PathBuf> {
     let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let user = variable("XDG_CACHE_HOME")
         .or_else(|| variable("LOCALAPPDATA"))
-        .or_else(|| variable("HOME").map(|home| home.join(".cache")))
-        .ok_or_else(|| {
-            Error::file(&beside, "cannot be written and there is no home folder; name a --cache-dir")
-        })?;
-    let dir = user.join("spleen-hpc").join(short_hash(&[absolute(data).as_os_str().as_encoded_bytes()]));
-    std::fs::create_dir_all(&dir).map_err(Error::io(&dir, "create"))?;
-    Ok(dir)
+        .or_else(|| variable("HOME").map(|home| home.join(".cache")))?;
+    Some(user.join("spleen-hpc"))
 }
 
 /// One file a (case, parameters): other parameters or another data set never compete for it.

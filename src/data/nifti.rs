@@ -17,7 +17,7 @@ use super::affine;
 use super::gunzip::Gunzip;
 use super::nifti_header::{Header, Scalar, Storage};
 use super::transpose::{Strides, gather};
-use super::volume::Volume;
+use super::volume::{FileVoxels, Volume};
 use crate::error::{Error, Result};
 
 /// Deflate never expands more: 258 bytes from 2 bits.
@@ -37,17 +37,56 @@ pub struct Nifti {
     pub not_finite: usize,
 }
 
+/// A file whose voxels stay in its own order, and stay integers where they are int16.
+#[derive(Clone, Debug)]
+pub struct StoredNifti {
+    /// Geometry and everything needed to write a file like it.
+    pub header: Header,
+    /// The voxels.
+    pub voxels: FileVoxels,
+    /// How many of them are NaN or infinite; they are left as they are.
+    pub not_finite: usize,
+}
+
 /// Reads a volume: `.nii`, or either file of a `.hdr`/`.img` pair, each plain or gzipped whatever its name says.
 ///
 /// A voxel is raw · scl_slope + scl_inter in float64, rounded to float32. Refused with a sentence: anything but one
 /// 3-D volume of one of the ten scalar types, and headers that contradict the file.
 pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
-    let path = path.as_ref();
+    let (header, raw) = read_raw(path.as_ref())?;
+    let [ni, nj, _] = header.shape;
+    let transposed = Strides { first: 0, step: [1, ni as isize, (ni * nj) as isize] };
+    let data = decode(&raw, &header, header.shape, transposed);
+    let not_finite = count_not_finite(&data);
+    let volume = Volume { shape: header.shape, data, affine: header.affine };
+    Ok(Nifti { header, volume, not_finite })
+}
+
+/// Reads a volume as [`read`] does, but leaves to a device what a device does better: the order of the voxels, and
+/// the scaling of int16.
+pub fn read_stored(path: impl AsRef<Path>) -> Result<StoredNifti> {
+    let (header, raw) = read_raw(path.as_ref())?;
+    let (slope, inter) = header.scaling.unwrap_or((1.0, 0.0));
+    let largest = f64::from(i16::MIN).abs() * slope.abs() + inter.abs();
+    if header.scalar == Scalar::I16 && largest <= f64::from(f32::MAX) {
+        let stored = raw.chunks_exact(2).map(|b| i16::from_le_bytes([b[0], b[1]])).collect();
+        let voxels = FileVoxels::I16 { stored, slope, inter };
+        return Ok(StoredNifti { header, voxels, not_finite: 0 });
+    }
+    let [ni, nj, nk] = header.shape;
+    let as_stored = Strides { first: 0, step: [(ni * nj) as isize, ni as isize, 1] };
+    let data = decode(&raw, &header, [nk, nj, ni], as_stored);
+    let not_finite = count_not_finite(&data);
+    Ok(StoredNifti { header, voxels: FileVoxels::F32(data), not_finite })
+}
+
+/// Header and voxels of a file, little-endian.
+fn read_raw(path: &Path) -> Result<(Header, Vec<u8>)> {
     let (header_path, data_path) = resolve(path)?;
     let mut stream = Stream::open(&header_path)?;
     let head = stream.head()?;
     let (header, storage) = Header::parse(&head).map_err(|what| Error::file(&header_path, what))?;
-    let raw = if storage.pair {
+    let mut raw = if storage.pair {
         let data_path = data_path.ok_or_else(|| {
             Error::file(
                 path,
@@ -58,10 +97,11 @@ pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
     } else {
         stream.voxels(&storage, &head)?
     };
-    let data = decode(raw, &header, storage.big_endian);
-    let not_finite = count_not_finite(&data);
-    let volume = Volume { shape: header.shape, data, affine: header.affine };
-    Ok(Nifti { header, volume, not_finite })
+    let width = header.scalar.bytes();
+    if storage.big_endian && width > 1 {
+        raw.par_chunks_mut(width << 16).for_each(|part| part.chunks_mut(width).for_each(<[u8]>::reverse));
+    }
+    Ok((header, raw))
 }
 
 /// Reads the header alone, with the same checks of its content as [`read`], but not of the file's size.
@@ -273,17 +313,11 @@ impl Stream {
     }
 }
 
-/// File bytes to scaled f32, from i fastest to k fastest.
-fn decode(mut raw: Vec<u8>, header: &Header, big_endian: bool) -> Vec<f32> {
-    let width = header.scalar.bytes();
-    if big_endian && width > 1 {
-        raw.par_chunks_mut(width << 16).for_each(|part| part.chunks_mut(width).for_each(<[u8]>::reverse));
-    }
-    let [ni, nj, _] = header.shape;
-    let order = Strides { first: 0, step: [1, ni as isize, (ni * nj) as isize] };
+/// File bytes to scaled f32, gathered to `shape` in `order`.
+fn decode(raw: &[u8], header: &Header, shape: [usize; 3], order: Strides) -> Vec<f32> {
     macro_rules! voxels {
         ($scalar:ty) => {
-            gather(header.shape, order, |at| {
+            gather(shape, order, |at| {
                 const WIDTH: usize = size_of::<$scalar>();
                 let bytes = raw[at * WIDTH..][..WIDTH].try_into().expect("the slice has the type's width");
                 let stored = <$scalar>::from_le_bytes(bytes);

@@ -62,13 +62,24 @@ impl Orientation {
     /// Native order to RAS+.
     pub fn apply<T: Copy + Default + Send + Sync>(&self, native: &Volume<T>) -> Volume<T> {
         let shape = self.ras_shape(native.shape);
-        let mut from = Strides { first: 0, step: [0; 3] };
-        for (a, step) in strides(native.shape).into_iter().enumerate() {
-            from.step[self.axis[a]] = if self.flip[a] { -step } else { step };
-            from.first += if self.flip[a] { step as usize * (native.shape[a] - 1) } else { 0 };
-        }
+        let from = self.ras_strides(native.shape, strides(native.shape));
         let data = gather(shape, from, |at| native.data[at]);
-        Volume { shape, data, affine: affine::mul(&native.affine, &self.ras_to_native(native.shape)) }
+        Volume { shape, data, affine: self.ras_affine(&native.affine, native.shape) }
+    }
+
+    /// Where RAS+ voxels lie in memory that has the native axes `step` elements apart.
+    pub(crate) fn ras_strides(&self, native_shape: [usize; 3], step: [isize; 3]) -> Strides {
+        let mut ras = Strides { first: 0, step: [0; 3] };
+        for a in 0..3 {
+            ras.step[self.axis[a]] = if self.flip[a] { -step[a] } else { step[a] };
+            ras.first += if self.flip[a] { step[a] as usize * (native_shape[a] - 1) } else { 0 };
+        }
+        ras
+    }
+
+    /// Affine of the RAS+ volume of a native one.
+    pub fn ras_affine(&self, native: &Affine, native_shape: [usize; 3]) -> Affine {
+        affine::mul(native, &self.ras_to_native(native_shape))
     }
 
     /// Back from RAS+ to native order.

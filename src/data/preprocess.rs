@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::affine;
-use super::orientation::{Orientation, to_ras};
+use super::orientation::{Orientation, io_orientation};
 use super::resample::{
     Resampling, Sampler, SpacingPlan, Stored, resample_linear, resample_nearest, tabulate,
 };
@@ -76,18 +76,12 @@ pub fn preprocess(
         let (want, got) = (format!("a label of {:?} voxels", image.shape), format!("{:?}", label.shape));
         return Err(Error::Shape { op: "preprocess", want, got });
     }
-    let (ras, orientation) = to_ras(image)?;
-    let resampling = SpacingPlan::new(ras.shape, &ras.affine, p.spacing_mm)?.resampling;
+    let geometry = Geometry::plan(image.shape, &image.affine, p.spacing_mm)?;
+    let Geometry { orientation, resampling, .. } = &geometry;
     let mut prepared = Prepared {
-        image: resample_linear(&ras, &resampling),
-        label: label.map(|l| resample_nearest(&orientation.apply(l), &resampling)),
-        geometry: Geometry {
-            native_shape: image.shape,
-            native_affine: image.affine,
-            orientation,
-            resampling,
-            crop: None,
-        },
+        image: resample_linear(&orientation.apply(image), resampling),
+        label: label.map(|l| resample_nearest(&orientation.apply(l), resampling)),
+        geometry,
     };
     scale_intensity(&mut prepared.image.data, p.hu_window);
     let foreground =
@@ -156,6 +150,16 @@ pub fn crop<T: Copy + Default + Send + Sync>(volume: &Volume<T>, to: &CropBox, p
 }
 
 impl Geometry {
+    /// The way of a file of `shape` voxels at `affine` to RAS and `spacing_mm`, nothing cropped.
+    ///
+    /// Fails on a singular affine or an absurd spacing.
+    pub fn plan(shape: [usize; 3], affine: &Affine, spacing_mm: [f64; 3]) -> Result<Self> {
+        let orientation = io_orientation(affine)?;
+        let ras_affine = orientation.ras_affine(affine, shape);
+        let resampling = SpacingPlan::new(orientation.ras_shape(shape), &ras_affine, spacing_mm)?.resampling;
+        Ok(Geometry { native_shape: shape, native_affine: *affine, orientation, resampling, crop: None })
+    }
+
     /// Shape of the preprocessed volumes.
     pub fn prepared_shape(&self) -> [usize; 3] {
         self.crop.map_or(self.resampling.out_shape, |c| c.shape())

@@ -173,6 +173,18 @@ impl Resampling {
         (0..self.out_shape[axis]).map(along).collect()
     }
 
+    /// Where output voxels take their values from, as far as one axis alone decides it.
+    pub fn positions(&self) -> Positions {
+        let diagonal = (0..3).all(|r| (0..3).all(|c| r == c || self.theta[r][c] == 0.0));
+        if self.identity {
+            Positions::Source(self.out_shape.map(|m| (0..m).map(|o| o as f64).collect()))
+        } else if diagonal {
+            Positions::Source(std::array::from_fn(|axis| self.src_coord_axis(axis)))
+        } else {
+            Positions::Normalised(self.out_shape.map(base))
+        }
+    }
+
     /// Positions on the three lines of [`src_coord_axis`](Self::src_coord_axis) within 1e-9 of a half voxel, where
     /// rounding noise decides the nearest neighbour.
     pub fn near_ties(&self) -> usize {
@@ -189,6 +201,15 @@ impl Resampling {
             unnormalise(g, self.in_shape[axis])
         })
     }
+}
+
+/// Positions of output voxels along the three axes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Positions {
+    /// Source coordinates before the border clamp, where each source axis depends on one output axis only.
+    Source([Vec<f64>; 3]),
+    /// Normalised output coordinates, which theta takes to the source together.
+    Normalised([Vec<f64>; 3]),
 }
 
 /// Source voxel of a normalised coordinate on an axis of n voxels.
@@ -247,26 +268,28 @@ pub(super) struct Sampler<'a> {
     stored: Stored,
     /// Stored voxels from one source index to the next, per axis.
     stride: [usize; 3],
-    base: [Vec<f64>; 3],
-    /// Taps per axis, where each source axis depends on one output axis only: the same numbers, computed once.
-    separable: Option<[Vec<Taps>; 3]>,
+    along: Along,
+}
+
+/// What a [`Sampler`] knows of each output axis.
+enum Along {
+    /// Taps, where each source axis depends on one output axis only: the same numbers, computed once.
+    Taps([Vec<Taps>; 3]),
+    /// Normalised coordinates.
+    Normalised([Vec<f64>; 3]),
 }
 
 impl<'a> Sampler<'a> {
     pub fn new(to: &'a Resampling, stored: Stored) -> Sampler<'a> {
         let [_, n1, n2] = stored.shape;
         let stride = [n1 * n2, n2, 1];
-        let mut sampler = Sampler { to, stored, stride, base: to.out_shape.map(base), separable: None };
-        let diagonal = (0..3).all(|r| (0..3).all(|c| r == c || to.theta[r][c] == 0.0));
-        if to.identity || diagonal {
-            sampler.separable = Some(std::array::from_fn(|axis| {
-                let coordinates = match to.identity {
-                    true => (0..to.out_shape[axis]).map(|o| o as f64).collect(),
-                    false => to.src_coord_axis(axis),
-                };
-                coordinates.into_iter().map(|x| sampler.taps_at(axis, x)).collect()
-            }));
-        }
+        let mut sampler = Sampler { to, stored, stride, along: Along::Normalised(Default::default()) };
+        sampler.along = match to.positions() {
+            Positions::Normalised(base) => Along::Normalised(base),
+            Positions::Source(x) => Along::Taps(std::array::from_fn(|axis| {
+                x[axis].iter().map(|&x| sampler.taps_at(axis, x)).collect()
+            })),
+        };
         sampler
     }
 
@@ -298,10 +321,10 @@ impl<'a> Sampler<'a> {
 
     #[inline]
     fn taps(&self, [i, j, k]: [usize; 3]) -> [Taps; 3] {
-        match &self.separable {
-            Some(taps) => [taps[0][i], taps[1][j], taps[2][k]],
-            None => {
-                let x = self.to.source([self.base[0][i], self.base[1][j], self.base[2][k]]);
+        match &self.along {
+            Along::Taps(taps) => [taps[0][i], taps[1][j], taps[2][k]],
+            Along::Normalised(base) => {
+                let x = self.to.source([base[0][i], base[1][j], base[2][k]]);
                 std::array::from_fn(|axis| self.taps_at(axis, x[axis]))
             }
         }
@@ -321,13 +344,13 @@ impl<'a> Sampler<'a> {
 
     /// [`linear`](Self::linear) of the output voxels (i, j, ..), what the row shares looked up once.
     fn linear_row(&self, data: &[[f32; 1]], [i, j]: [usize; 2], row: &mut [f32]) {
-        match &self.separable {
-            Some(taps) => {
+        match &self.along {
+            Along::Taps(taps) => {
                 let edges = edges(&taps[0][i], &taps[1][j]);
                 let voxels = row.iter_mut().zip(&taps[2]);
                 voxels.for_each(|(voxel, tk)| [*voxel] = interpolate(data, [0.0], &edges, tk));
             }
-            None => {
+            Along::Normalised(_) => {
                 let voxels = row.iter_mut().enumerate();
                 voxels.for_each(|(k, voxel)| [*voxel] = self.linear(data, [0.0], [i, j, k]));
             }

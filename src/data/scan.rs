@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::dataset::Case;
 use super::nifti::{self, Nifti};
 use super::nifti_header::Header;
-use super::preprocess::{Prepared, preprocess};
-use super::volume::Volume;
+use super::preprocess::{Geometry, Prepared, preprocess};
+use super::volume::{FileVoxels, Volume};
 use crate::config::Preprocess;
 use crate::error::Result;
 
@@ -24,6 +24,31 @@ pub struct Scan {
     pub prepared: Prepared,
     /// One sentence on everything that was mended.
     pub warnings: Vec<String>,
+}
+
+/// A scan as its file holds it, for a device that preprocesses.
+#[derive(Clone, Debug)]
+pub struct StoredScan {
+    /// The image's header.
+    pub header: Header,
+    /// Its voxels; those that are NaN or infinite still are.
+    pub voxels: FileVoxels,
+    /// Where they go, before any crop.
+    pub geometry: Geometry,
+    /// One sentence on everything that is to be mended.
+    pub warnings: Vec<String>,
+}
+
+/// Reads an image and plans its preprocessing.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_stored(image: &Path, p: &Preprocess) -> Result<StoredScan> {
+    let file = nifti::read_stored(image)?;
+    let geometry = Geometry::plan(file.header.shape, &file.header.affine, p.spacing_mm)
+        .map_err(|err| err.in_file(image))?;
+    let warnings = warnings(image, file.not_finite, file.voxels.len(), p);
+    Ok(StoredScan { header: file.header, voxels: file.voxels, geometry, warnings })
 }
 
 /// Reads and preprocesses an image.
@@ -47,17 +72,22 @@ pub fn read_labelled(case: &Case, label_value: Option<f32>, p: &Preprocess) -> R
 }
 
 fn prepare(mut file: Nifti, path: &Path, label: Option<&Volume<u8>>, p: &Preprocess) -> Result<Scan> {
-    let mut warnings = Vec::new();
     if file.not_finite > 0 {
         let floor = p.hu_window[0];
         file.volume.data.par_iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = floor);
-        warnings.push(format!(
-            "{}: {} of its {} voxels are NaN or infinite and count as {floor} HU, the floor of the window",
-            path.display(),
-            file.not_finite,
-            file.volume.len()
-        ));
     }
+    let warnings = warnings(path, file.not_finite, file.volume.len(), p);
     let prepared = preprocess(&file.volume, label, p).map_err(|err| err.in_file(path))?;
     Ok(Scan { header: file.header, prepared, warnings })
+}
+
+fn warnings(path: &Path, not_finite: usize, voxels: usize, p: &Preprocess) -> Vec<String> {
+    if not_finite == 0 {
+        return Vec::new();
+    }
+    vec![format!(
+        "{}: {not_finite} of its {voxels} voxels are NaN or infinite and count as {} HU, the floor of the window",
+        path.display(),
+        p.hu_window[0]
+    )]
 }

@@ -14,6 +14,37 @@ pub struct Volume<T> {
     pub affine: Affine,
 }
 
+/// Voxels in the order of a NIfTI file, i fastest: what a device takes that does the rest itself.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FileVoxels {
+    /// Integers as they are stored; a voxel is stored · slope + inter in float64, rounded to a finite float32.
+    I16 {
+        /// One integer a voxel.
+        stored: Vec<i16>,
+        /// Factor, 1 where the file has none.
+        slope: f64,
+        /// Summand, 0 where the file has none.
+        inter: f64,
+    },
+    /// Scaled values.
+    F32(Vec<f32>),
+}
+
+impl FileVoxels {
+    /// Number of voxels.
+    pub fn len(&self) -> usize {
+        match self {
+            FileVoxels::I16 { stored, .. } => stored.len(),
+            FileVoxels::F32(values) => values.len(),
+        }
+    }
+
+    /// Whether there is no voxel.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 impl<T> Volume<T> {
     /// Number of voxels.
     pub fn len(&self) -> usize {

@@ -18,6 +18,16 @@ pub enum Simd {
     Portable,
 }
 
+impl std::fmt::Display for Simd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Simd::Avx512 => "AVX-512",
+            Simd::Avx2 => "AVX2",
+            Simd::Portable => "no AVX2",
+        })
+    }
+}
+
 /// The best vector unit of this machine.
 fn detect() -> Simd {
     #[cfg(target_arch = "x86_64")]

@@ -1,5 +1,18 @@
-//! What computes: threads and vector units of the CPU, and the memory they write.
+//! What computes: threads and vector units of the CPU and the memory they write, or a CUDA device.
 
 pub mod arena;
+pub mod choice;
 pub mod cpu;
 pub mod cuda;
+pub mod nvtx;
+
+use std::sync::Arc;
+
+/// What computes.
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// The processor, in f32.
+    Cpu,
+    /// A CUDA device, in its precision.
+    Cuda(Arc<cuda::Cuda>),
+}

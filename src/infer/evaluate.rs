@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use super::predict::{Network, argmax, probabilities};
+use super::cuda::{both_masks, grid_mask};
+use super::predict::{Predictor, argmax, probabilities};
 use super::stages::{self, Stages};
 use crate::Result;
 use crate::config::{Config, Window};
@@ -45,12 +46,19 @@ pub struct CaseScores {
 /// # Errors
 /// Those of the network.
 pub fn grid_dice(
-    network: &Network,
+    predictor: &Predictor,
     (image, label): (&[f32], &[u8]),
     shape: [usize; 3],
     window: &Window,
 ) -> Result<f32> {
-    let mask = argmax(&probabilities(network, image, shape, window)?);
+    let mask = match predictor {
+        Predictor::Host(network) => argmax(&probabilities(network, image, shape, window)?),
+        Predictor::Device(cuda, network) => {
+            let act = cuda.act(image.len())?;
+            act.upload(image)?;
+            grid_mask(cuda, network, &act, shape, window)?
+        }
+    };
     Ok(Overlap::count(&mask, label)?.dice())
 }
 
@@ -64,8 +72,16 @@ struct Ready {
 /// A case that was predicted.
 struct Predicted {
     ready: Ready,
-    probabilities: Vec<f32>,
+    found: Found,
     network_s: f64,
+}
+
+/// What the network said.
+enum Found {
+    /// (D, H, W, 2) on its own grid: masks are made of them while the next case is predicted.
+    Probabilities(Vec<f32>),
+    /// Masks that a device made, on the network's grid and on the scan's.
+    Masks(Vec<u8>, Vec<u8>),
 }
 
 /// Scores every case, and writes its mask to `masks`/NAME.nii.gz if that is given; `done` is told of each as it ends, in order. An error of one case does not keep the others.
@@ -73,7 +89,7 @@ struct Predicted {
 /// When `stop` becomes true no further case is begun, those under way are finished, and the answer is shorter.
 pub fn evaluate(
     cases: &[Case],
-    network: &Network,
+    predictor: &Predictor,
     config: &Config,
     masks: Option<&Path>,
     stop: &AtomicBool,
@@ -81,7 +97,7 @@ pub fn evaluate(
 ) -> Vec<Result<CaseScores>> {
     let stages = Stages {
         read: |case: &Case| read(case, config),
-        predict: |ready: Ready| predict(ready, network, &config.window),
+        predict: |ready: Ready| predict(ready, predictor, &config.window),
         finish: |case: &Case, predicted: Predicted| {
             finish(case, predicted, config.run.nsd_tolerance_mm, masks)
         },
@@ -95,11 +111,20 @@ fn read(case: &Case, config: &Config) -> Result<Ready> {
     Ok(Ready { scan, truth, grid_label })
 }
 
-fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted> {
+fn predict(ready: Ready, predictor: &Predictor, window: &Window) -> Result<Predicted> {
     let start = Instant::now();
-    let image = &ready.scan.prepared.image;
-    let probabilities = probabilities(network, &image.data, image.shape, window)?;
-    Ok(Predicted { ready, probabilities, network_s: start.elapsed().as_secs_f64() })
+    let prepared = &ready.scan.prepared;
+    let found = match predictor {
+        Predictor::Host(network) => {
+            let image = &prepared.image;
+            Found::Probabilities(probabilities(network, &image.data, image.shape, window)?)
+        }
+        Predictor::Device(cuda, network) => {
+            let (grid, native) = both_masks(cuda, network, (&prepared.image, &prepared.geometry), window)?;
+            Found::Masks(grid, native)
+        }
+    };
+    Ok(Predicted { ready, found, network_s: start.elapsed().as_secs_f64() })
 }
 
 fn finish(
@@ -108,10 +133,13 @@ fn finish(
     nsd_tolerance_mm: f64,
     masks: Option<&Path>,
 ) -> Result<CaseScores> {
-    let Predicted { ready: Ready { scan, truth, grid_label }, probabilities, network_s } = predicted;
+    let Predicted { ready: Ready { scan, truth, grid_label }, found, network_s } = predicted;
     let Scan { header, prepared, warnings } = scan;
-    let dice_grid = Overlap::count(&argmax(&probabilities), &grid_label.data)?.dice();
-    let mask = prepared.geometry.invert_argmax(bytemuck::cast_slice(&probabilities))?;
+    let (grid, mask) = match found {
+        Found::Masks(grid, native) => (grid, native),
+        Found::Probabilities(p) => (argmax(&p), prepared.geometry.invert_argmax(bytemuck::cast_slice(&p))?),
+    };
+    let dice_grid = Overlap::count(&grid, &grid_label.data)?.dice();
     if let Some(folder) = masks {
         nifti_write::write_mask(folder.join(format!("{}.nii.gz", case.name)), &header, &mask)?;
     }

@@ -105,21 +105,37 @@ fn predict(ready: Ready, network: &Network, window: &Window) -> Result<Predicted
 fn write(job: &Job, case: Predicted, style: Style) -> Result<Statistics> {
     let start = Instant::now();
     let mask = case.geometry.invert_argmax(bytemuck::cast_slice(&case.probabilities))?;
+    let Predicted { header, warnings, read_s, network_s, .. } = case;
+    publish_mask(job, style, Segmented { header, mask, warnings, read_s, network_s }, start)
+}
+
+/// A mask on its scan's grid, k fastest.
+pub(super) struct Segmented {
+    pub header: Header,
+    pub mask: Vec<u8>,
+    pub warnings: Vec<String>,
+    pub read_s: f64,
+    pub network_s: f64,
+}
+
+/// Writes a mask and counts it; the last stage began at `start`.
+pub(super) fn publish_mask(job: &Job, style: Style, case: Segmented, start: Instant) -> Result<Statistics> {
+    let Segmented { header, mask, warnings, read_s, network_s } = case;
     let folder = job.output.parent().expect("an output is a file in a folder");
     publish::folder(folder)?;
     match style {
-        Style::Mask => nifti_write::write_mask(&job.output, &case.header, &mask)?,
-        Style::Bundle => nifti_write::write_bundle(&job.output, &case.header, &mask)?,
+        Style::Mask => nifti_write::write_mask(&job.output, &header, &mask)?,
+        Style::Bundle => nifti_write::write_bundle(&job.output, &header, &mask)?,
     }
     let voxels = mask.iter().filter(|&&v| v != 0).count();
     Ok(Statistics {
         input: job.input.clone(),
         output: job.output.clone(),
-        shape: case.header.shape,
-        spacing_mm: column_norms(&case.header.affine),
+        shape: header.shape,
+        spacing_mm: column_norms(&header.affine),
         voxels,
-        volume_ml: voxels as f64 * voxel_ml(&case.header.affine),
-        warnings: case.warnings,
-        seconds: Seconds { read: case.read_s, network: case.network_s, write: start.elapsed().as_secs_f64() },
+        volume_ml: voxels as f64 * voxel_ml(&header.affine),
+        warnings,
+        seconds: Seconds { read: read_s, network: network_s, write: start.elapsed().as_secs_f64() },
     })
 }

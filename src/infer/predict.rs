@@ -1,13 +1,25 @@
 //! Class probabilities of a preprocessed volume.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
+use super::cuda::DeviceNetwork;
 use super::sliding_window::sliding_window;
 use crate::Result;
 use crate::config::Window;
+use crate::device::cuda::Cuda;
 
 /// Background and organ.
 pub const CLASSES: usize = 2;
+
+/// A network in inference mode, where it computes.
+pub enum Predictor<'a> {
+    /// In host memory.
+    Host(&'a Network<'a>),
+    /// On a device.
+    Device(&'a Arc<Cuda>, &'a DeviceNetwork<'a>),
+}
 
 /// A network in inference mode: (N,D,H,W) intensities and that shape in, (N,D,H,W,2) logits out.
 pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Vec<f32>> + Sync + 'a;

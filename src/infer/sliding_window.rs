@@ -33,6 +33,16 @@ pub fn window_starts(len: usize, roi: usize, overlap: f64) -> Vec<usize> {
     (0..last.div_ceil(step) + 1).map(|i| (i * step).min(last)).collect()
 }
 
+/// First voxels of the windows along the three axes of a volume of `shape` = (D, H, W), negative where a window hangs
+/// over its edge.
+pub fn axis_starts(shape: [usize; 3], config: &Window) -> [Vec<isize>; 3] {
+    std::array::from_fn(|i| {
+        let front = config.roi[i].saturating_sub(shape[i]) / 2;
+        let starts = window_starts(shape[i], config.roi[i], config.overlap);
+        starts.into_iter().map(|start| start as isize - front as isize).collect()
+    })
+}
+
 /// Where windows lie in one volume: corners relative to the volume, negative where they hang over its edge.
 pub struct Windows {
     shape: [usize; 3],
@@ -43,14 +53,11 @@ pub struct Windows {
 impl Windows {
     /// Covers a volume of `shape` = (D, H, W).
     pub fn new(shape: [usize; 3], config: &Window) -> Self {
-        let front: [usize; 3] = std::array::from_fn(|i| config.roi[i].saturating_sub(shape[i]) / 2);
-        let axis = |i: usize| {
-            window_starts(shape[i], config.roi[i], config.overlap)
-                .into_iter()
-                .map(move |start| start as isize - front[i] as isize)
-        };
-        let corners =
-            axis(0).flat_map(|d| axis(1).flat_map(move |h| axis(2).map(move |w| [d, h, w]))).collect();
+        let [along_d, along_h, along_w] = &axis_starts(shape, config);
+        let corners = along_d
+            .iter()
+            .flat_map(|&d| along_h.iter().flat_map(move |&h| along_w.iter().map(move |&w| [d, h, w])))
+            .collect();
         Windows { shape, roi: config.roi, corners }
     }
 

@@ -34,6 +34,19 @@ pub struct EpochRecord {
     pub dice: Option<f64>,
 }
 
+/// The gradient scaler of mixed precision (torch.amp.GradScaler).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScalerState {
+    /// Factor of the loss.
+    pub scale: f32,
+    /// Steps without an overflow since the factor last changed.
+    pub growth_tracker: u32,
+    /// Steps that changed the weights: what Adam counts.
+    pub steps: u64,
+    /// Steps that an overflow made void.
+    pub skipped: u64,
+}
+
 /// Everything about a run but its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointMeta {
@@ -55,6 +68,9 @@ pub struct CheckpointMeta {
     pub history: Vec<EpochRecord>,
     /// Losses of the steps of the epoch that is under way: empty at an epoch's end.
     pub epoch_losses: Vec<f64>,
+    /// The gradient scaler, where the run is on a device that needs one.
+    #[serde(default)]
+    pub scaler: Option<ScalerState>,
 }
 
 /// The optimizer's state, by parameter, in the optimizer's order. Adam's second moment has the parameter's number of

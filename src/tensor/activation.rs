@@ -1,6 +1,7 @@
 //! A value whose norm and PReLU may still be pending.
 
-use super::{Shape, Tensor, ValueId};
+use super::{DevicePending, Shape, Tensor, ValueId, View};
+use crate::error::Result;
 use std::sync::Arc;
 
 /// y = PReLU(scale * x + shift): what a consumer applies while it loads x.
@@ -22,21 +23,34 @@ impl Pending {
     }
 }
 
+/// The map, where its tensor is.
+#[derive(Clone, Debug)]
+enum Map {
+    None,
+    Host(Arc<Pending>),
+    Device(Arc<DevicePending>),
+}
+
 /// A tensor, or a tensor with a [`Pending`] map: consumers see only the mapped value.
 ///
 /// Its `id` is the mapped value's: gradients with respect to it are handed to the op that made the map.
 #[derive(Clone, Debug)]
 pub struct Activation {
     raw: Tensor,
-    pending: Option<Arc<Pending>>,
+    map: Map,
     id: ValueId,
     differentiable: bool,
 }
 
 impl Activation {
-    /// `raw` seen through `pending`.
+    /// `raw`, in host memory, seen through `pending`.
     pub fn lazy(raw: Tensor, pending: Pending) -> Self {
-        Activation { raw, pending: Some(Arc::new(pending)), id: ValueId::fresh(), differentiable: true }
+        Activation { raw, map: Map::Host(Arc::new(pending)), id: ValueId::fresh(), differentiable: true }
+    }
+
+    /// `raw`, on a device, seen through `pending`.
+    pub fn lazy_on_device(raw: Tensor, pending: Arc<DevicePending>) -> Self {
+        Activation { raw, map: Map::Device(pending), id: ValueId::fresh(), differentiable: true }
     }
 
     /// A value whose gradient nobody wants, such as the network's input.
@@ -49,14 +63,42 @@ impl Activation {
         self.differentiable
     }
 
-    /// The stored floats, before the pending map.
+    /// The stored elements, before the pending map.
     pub fn raw(&self) -> &Tensor {
         &self.raw
     }
 
-    /// The map still to be applied, if any.
+    /// The map still to be applied to a host tensor, if any.
     pub fn pending(&self) -> Option<&Pending> {
-        self.pending.as_deref()
+        match &self.map {
+            Map::Host(pending) => Some(pending),
+            Map::None | Map::Device(_) => None,
+        }
+    }
+
+    /// As kernels see it, if it is on a device.
+    pub fn view(&self) -> Option<View> {
+        let pending = match &self.map {
+            Map::Device(pending) => Some(pending.clone()),
+            Map::None | Map::Host(_) => None,
+        };
+        Some(View { pending, ..self.raw.view()? })
+    }
+
+    /// The same value in host memory; waits for the device.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn to_host(&self) -> Result<Activation> {
+        let map = match &self.map {
+            Map::Device(p) => {
+                let slope = p.slope.as_ref().map_or(Ok(1.0), |s| s.download().map(|s| s[0]))?;
+                let (scale, shift) = (p.scale.download()?, p.shift.download()?);
+                Map::Host(Arc::new(Pending { scale, shift, slope }))
+            }
+            map => map.clone(),
+        };
+        Ok(Activation { raw: self.raw.to_host()?, map, ..*self })
     }
 
     /// The id of the mapped value.
@@ -73,6 +115,6 @@ impl Activation {
 impl From<Tensor> for Activation {
     fn from(raw: Tensor) -> Self {
         let id = raw.id();
-        Activation { raw, pending: None, id, differentiable: true }
+        Activation { raw, map: Map::None, id, differentiable: true }
     }
 }

@@ -21,6 +21,14 @@ impl DeviceParam {
         DeviceParam { value, grad, packed: Mutex::default() }
     }
 
+    /// Where backward passes add the gradient.
+    ///
+    /// # Panics
+    /// When the parameter was placed for inference.
+    pub fn grad(&self) -> &Buf<f32> {
+        self.grad.as_ref().expect("a tape that records has parameters placed for training")
+    }
+
     /// The master as kernels of one layout want it: made by `pack` the first time, kept until the master changes.
     ///
     /// # Errors

@@ -15,6 +15,6 @@ pub use device_param::DeviceParam;
 pub use float::Float;
 pub use param::Param;
 pub use shape::Shape;
-pub use tape::{Grads, ParamId, Tape};
+pub use tape::{Grads, ParamId, Tape, add_assign};
 pub use tensor::{Tensor, ValueId};
 pub use view::{DevicePending, Partials, PendingArgs, View};

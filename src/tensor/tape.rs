@@ -1,9 +1,9 @@
 //! Reverse-mode differentiation: a list of closures, run newest first.
 //!
 //! Contract: an op appends one closure that owns exactly what its backward pass needs. It takes the gradient of its
-//! output out of [`Grads`] (so memory falls during the backward pass and nothing aliases), writes the gradients of
-//! its inputs with [`Grads::add`] (the first one is stored, a second consumer's is added) and accumulates those of
-//! its parameters with [`Grads::add_param`].
+//! output out of [`Grads`] (so memory falls during the backward pass and nothing aliases), gives the gradients of its
+//! inputs with `ops::residual::give` (the first one is stored, a second consumer's is added) and accumulates those of
+//! its parameters with [`Grads::add_param`], or on a device in `DeviceParam::grad`.
 
 use super::{Tensor, ValueId};
 use crate::error::Result;
@@ -74,16 +74,10 @@ impl Grads {
         self.values.remove(&id)
     }
 
-    /// Adds `grad` to the gradient of a value.
-    pub fn add(&mut self, id: ValueId, grad: Tensor) {
-        let sum = match self.values.remove(&id) {
-            None => grad,
-            Some(mut sum) => {
-                add_assign(sum.make_mut(), grad.data());
-                sum
-            }
-        };
-        self.values.insert(id, sum);
+    /// Sets the gradient of a value that has none: ops use `ops::residual::give`, which adds.
+    pub fn set(&mut self, id: ValueId, grad: Tensor) {
+        let before = self.values.insert(id, grad);
+        assert!(before.is_none(), "a gradient is taken out before it is set");
     }
 
     /// Adds `grad` to the gradient of a parameter; lengths must agree.
@@ -97,7 +91,8 @@ impl Grads {
     }
 }
 
-fn add_assign(sum: &mut [f32], x: &[f32]) {
+/// sum += x.
+pub fn add_assign(sum: &mut [f32], x: &[f32]) {
     use rayon::prelude::*;
     assert_eq!(sum.len(), x.len(), "gradients of one value have one length");
     const CHUNK: usize = 1 << 16;

@@ -3,19 +3,23 @@
 //! A stopped run that is resumed leaves the same bytes as one that never stopped: every random draw is a function of
 //! (seed, epoch, place), and the checkpoint holds weights, moments, step and the losses of the unfinished epoch.
 
+use super::feed::Feed;
 use super::optimizer::Moments;
 use super::trainer::Trainer;
 use crate::config::Config;
 use crate::data::cache_file::CachedCase;
-use crate::data::prefetch::Prefetcher;
 use crate::data::publish::publish;
 use crate::data::sampler::steps_per_epoch;
+use crate::device::cuda::Cuda;
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::infer::evaluate::grid_dice;
+use crate::infer::predict::Predictor;
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{self, Checkpoint, CheckpointMeta, EpochRecord, Split};
 use crate::nn::weights::{Metadata, write_safetensors};
+use crate::tensor::View;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,6 +40,17 @@ pub struct Run<'a> {
     pub resume: Option<Checkpoint>,
     /// Becomes true when the run is to save and end.
     pub stop: &'a AtomicBool,
+    /// The device that trains; `None` is the CPU.
+    pub device: Option<OnDevice>,
+}
+
+/// A CUDA device that trains.
+#[derive(Clone, Debug)]
+pub struct OnDevice {
+    /// The device.
+    pub cuda: Arc<Cuda>,
+    /// Whether the training cases are to be kept in its memory, or patches cut on the host for every step.
+    pub resident: bool,
 }
 
 /// What happened, for whoever watches.
@@ -103,6 +118,12 @@ impl Run<'_> {
     pub fn train(mut self, watch: &mut dyn FnMut(&Event)) -> Result<Summary> {
         let c = self.config;
         let mut trainer = Trainer::new(&c.net, c.loss, c.optim, c.seed)?;
+        if let Some(OnDevice { cuda, resident }) = &self.device {
+            trainer = trainer.on_device(cuda)?;
+            if *resident {
+                trainer.make_resident(&self.train)?;
+            }
+        }
         let mut meta = CheckpointMeta {
             step: 0,
             epoch: 0,
@@ -113,6 +134,7 @@ impl Run<'_> {
             commit: crate::COMMIT.into(),
             history: Vec::new(),
             epoch_losses: Vec::new(),
+            scaler: None,
         };
         if let Some(from) = self.resume.take() {
             self.restore(&mut trainer, &mut meta, from)?;
@@ -139,30 +161,30 @@ impl Run<'_> {
         publish(&self.dir.join(CONFIG), |file| file.write_all(c.to_toml().as_bytes()))?;
         if meta.step == 0 {
             // From the first step on there is something to resume from.
-            self.save(&trainer, &mut meta)?;
+            self.save(&mut trainer, &mut meta)?;
         }
         let start = (meta.epoch, meta.epoch_losses.len());
-        let mut batches = Prefetcher::new(Arc::clone(&self.train), &c.sampling, c.seed, start, 1)?;
+        let resident = self.device.as_ref().is_some_and(|device| device.resident);
+        let mut feed = Feed::new(&self.train, &c.sampling, c.seed, start, resident)?;
         while (meta.epoch as usize) < c.run.epochs {
+            let _epoch = range("epoch");
             let epoch = meta.epoch as usize + 1;
-            let (mut patches, mut seconds) = (0, 0.0);
-            while meta.epoch_losses.len() < per_epoch {
-                if self.stop.load(Ordering::Relaxed) {
-                    self.refuse_infinities(&trainer)?;
-                    self.save(&trainer, &mut meta)?;
-                    return Ok(self.summary(&trainer, &meta, false));
-                }
-                let begun = Instant::now();
-                let batch = batches.next_batch()?;
-                let [d, h, w] = c.sampling.patch;
-                let n = batch.specs.len();
-                let loss =
-                    trainer.step(&batch.image, &batch.label, [n, d, h, w]).map_err(|e| self.diverged(e))?;
-                (patches, seconds) = (patches + n, seconds + begun.elapsed().as_secs_f64());
-                meta.epoch_losses.push(loss);
-                watch(&Event::Step { epoch, done: trainer.steps() as usize, total, loss });
+            let before = Instant::now();
+            let (mut patches, mut queued) = (0, meta.epoch_losses.len());
+            while queued < per_epoch && !self.stop.load(Ordering::Relaxed) {
+                let input = feed.next_input(&c.sampling)?;
+                patches += input.patches();
+                trainer.queue(input).map_err(|e| self.diverged(e))?;
+                queued += 1;
+                self.collect(&mut trainer, &mut meta, false, total, watch)?;
             }
-            self.refuse_infinities(&trainer)?;
+            self.collect(&mut trainer, &mut meta, true, total, watch)?;
+            let seconds = before.elapsed().as_secs_f64();
+            self.refuse_infinities(&mut trainer)?;
+            if queued < per_epoch {
+                self.save(&mut trainer, &mut meta)?;
+                return Ok(self.summary(&trainer, &meta, false));
+            }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
             let mut dice = None;
@@ -171,7 +193,7 @@ impl Run<'_> {
                 dice = match validate(&trainer.net, self.val, c, self.stop) {
                     // Saved with every step of the epoch done: resuming begins with its validation.
                     Err(Error::Interrupted) => {
-                        self.save(&trainer, &mut meta)?;
+                        self.save(&mut trainer, &mut meta)?;
                         return Ok(self.summary(&trainer, &meta, false));
                     }
                     dice => Some(dice?),
@@ -185,14 +207,34 @@ impl Run<'_> {
             if best {
                 (meta.best_dice, meta.best_epoch) = (dice, Some(meta.epoch));
             }
+            trainer.refresh()?;
             if best || (self.val.is_empty() && epoch == c.run.epochs) {
                 self.save_best(&trainer.net, &meta)?;
             }
-            self.save(&trainer, &mut meta)?;
+            self.save(&mut trainer, &mut meta)?;
             let patches_per_s = patches as f64 / seconds.max(1e-9);
             watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
         }
         Ok(self.summary(&trainer, &meta, true))
+    }
+
+    /// Takes the losses that are there, or with `wait` all, and tells of their steps.
+    fn collect(
+        &self,
+        trainer: &mut Trainer,
+        meta: &mut CheckpointMeta,
+        wait: bool,
+        total: usize,
+        watch: &mut dyn FnMut(&Event),
+    ) -> Result<()> {
+        let losses = trainer.take_losses(wait).map_err(|e| self.diverged(e))?;
+        let epoch = meta.epoch as usize + 1;
+        for loss in losses {
+            meta.step += 1;
+            meta.epoch_losses.push(loss);
+            watch(&Event::Step { epoch, done: meta.step as usize, total, loss });
+        }
+        Ok(())
     }
 
     fn summary(&self, trainer: &Trainer, meta: &CheckpointMeta, finished: bool) -> Summary {
@@ -208,24 +250,26 @@ impl Run<'_> {
         trainer.net.load(&from.weights)?;
         let pairs = from.moments.exp_avg.into_iter().zip(from.moments.exp_avg_sq);
         let moments = pairs.map(|((_, exp_avg), (_, exp_avg_sq))| Moments { exp_avg, exp_avg_sq }).collect();
-        trainer.restore(from.meta.step, moments)?;
+        trainer.restore(from.meta.step, moments, from.meta.scaler)?;
         *meta = CheckpointMeta { config: meta.config.take(), commit: crate::COMMIT.into(), ..from.meta };
         Ok(())
     }
 
     /// The loss looks at the weights before a step; what the last step made of them must not replace good ones.
-    fn refuse_infinities(&self, trainer: &Trainer) -> Result<()> {
-        if trainer.is_finite() {
+    fn refuse_infinities(&self, trainer: &mut Trainer) -> Result<()> {
+        if trainer.is_finite()? {
             return Ok(());
         }
         let cure = "lower --lr or look at the input images".into();
         Err(self.diverged(Error::Diverged { step: trainer.steps(), loss: f32::NAN, cure }))
     }
 
-    fn save(&self, trainer: &Trainer, meta: &mut CheckpointMeta) -> Result<()> {
-        meta.step = trainer.steps();
+    fn save(&self, trainer: &mut Trainer, meta: &mut CheckpointMeta) -> Result<()> {
+        trainer.refresh()?;
+        let (moments, scaler) = trainer.optimizer_state()?;
+        (meta.step, meta.scaler) = (trainer.steps(), scaler);
         let named = |pick: fn(&Moments<f32>) -> &Vec<f32>| {
-            let values = trainer.moments().iter().map(|m| pick(m).clone());
+            let values = moments.iter().map(|m| pick(m).clone());
             trainer.net.param_names().iter().cloned().zip(values).collect()
         };
         let moments =
@@ -280,12 +324,24 @@ fn names(cases: &[CachedCase]) -> Vec<String> {
 /// # Errors
 /// [`Error::Interrupted`] when `stop` becomes true before the last window, and those of the network.
 pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config, stop: &AtomicBool) -> Result<f64> {
-    let network = |x: &[f32], shape: [usize; 4]| match stop.load(Ordering::Relaxed) {
+    let go_on = || match stop.load(Ordering::Relaxed) {
         true => Err(Error::Interrupted),
-        false => Ok(net.infer(x, shape)?.data().to_vec()),
+        false => Ok(()),
+    };
+    let on_host = |x: &[f32], shape: [usize; 4]| {
+        go_on()?;
+        Ok(net.infer(x, shape)?.data().to_vec())
+    };
+    let on_device = |x: &View| {
+        go_on()?;
+        net.infer_on_device(x)
+    };
+    let predictor = match net.params()[0].cuda() {
+        None => Predictor::Host(&on_host),
+        Some(cuda) => Predictor::Device(cuda, &on_device),
     };
     let dice = |case: &CachedCase| {
-        grid_dice(&network, (&case.image_f32(), case.label()), case.shape(), &config.window)
+        grid_dice(&predictor, (&case.image_f32(), case.label()), case.shape(), &config.window)
     };
     let dice: Vec<f32> = cases.iter().map(dice).collect::<Result<_>>()?;
     Ok(mean_ignoring_nan(&dice).0.into())

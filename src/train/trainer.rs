@@ -1,22 +1,58 @@
-//! One optimizer step, and the state that a checkpoint holds.
+//! Optimizer steps on any device, and the state that a checkpoint holds.
 
+use super::device_engine::DeviceEngine;
 use super::optimizer::{Moments, Optimizer};
 use crate::config::{Loss, Net, Optim};
+use crate::data::cache::CachedCase;
+use crate::data::sampler::PatchSpec;
+use crate::device::cuda::Cuda;
 use crate::error::{Error, Result};
+use crate::nn::checkpoint::ScalerState;
 use crate::nn::{Mode, UNet};
 use crate::ops::dice_ce;
 use crate::tensor::{ParamId, Shape, Tape, Tensor};
+use std::sync::Arc;
 
 /// A network being trained.
 pub struct Trainer {
-    /// The network.
+    /// The network. On a device its values in host memory are those of the last [`Trainer::refresh`].
     pub net: UNet,
-    optimizer: Optimizer<f32>,
     loss: Loss,
+    optim: Optim,
+    engine: Engine,
+    steps: u64,
+    /// Losses that nobody has taken yet, oldest first.
+    losses: Vec<f64>,
+}
+
+enum Engine {
+    Host(Optimizer<f32>),
+    Device(Box<DeviceEngine>),
+}
+
+/// The patches of one step.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Cut on the host.
+    Patches {
+        /// Intensities (N, D, H, W).
+        images: &'a [f32],
+        /// Labels 0 and 1 (N, D, H, W).
+        labels: &'a [u8],
+        /// N, D, H, W.
+        shape: [usize; 4],
+    },
+    /// To be cut on the device from the cases of [`Trainer::make_resident`].
+    Resident {
+        /// Where from.
+        specs: &'a [PatchSpec],
+        /// D, H, W.
+        patch: [usize; 3],
+    },
 }
 
 impl Trainer {
-    /// A fresh network, every weight a function of `seed`.
+    /// A fresh network, every weight a function of `seed`, trained on the CPU.
     ///
     /// # Errors
     /// As [`UNet::new`].
@@ -24,38 +60,89 @@ impl Trainer {
         Ok(Self::with_network(UNet::new(net, seed)?, loss, optim))
     }
 
-    /// Training that starts from the values of `net`.
+    /// Training on the CPU that starts from the values of `net`.
     pub fn with_network(net: UNet, loss: Loss, optim: Optim) -> Self {
         let optimizer = Optimizer::new(optim, net.params().iter().map(|p| p.value.len()));
-        Trainer { net, optimizer, loss }
+        Trainer { net, loss, optim, engine: Engine::Host(optimizer), steps: 0, losses: Vec::new() }
     }
 
-    /// Optimizer steps taken.
+    /// The same training on a device.
+    ///
+    /// # Errors
+    /// When it has not enough memory.
+    pub fn on_device(mut self, cuda: &Arc<Cuda>) -> Result<Self> {
+        let engine = DeviceEngine::new(cuda, &mut self.net, self.optim)?;
+        self.engine = Engine::Device(Box::new(engine));
+        Ok(self)
+    }
+
+    /// Keeps the cases in device memory, so that patches are cut there.
+    ///
+    /// # Errors
+    /// When the device has not enough memory, or training is not on one.
+    pub fn make_resident(&mut self, cases: &[CachedCase]) -> Result<()> {
+        match &mut self.engine {
+            Engine::Device(engine) => engine.make_resident(cases),
+            Engine::Host(_) => Err(Error::Internal("trainer: only a device has resident cases".into())),
+        }
+    }
+
+    /// Steps taken, those that an overflow made void included.
     pub fn steps(&self) -> u64 {
-        self.optimizer.step
+        self.steps
     }
 
-    /// First and second moments of every parameter, in `named_parameters()` order.
-    pub fn moments(&self) -> &[Moments<f32>] {
-        &self.optimizer.moments
+    /// First and second moments of every parameter, in `named_parameters()` order, and the gradient scaler's state
+    /// where there is one; waits for the device.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn optimizer_state(&self) -> Result<(Vec<Moments<f32>>, Option<ScalerState>)> {
+        match &self.engine {
+            Engine::Host(optimizer) => Ok((optimizer.moments.clone(), None)),
+            Engine::Device(engine) => {
+                engine.optimizer_state().map(|(moments, scaler)| (moments, Some(scaler)))
+            }
+        }
+    }
+
+    /// Makes the network's values in host memory what the device has; waits for it.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn refresh(&mut self) -> Result<()> {
+        match &self.engine {
+            Engine::Host(_) => Ok(()),
+            Engine::Device(_) => self.net.refresh(),
+        }
     }
 
     /// Whether every weight, running statistic and moment is a number.
-    pub fn is_finite(&self) -> bool {
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn is_finite(&mut self) -> Result<bool> {
+        self.refresh()?;
         let finite = |v: &[f32]| v.iter().all(|v| v.is_finite());
-        self.net.is_finite()
-            && self.optimizer.moments.iter().all(|m| finite(&m.exp_avg) && finite(&m.exp_avg_sq))
+        let (moments, _) = self.optimizer_state()?;
+        Ok(self.net.is_finite() && moments.iter().all(|m| finite(&m.exp_avg) && finite(&m.exp_avg_sq)))
     }
 
-    /// Continues from the moments of an earlier run.
+    /// Continues from the moments of an earlier run, on this device or another.
     ///
     /// # Errors
     /// [`Error::Shape`] when they are those of another network or optimizer.
-    pub fn restore(&mut self, step: u64, moments: Vec<Moments<f32>>) -> Result<()> {
+    pub fn restore(
+        &mut self,
+        step: u64,
+        moments: Vec<Moments<f32>>,
+        scaler: Option<ScalerState>,
+    ) -> Result<()> {
         let sizes = |m: &[Moments<f32>]| -> Vec<_> {
             m.iter().map(|m| (m.exp_avg.len(), m.exp_avg_sq.len())).collect()
         };
-        if sizes(&moments) != sizes(&self.optimizer.moments) {
+        let own = Optimizer::<f32>::new(self.optim, self.net.params().iter().map(|p| p.value.len()));
+        if sizes(&moments) != sizes(&own.moments) {
             return Err(Error::Shape {
                 op: "optimizer",
                 want: format!(
@@ -65,37 +152,110 @@ impl Trainer {
                 got: format!("moments of {} others", moments.len()),
             });
         }
-        self.optimizer.step = step;
-        self.optimizer.moments = moments;
-        Ok(())
+        self.steps = step;
+        // A run of the CPU has no void steps: its count is Adam's.
+        let counted = scaler.map_or(step, |s| s.steps);
+        match &mut self.engine {
+            Engine::Host(optimizer) => {
+                optimizer.step = counted;
+                optimizer.moments = moments;
+                Ok(())
+            }
+            Engine::Device(engine) => engine.restore(&mut self.net, moments, scaler, counted),
+        }
     }
 
-    /// One step on `images` (N, D, H, W) with `labels` of the same size: forward, DiceCE, backward, update of weights
-    /// and running statistics. Returns the loss before the step.
-    ///
-    /// A loss that is not a number changes nothing: the weights stay those of the step before.
+    /// Queues one step: forward, DiceCE, backward, update of weights and running statistics. On the CPU it is done
+    /// when this returns. A loss that is not a number changes nothing: the weights stay those of the step before.
     ///
     /// # Errors
     /// [`Error::Diverged`] when the loss is not finite, and those of the ops.
-    pub fn step(&mut self, images: &[f32], labels: &[u8], [n, d, h, w]: [usize; 4]) -> Result<f64> {
-        let mut tape = Tape::recording();
-        let x = Tensor::from_slice(Shape::new(n, [d, h, w], 1), images);
-        let (logits, statistics) = self.net.forward(&mut tape, x, Mode::Train, None)?;
-        let loss = dice_ce::loss(&mut tape, &logits, labels, &self.loss)?.loss;
-        drop(logits);
-        if !loss.is_finite() {
-            let (step, loss) = (self.steps() + 1, loss as f32);
-            return Err(Error::Diverged {
-                step,
-                loss,
-                cure: "lower --lr or look at the input images".into(),
-            });
+    pub fn queue(&mut self, input: Input) -> Result<()> {
+        let losses = match &mut self.engine {
+            Engine::Device(engine) if engine.is_full() => engine.take_losses()?,
+            _ => Vec::new(),
+        };
+        self.keep(losses)?;
+        self.steps += 1;
+        match (&mut self.engine, input) {
+            (Engine::Device(engine), input) => engine.queue(&mut self.net, &self.loss, input),
+            (Engine::Host(optimizer), Input::Patches { images, labels, shape }) => {
+                let loss = host_step(&mut self.net, &self.loss, optimizer, images, labels, shape)?;
+                self.keep(vec![loss])
+            }
+            (Engine::Host(_), Input::Resident { .. }) => {
+                Err(Error::Internal("trainer: only a device has resident cases".into()))
+            }
         }
-        let mut grads = self.net.grads();
-        tape.backward(&mut grads)?;
-        self.net.update_running(&statistics);
-        let gradients: Vec<&[f32]> = (0..self.net.params().len()).map(|i| grads.param(ParamId(i))).collect();
-        self.optimizer.step(self.net.params_mut().iter_mut().map(|p| p.make_mut()), &gradients);
-        Ok(loss)
     }
+
+    /// Losses of queued steps that were not taken yet, oldest first: with `wait` all of them, else those that are
+    /// there.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] when one is not finite, and what went wrong on the device.
+    pub fn take_losses(&mut self, wait: bool) -> Result<Vec<f64>> {
+        if let (true, Engine::Device(engine)) = (wait, &mut self.engine) {
+            let losses = engine.take_losses()?;
+            self.keep(losses)?;
+        }
+        Ok(std::mem::take(&mut self.losses))
+    }
+
+    /// One step on `images` (N, D, H, W) with `labels` of the same size, and its loss.
+    ///
+    /// # Errors
+    /// As [`Trainer::queue`] and [`Trainer::take_losses`].
+    pub fn step(&mut self, images: &[f32], labels: &[u8], shape: [usize; 4]) -> Result<f64> {
+        self.queue(Input::Patches { images, labels, shape })?;
+        let losses = self.take_losses(true)?;
+        losses.last().copied().ok_or_else(|| Error::Internal("trainer: a step has no loss".into()))
+    }
+
+    /// Keeps losses for whoever asks; refuses those that are no numbers.
+    fn keep(&mut self, losses: Vec<f64>) -> Result<()> {
+        if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
+            let step = self.steps + 1 - (losses.len() - i) as u64;
+            let cure = "lower --lr or look at the input images".into();
+            return Err(Error::Diverged { step, loss: losses[i] as f32, cure });
+        }
+        self.losses.extend(losses);
+        Ok(())
+    }
+}
+
+impl Input<'_> {
+    /// Patches in it.
+    pub fn patches(&self) -> usize {
+        match self {
+            Input::Patches { shape, .. } => shape[0],
+            Input::Resident { specs, .. } => specs.len(),
+        }
+    }
+}
+
+/// A step on the CPU; its loss. One that is not finite is returned before anything changes.
+fn host_step(
+    net: &mut UNet,
+    loss: &Loss,
+    optimizer: &mut Optimizer<f32>,
+    images: &[f32],
+    labels: &[u8],
+    [n, d, h, w]: [usize; 4],
+) -> Result<f64> {
+    let mut tape = Tape::recording();
+    let x = Tensor::from_slice(Shape::new(n, [d, h, w], 1), images);
+    let (logits, statistics) = net.forward(&mut tape, x, Mode::Train, None)?;
+    let loss = dice_ce::loss(&mut tape, &logits, labels, loss)?.loss;
+    drop(logits);
+    if !loss.is_finite() {
+        return Ok(loss);
+    }
+    let mut grads = net.grads();
+    tape.backward(&mut grads)?;
+    net.update_running(&statistics)?;
+    net.count_batch();
+    let gradients: Vec<&[f32]> = (0..net.params().len()).map(|i| grads.param(ParamId(i))).collect();
+    optimizer.step(net.params_mut().iter_mut().map(|p| p.make_mut()), &gradients);
+    Ok(loss)
 }

@@ -1,5 +1,6 @@
 //! Devices to run a case on, inputs, and the comparison.
 
+use crate::support;
 use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::rng::Philox;
 use std::sync::Arc;
@@ -14,17 +15,10 @@ pub fn on_every_device(case: impl Fn(&Arc<Cuda>)) {
 
 /// The same for kernels whose arithmetic does not depend on the storage of activations.
 pub fn on_devices(precision: Precision, case: &dyn Fn(&Arc<Cuda>)) {
-    #[cfg(emulated)]
-    for seed in 0..3 {
-        use spleen_hpc::device::cuda::emulated::Emulated;
-        let cuda = Cuda::new(Arc::new(Emulated::new(seed)), precision);
+    for seed in 0..if support::native() { 1 } else { 3 } {
+        let Some(cuda) = support::device(precision, seed) else { return };
         case(&cuda);
         cuda.synchronize().expect("the device works");
-    }
-    #[cfg(not(emulated))]
-    {
-        let _ = (precision, case);
-        println!("skipped: no C++ compiler built the emulator");
     }
 }
 

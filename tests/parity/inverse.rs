@@ -8,11 +8,13 @@ use spleen_hpc::data::nifti;
 use spleen_hpc::data::nifti_write::write_bundle;
 use spleen_hpc::data::preprocess::{Geometry, preprocess};
 use spleen_hpc::infer::predict::softmax;
+use spleen_hpc::ops::resample::cuda::invert_argmax;
 
 use crate::Outcome;
 use crate::case::{Case, ties};
 use crate::golden::{File, Golden, fits};
 use crate::ledger::Ledger;
+use crate::place;
 use crate::prep::settings;
 use crate::tensor::Tensor;
 use crate::tolerance::{DRAW, EXACT, GEOMETRY, HEADER, PROBABILITY};
@@ -31,6 +33,36 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
         ledger.fail(&relative, "there is no inverse_<case> for this saved mask".into());
     }
     Ok(())
+}
+
+/// The masks that the kernels make of the same probabilities, except where the classes draw.
+pub fn on_device(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
+    let cuda = place::current().ok_or("there is no device")?;
+    ledger.each_file(golden, "inverse_*", |file, ledger| {
+        let case = Case::read(golden, file.name.trim_start_matches("inverse_"))?;
+        let name = file.name.replace("inverse_", "prep_");
+        let settings = golden.file(&name).map_or_else(|| settings(file), settings);
+        let geometry = preprocess(&case.image.volume, None, &settings)?.geometry;
+        let p = probabilities(&file.need("pred_logits")?);
+        let mut draw = Vec::new();
+        geometry.invert_probabilities(p.as_chunks().0, |_, slab| {
+            draw.extend(slab.iter().map(|[b, s]| (b - s).abs() < DRAW));
+            Ok(())
+        })?;
+        let mask = invert_argmax(&cuda.upload(&p)?, &geometry)?.download()?;
+        let got = Tensor::new(&[&[1][..], &case.image.volume.shape].concat(), &mask);
+        ledger.compare_except(file, "argmax", &got, EXACT, |i| draw[i]);
+        Ok(())
+    });
+    Ok(())
+}
+
+/// Softmax of logits (2, i, j, k), as (voxels, 2).
+fn probabilities(logits: &Tensor) -> Vec<f32> {
+    let (background, spleen) = logits.data.split_at(logits.data.len() / 2);
+    let mut p: Vec<f32> = background.iter().zip(spleen).flat_map(|(&b, &s)| [b as f32, s as f32]).collect();
+    softmax(&mut p);
+    p
 }
 
 /// Compares the tensors of a case; returns the mask and the voxels where its classes draw.
@@ -53,9 +85,7 @@ fn replay(
             format!("pred_logits has shape {:?}, the preprocessed grid {shape:?}", logits.shape).into()
         );
     }
-    let (background, spleen) = logits.data.split_at(logits.data.len() / 2);
-    let mut p: Vec<f32> = background.iter().zip(spleen).flat_map(|(&b, &s)| [b as f32, s as f32]).collect();
-    softmax(&mut p);
+    let p = probabilities(&logits);
     ledger.compare(file, "softmax", &channels_first(&p, &prepared.image.shape), PROBABILITY);
 
     let p: Vec<[f32; 2]> = p.as_chunks().0.to_vec();

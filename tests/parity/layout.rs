@@ -3,6 +3,7 @@
 use spleen_hpc::tensor::{Shape, Tensor as Engine};
 
 use crate::Outcome;
+use crate::place;
 use crate::tensor::{Elem, Tensor};
 
 /// The engine's shape of a torch tensor.
@@ -31,13 +32,13 @@ pub fn channels_first<T: Elem>(s: Shape, values: &[T]) -> Tensor {
     Tensor::new(&[s.n, s.c, s.d, s.h, s.w], &planes.collect::<Vec<T>>())
 }
 
-/// A torch tensor for the engine, rounded to float32.
+/// A torch tensor for the engine, rounded to float32, where it computes.
 pub fn to_engine(torch: &Tensor) -> Outcome<Engine> {
     let values: Vec<f32> = channels_last(torch)?.into_iter().map(|v| v as f32).collect();
-    Ok(Engine::from_slice(shape(torch)?, &values))
+    place::tensor(Engine::from_slice(shape(torch)?, &values))
 }
 
 /// An engine's tensor for the ledger.
-pub fn to_torch(engine: &Engine) -> Tensor {
-    channels_first(engine.shape(), engine.data())
+pub fn to_torch(engine: &Engine) -> Outcome<Tensor> {
+    Ok(channels_first(engine.shape(), engine.to_host()?.data()))
 }

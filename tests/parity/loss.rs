@@ -1,14 +1,17 @@
 //! DiceCE: value, Dice term and logit gradient of every case and variant, in float64 and float32.
 
+use std::sync::Arc;
+
 use spleen_hpc::config::Loss;
-use spleen_hpc::ops::dice_ce::{dice_ce, dice_ce_backward};
-use spleen_hpc::tensor::Float;
-use spleen_hpc::tensor::Shape;
+use spleen_hpc::device::cuda::Cuda;
+use spleen_hpc::ops::dice_ce::{cuda, dice_ce, dice_ce_backward};
+use spleen_hpc::tensor::{Float, Shape, Tensor as Engine};
 
 use crate::Outcome;
 use crate::golden::Golden;
 use crate::layout::{channels_first, channels_last, shape};
 use crate::ledger::Ledger;
+use crate::place;
 use crate::tensor::{Elem, Tensor};
 use crate::tolerance::{DLOGITS_F64, FLOAT32, LOSS_F32, LOSS_F64};
 
@@ -41,6 +44,13 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
                     .or_else(|| parse(VARIANTS, variant))
                     .ok_or_else(|| format!("index.json does not say what the variant `{variant}` is"))?;
                 let name = |part: &str| format!("{case}.{variant}.{part}");
+                if let Some(cuda) = place::current() {
+                    let single = compute_on_device(&cuda, &rounded, &labels, shape, &p)?;
+                    let loss = Tensor::new(&[1], &[single.loss as f32]);
+                    ledger.compare(file, &name("loss_f32"), &loss, LOSS_F32);
+                    ledger.compare(file, &name("dlogits_f32"), &single.dlogits, FLOAT32);
+                    continue;
+                }
                 let double = compute(&values, &labels, shape, &p);
                 ledger.compare(file, &name("loss"), &Tensor::new(&[1], &[double.loss]), LOSS_F64);
                 ledger.compare(file, &name("dice_only"), &Tensor::new(&[1], &[double.dice]), LOSS_F64);
@@ -67,6 +77,22 @@ fn compute<T: Float + Elem>(logits: &[T], labels: &[u8], shape: Shape, p: &Loss)
     let mut dlogits = vec![T::new(0.0); logits.len()];
     dice_ce_backward(&forward, logits, labels, p, &mut dlogits);
     Computed { loss: forward.loss, dice: forward.dice, dlogits: channels_first(shape, &dlogits) }
+}
+
+fn compute_on_device(
+    cuda: &Arc<Cuda>,
+    logits: &[f32],
+    labels: &[u8],
+    shape: Shape,
+    p: &Loss,
+) -> Outcome<Computed> {
+    let logits = Engine::from_slice(shape, logits).to_device(cuda)?;
+    let (view, labels) = (logits.view().ok_or("not on the device")?, cuda.upload(labels)?);
+    let forward = cuda::forward(&view, &labels, p)?;
+    let dlogits = cuda::backward(&forward, &view, &labels, p, &cuda.upload(&[1.0f32])?)?;
+    let values = forward.values.download()?;
+    let dlogits = channels_first(shape, &dlogits.download()?);
+    Ok(Computed { loss: values[0].into(), dice: values[1].into(), dlogits })
 }
 
 /// The loss that `text` defines as `NAME = [BASE with] SETTING, ...`, where a setting is `lambda DICE/CE` or an

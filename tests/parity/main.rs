@@ -15,11 +15,15 @@ mod ledger;
 mod loss;
 mod metrics;
 mod network;
+mod on_device;
 mod ops;
 mod optim;
 mod output;
+mod place;
 mod prep;
 mod self_check;
+#[path = "../support/mod.rs"]
+mod support;
 mod sw;
 mod sw_net;
 mod table;
@@ -113,8 +117,9 @@ fn replay(dir: &Path, filter: &str) -> Outcome<bool> {
     table::print(&ledger, &ran);
     let passed = ledger.rows.iter().filter(|r| r.passed()).count();
     let failed = ledger.rows.len() - passed;
+    let on_device = on_device::replay(&golden, filter)?;
     println!("{passed} passed, {failed} failed, {} skipped", ledger.left_out.len());
-    Ok(failed == 0)
+    Ok(failed == 0 && on_device)
 }
 
 /// The test filter among the arguments that `cargo test` passes to every harness; None when only asked to list.

@@ -12,6 +12,7 @@ use crate::Outcome;
 use crate::golden::File;
 use crate::hash::hash_tensor;
 use crate::layout::{to_engine, to_torch};
+use crate::place;
 use crate::tensor::Tensor;
 
 /// Scales and offsets of hash numbers for parameters that are no convolution's.
@@ -70,12 +71,12 @@ pub fn for_evaluation(file: &File) -> Outcome<UNet> {
         weights.insert(name, array)?;
     }
     net.load(&weights)?;
-    Ok(net)
+    place::network(&net)
 }
 
 /// Logits (N, C, D, H, W) in eval mode.
 pub fn evaluate(net: &UNet, x: &Tensor) -> Outcome<Tensor> {
-    Ok(to_torch(&net.forward(&mut Tape::off(), to_engine(x)?, Mode::Eval, None)?.0))
+    to_torch(&net.forward(&mut Tape::off(), to_engine(x)?, Mode::Eval, None)?.0)
 }
 
 /// `hash_inputs` of index.json whose shape is known: name and values.

@@ -1,10 +1,8 @@
 //! Single operations, forward and backward. The goldens are float64, the engine computes in float32.
 
-use std::sync::Arc;
-
 use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
 use spleen_hpc::ops::conv3d::{Filter, conv3d};
-use spleen_hpc::ops::norm_prelu::{Affine, Statistics, norm_prelu};
+use spleen_hpc::ops::norm_prelu::{Affine, Moments, Running, Statistics, norm_prelu};
 use spleen_hpc::ops::residual::materialize;
 use spleen_hpc::tensor::{Activation, Grads, Param, ParamId, Tape, Tensor as Engine, ValueId};
 
@@ -12,6 +10,7 @@ use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::layout::{to_engine, to_torch};
 use crate::ledger::Ledger;
+use crate::place;
 use crate::tensor::Tensor;
 use crate::tolerance::{FLOAT32, parameter_gradient};
 
@@ -23,7 +22,9 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
             match name {
                 _ if name.starts_with("convT") => case.conv_transpose(ledger)?,
                 _ if name.starts_with("conv") => case.conv(ledger)?,
-                _ if name.starts_with("instance_norm") => case.norm(ledger, "", Statistics::Instance)?,
+                _ if name.starts_with("instance_norm") => {
+                    case.norm(ledger, "", Statistics::Instance)?;
+                }
                 _ if name.starts_with("batch_norm") => case.batch_norm(ledger)?,
                 _ if name.starts_with("prelu") => case.prelu(ledger)?,
                 _ => return Err(format!("{name}: no operation has this name").into()),
@@ -47,18 +48,15 @@ struct Case<'g> {
 impl<'g> Case<'g> {
     fn read(file: &'g File, name: &'g str) -> Outcome<Self> {
         let param = |part: &str, id| {
-            file.tensor(&format!("{name}.{part}")).map(|t| Param {
-                id: ParamId(id),
-                shape: t.shape.clone(),
-                value: Arc::new(t.to_f32()),
-            })
+            let tensor = file.tensor(&format!("{name}.{part}"));
+            tensor.map(|t| place::param(Param::new(ParamId(id), t.shape.clone(), t.to_f32()))).transpose()
         };
         Ok(Case {
             file,
             name,
             x: to_engine(&file.need(&format!("{name}.x"))?)?,
-            w: param("w", 0),
-            b: param("b", 1),
+            w: param("w", 0)?,
+            b: param("b", 1)?,
             dy: to_engine(&file.need(&format!("{name}.dy"))?)?,
         })
     }
@@ -70,19 +68,24 @@ impl<'g> Case<'g> {
     /// Compares `y` and, after the backward pass from `dy`, the gradients; `mode` stands before each name.
     fn check(&self, ledger: &mut Ledger, mode: &str, tape: Tape, x: ValueId, y: &Activation) -> Outcome<()> {
         let name = |part: &str| format!("{}.{mode}{part}", self.name);
-        ledger.compare(self.file, &name("y"), &to_torch(&materialize(y)), FLOAT32);
+        ledger.compare(self.file, &name("y"), &to_torch(&materialize(y)?)?, FLOAT32);
         let params = [&self.w, &self.b];
         let mut grads = Grads::new(params.map(|p| p.as_ref().map_or(0, |p| p.value.len())));
-        grads.add(y.id(), self.dy.clone());
+        grads.set(y.id(), self.dy.clone());
+        for param in params.into_iter().flatten().filter(|p| p.cuda().is_some()) {
+            param.device().grad().fill(0)?;
+        }
         tape.backward(&mut grads)?;
         let dx = grads.take(x).ok_or("no gradient reached x")?;
-        ledger.compare(self.file, &name("dx"), &to_torch(&dx), FLOAT32);
-        let norm = |t: &Engine| t.data().iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
-        let rms = norm(&self.x) / (self.x.data().len() as f64).sqrt();
-        let sums = parameter_gradient(rms, norm(&self.dy));
+        ledger.compare(self.file, &name("dx"), &to_torch(&dx)?, FLOAT32);
+        let norm = |t: &Engine| -> Outcome<f64> {
+            Ok(t.to_host()?.data().iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt())
+        };
+        let rms = norm(&self.x)? / (self.x.shape().len() as f64).sqrt();
+        let sums = parameter_gradient(rms, norm(&self.dy)?);
         for (param, part) in params.iter().zip(["dw", "db"]) {
             if let Some(param) = param {
-                let got = Tensor::new(&param.shape, grads.param(param.id));
+                let got = Tensor::new(&param.shape, &param.gradient(&grads)?);
                 ledger.compare(self.file, &name(part), &got, sums);
             }
         }
@@ -104,31 +107,32 @@ impl<'g> Case<'g> {
         self.check(ledger, "", tape, x.id(), &y.into())
     }
 
-    fn norm(&self, ledger: &mut Ledger, mode: &str, statistics: Statistics) -> Outcome<()> {
+    fn norm(&self, ledger: &mut Ledger, mode: &str, statistics: Statistics) -> Outcome<Moments> {
         let mut tape = Tape::recording();
         let affine = Affine { gamma: self.w.as_ref(), beta: self.b.as_ref(), slope: None };
         let (y, moments) = norm_prelu(&mut tape, &self.x, statistics, affine)?;
-        if let Statistics::Batch = statistics {
-            let [mut mean, mut var] = self.running()?;
-            moments.update_running(&mut mean, &mut var, &vec![0.0; self.x.shape().c]);
-            for (part, values) in [("running_mean1", mean), ("running_var1", var)] {
-                let got = Tensor::new(&[values.len()], &values);
-                ledger.compare(self.file, &format!("{}.{part}", self.name), &got, FLOAT32);
-            }
-        }
-        self.check(ledger, mode, tape, self.x.id(), &y)
+        self.check(ledger, mode, tape, self.x.id(), &y)?;
+        Ok(moments)
     }
 
-    /// Running mean and variance before the step.
-    fn running(&self) -> Outcome<[Vec<f32>; 2]> {
+    /// Running statistics before the step.
+    fn running(&self) -> Outcome<Running> {
         let read = |part| self.file.need(&format!("{}.{part}", self.name)).map(|t| t.to_f32());
-        Ok([read("running_mean0")?, read("running_var0")?])
+        place::running(Running::new(read("running_mean0")?, read("running_var0")?))
     }
 
     fn batch_norm(&self, ledger: &mut Ledger) -> Outcome<()> {
-        self.norm(ledger, "train_", Statistics::Batch)?;
-        let [mean, var] = self.running()?;
-        self.norm(ledger, "eval_", Statistics::Fixed { mean: &mean, var: &var })?;
+        let moments = self.norm(ledger, "train_", Statistics::Batch)?;
+        let mut running = self.running()?;
+        let no_bias = Param::new(ParamId(2), vec![running.mean.len()], vec![0.0; running.mean.len()]);
+        running.update(&moments, &place::param(no_bias)?)?;
+        running.refresh()?;
+        for (part, values) in [("running_mean1", &running.mean), ("running_var1", &running.var)] {
+            let got = Tensor::new(&[values.len()], values);
+            ledger.compare(self.file, &format!("{}.{part}", self.name), &got, FLOAT32);
+        }
+        let running = self.running()?;
+        self.norm(ledger, "eval_", Statistics::Fixed { running: &running, bias: None })?;
         ledger.leave_out(self.file, &format!("{}.running_*0", self.name), "given, not computed");
         Ok(())
     }

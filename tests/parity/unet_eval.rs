@@ -5,14 +5,14 @@ use spleen_hpc::tensor::Tape;
 
 use crate::Outcome;
 use crate::golden::File;
-use crate::layout::{to_engine, to_torch};
+use crate::layout::{channels_first, to_engine, to_torch};
 use crate::ledger::Ledger;
 use crate::network;
 use crate::tolerance::FLOAT32;
 use crate::unet::compare_logits;
 
-/// `eval.*`, `evalact.*` and `eval<D>x<H>x<W>.logits`.
-pub fn run(file: &File, ledger: &mut Ledger) -> Outcome<()> {
+/// `eval.*` and `evalact.*`.
+pub fn on_training_input(file: &File, ledger: &mut Ledger) -> Outcome<()> {
     let net = network::for_evaluation(file)?;
     let x = to_engine(&file.need("x")?)?;
     let (logits, _) = net.forward(
@@ -20,10 +20,18 @@ pub fn run(file: &File, ledger: &mut Ledger) -> Outcome<()> {
         x,
         Mode::Eval,
         Some(&mut |module: &str, value| {
-            ledger.compare(file, &format!("evalact.{module}"), &to_torch(&value), FLOAT32)
+            let act = channels_first(value.shape(), value.data());
+            ledger.compare(file, &format!("evalact.{module}"), &act, FLOAT32)
         }),
     )?;
-    compare_logits(file, "eval.logits", &to_torch(&logits), FLOAT32, ledger);
+    compare_logits(file, "eval.logits", &to_torch(&logits)?, FLOAT32, ledger);
+    Ok(())
+}
+
+/// `eval.*`, `evalact.*` and `eval<D>x<H>x<W>.logits`.
+pub fn run(file: &File, ledger: &mut Ledger) -> Outcome<()> {
+    on_training_input(file, ledger)?;
+    let net = network::for_evaluation(file)?;
     for x in network::hash_inputs(file)? {
         let names = size_names(&x.shape[2..]);
         if let Some(name) = names.iter().find(|n| file.base_names().contains(n.as_str())) {

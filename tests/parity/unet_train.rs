@@ -4,14 +4,15 @@ use spleen_hpc::config::{Loss, Optimizer};
 use spleen_hpc::nn::state_dict::ArrayData;
 use spleen_hpc::nn::{Mode, UNet};
 use spleen_hpc::ops::dice_ce;
-use spleen_hpc::tensor::{ParamId, Tape};
+use spleen_hpc::tensor::{Tape, Tensor as Engine};
 use spleen_hpc::train::trainer::Trainer;
 
 use crate::Outcome;
 use crate::golden::File;
-use crate::layout::{to_engine, to_torch};
+use crate::layout::{channels_first, to_engine, to_torch};
 use crate::ledger::Ledger;
 use crate::network::bias_is_cancelled;
+use crate::place;
 use crate::tensor::Tensor;
 use crate::tolerance::{
     FLOAT32, LOSS_NET, STATISTICS, Tolerance, gradient, parameters, step_losses, trained_statistics,
@@ -36,6 +37,7 @@ fn loss_of(file: &File) -> Loss {
 
 /// One forward pass with all activations and one backward pass.
 pub fn forward_backward(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
+    let net = &place::network(net)?;
     let x = to_engine(&file.need("x")?)?;
     let labels = file.need("label")?.to_u8();
     let mut tape = Tape::recording();
@@ -44,11 +46,12 @@ pub fn forward_backward(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome
         x,
         Mode::Train,
         Some(&mut |module: &str, value| {
-            ledger.compare(file, &format!("act.{module}"), &to_torch(&value), FLOAT32)
+            let act = channels_first(value.shape(), value.data());
+            ledger.compare(file, &format!("act.{module}"), &act, FLOAT32)
         }),
     )?;
-    compare_logits(file, "train.logits", &to_torch(&logits), FLOAT32, ledger);
-    let value = dice_ce::loss(&mut tape, &logits, &labels, &loss_of(file))?.loss;
+    compare_logits(file, "train.logits", &to_torch(&logits)?, FLOAT32, ledger);
+    let value = loss_on_tape(&mut tape, &logits, &labels, &loss_of(file))?;
     // [torch float32, torch float64]
     ledger.compare(file, "loss", &Tensor::new(&[2], &[value; 2]), LOSS_NET);
     let mut grads = net.grads();
@@ -58,15 +61,25 @@ pub fn forward_backward(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome
         return Err(format!("grad_maxabs_f32_f64 has shape {:?}", yardstick.shape).into());
     }
     for (i, (param, name)) in net.params().iter().zip(net.param_names()).enumerate() {
-        let got = Tensor::new(&param.shape, grads.param(ParamId(i)));
+        let got = Tensor::new(&param.shape, &param.gradient(&grads)?);
         let cancelled = bias_is_cancelled(net, name);
         let bound = gradient(cancelled, yardstick.data[2 * i], yardstick.data[2 * i + 1]);
         ledger.compare(file, &format!("grad.{name}"), &got, bound);
     }
     let mut after = net.clone();
-    after.update_running(&statistics);
+    after.update_running(&statistics)?;
+    after.count_batch();
+    after.refresh()?;
     compare_buffers(file, "buf1", &after, STATISTICS, ledger);
     Ok(())
+}
+
+/// The loss, wherever the logits are; on a device without a scale.
+fn loss_on_tape(tape: &mut Tape, logits: &Engine, labels: &[u8], p: &Loss) -> Outcome<f64> {
+    let Some(cuda) = place::current() else { return Ok(dice_ce::loss(tape, logits, labels, p)?.loss) };
+    let one = cuda.upload(&[1.0f32])?;
+    let value = dice_ce::loss_on_device(tape, logits, &cuda.upload(labels)?, p, &one)?;
+    Ok(value.values.download()?[0].into())
 }
 
 /// As many steps of Adam as the file has recorded.
@@ -82,6 +95,9 @@ pub fn steps(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
     let lr = serde_json::json!({ "lr": file.params["adam_lr"] });
     let config = optim::config(Optimizer::Adam, &lr)?;
     let mut trainer = Trainer::with_network(net.clone(), loss_of(file), config);
+    if let Some(cuda) = place::current() {
+        trainer = trainer.on_device(&cuda)?;
+    }
     let x = file.need("x")?;
     let [n, _, d, h, w] = x.shape[..] else { return Err("x is not (N, 1, D, H, W)".into()) };
     let (images, labels) = (x.to_f32(), file.need("label")?.to_u8());
@@ -90,6 +106,7 @@ pub fn steps(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
     for step in 1..=last {
         losses.push(trainer.step(&images, &labels, [n, d, h, w])?);
         if recorded.binary_search(&step).is_ok() {
+            trainer.refresh()?;
             compare_parameters(file, step, &trainer.net, ledger);
             compare_buffers(
                 file,

@@ -83,6 +83,17 @@ impl std::fmt::Display for Symbol {
     }
 }
 
+/// What [`Driver::prepare`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prepared {
+    /// Kernel files that were compiled.
+    pub compiled: usize,
+    /// Kernel files that were compiled before and read from disk.
+    pub cached: usize,
+    /// Why what was compiled could not be kept on disk, if so.
+    pub warning: Option<String>,
+}
+
 /// A queue of work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stream(pub usize);
@@ -99,6 +110,21 @@ pub struct Graph(pub usize);
 pub trait Driver: Send + Sync {
     /// What it is.
     fn info(&self) -> &Info;
+
+    /// Makes kernel files ready that are about to be used, all at once; without it each is made ready when it is used
+    /// first. The emulator's always are.
+    ///
+    /// # Errors
+    /// When one does not compile or load.
+    fn prepare(&self, _files: &[&'static str], _precision: Precision) -> Result<Prepared> {
+        Ok(Prepared::default())
+    }
+
+    /// Bytes of device memory that nobody has taken.
+    ///
+    /// # Errors
+    /// When the driver does not tell.
+    fn free_memory(&self) -> Result<u64>;
 
     /// Device memory, aligned to 256 bytes.
     ///

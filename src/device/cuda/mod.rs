@@ -3,18 +3,31 @@
 pub mod driver;
 #[cfg(emulated)]
 pub mod emulated;
+pub mod kernel_cache;
+pub mod libcuda;
 mod memory;
+pub mod native;
+mod native_modules;
+pub mod nvrtc;
+mod nvrtc_library;
+mod pinned;
 mod pool;
+mod self_test;
+pub mod sources;
 
-pub use driver::{Info, Launch, Precision};
+pub use driver::{Info, Launch, Precision, Prepared};
 pub use memory::{Act, Buf, Elem, In, InOut, Out};
+pub use pinned::Pinned;
+pub use pool::size_class;
+pub use self_test::{Compared, SelfTest, agree};
 
 use crate::error::Result;
 use bytemuck::Pod;
-use driver::{Driver, Stream, Symbol};
+use driver::{Driver, Graph, Stream, Symbol};
 use pool::{Block, Pool};
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// An entry point of a kernel file and the struct of arguments it takes.
 ///
@@ -32,11 +45,16 @@ impl<A> Kernel<A> {
     }
 }
 
+/// Work kept by [`Cuda::record`].
+#[derive(Debug)]
+pub struct Recording(Graph);
+
 /// One device with one stream of work and the precision of its activations.
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     precision: Precision,
-    pool: Pool,
+    pools: [Pool; 2],
+    in_step: AtomicBool,
 }
 
 impl std::fmt::Debug for Cuda {
@@ -48,7 +66,8 @@ impl std::fmt::Debug for Cuda {
 impl Cuda {
     /// A device seen through `driver`.
     pub fn new(driver: Arc<dyn Driver>, precision: Precision) -> Arc<Self> {
-        Arc::new(Cuda { driver, precision, pool: Pool::default() })
+        let in_step = AtomicBool::new(false);
+        Arc::new(Cuda { driver, precision, pools: [Pool::default(), Pool::default()], in_step })
     }
 
     /// What the device is.
@@ -71,8 +90,58 @@ impl Cuda {
         Stream(0)
     }
 
-    pub(crate) fn pool(&self) -> &Pool {
-        &self.pool
+    fn pool(&self, of_step: bool) -> &Pool {
+        &self.pools[usize::from(of_step)]
+    }
+
+    fn in_step(&self) -> bool {
+        self.in_step.load(Ordering::Relaxed)
+    }
+
+    /// Runs `work`, whose buffers are a step's own: they must not be used after the next step begins.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn step<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        self.in_step.store(true, Ordering::Relaxed);
+        let result = work();
+        self.in_step.store(false, Ordering::Relaxed);
+        result
+    }
+
+    /// Like [`Cuda::step`], but the work is kept, not run: it is run by each [`Cuda::replay`]. Whatever changes from
+    /// one run to the next must be in device memory.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn record<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<(R, Recording)> {
+        self.driver.begin_capture(self.stream())?;
+        let result = self.step(work);
+        // Capturing ends whatever became of the work.
+        let graph = self.driver.end_capture(self.stream());
+        Ok((result?, Recording(graph?)))
+    }
+
+    /// Gives all free blocks back to the device, those of steps too: no recording may be replayed any more.
+    ///
+    /// # Errors
+    /// What went wrong in queued work.
+    pub fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        for (address, bytes) in self.pools.iter().flat_map(Pool::drain) {
+            self.driver.free(address, bytes);
+        }
+        Ok(())
+    }
+
+    /// Queues recorded work.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn replay(&self, recording: &Recording) -> Result<()> {
+        // SAFETY: blocks of a step stay allocated as long as the device; buffers from outside the step that its work
+        // names are owned by the trainer that owns the recording.
+        unsafe { self.driver.replay(self.stream(), recording.0) }
     }
 
     /// Memory for `len` values, content unspecified.
@@ -99,6 +168,14 @@ impl Cuda {
     /// When the device has not enough.
     pub fn act(self: &Arc<Self>, len: usize) -> Result<Act> {
         Ok(Act::new(self.buffer(len * self.precision.bytes())?, self.precision))
+    }
+
+    /// Makes kernel files ready that are about to be used, all at once; else each is when it is used first.
+    ///
+    /// # Errors
+    /// When one does not compile or load.
+    pub fn prepare(&self, files: &[&'static str]) -> Result<Prepared> {
+        self.driver.prepare(files, self.precision)
     }
 
     /// Queues a kernel.
@@ -135,7 +212,7 @@ impl Cuda {
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        for (address, bytes) in self.pool.drain() {
+        for (address, bytes) in self.pools.iter().flat_map(Pool::drain) {
             self.driver.free(address, bytes);
         }
     }

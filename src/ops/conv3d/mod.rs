@@ -9,10 +9,23 @@
 //!
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
-use crate::device::arena::Buffer;
+pub(super) mod args;
+mod cpu;
+pub mod cuda;
+pub mod cuda_thinwgrad;
+pub mod cuda_wgrad;
+pub(super) mod narrow;
+pub(super) mod pack;
+pub mod plan;
+pub(super) mod tiled;
+
+use crate::device::cuda::{Cuda, SelfTest};
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};
-use crate::tensor::{Activation, Param, ParamId, Shape, Tape, Tensor};
+use crate::ops::residual::{channel_sums, give};
+use crate::ops::self_test::taped;
+use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
+use std::sync::Arc;
 
 /// The parameters of one convolution.
 #[derive(Clone, Debug)]
@@ -26,7 +39,7 @@ pub struct Filter<'a> {
 /// Convolves `x` with every filter; all have one kernel size. Returns one raw output a filter.
 ///
 /// # Errors
-/// [`Error::Shape`] when a filter does not fit `x`.
+/// [`Error::Shape`] when a filter does not fit `x`, and those of the device.
 pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize) -> Result<Vec<Tensor>> {
     let shape = x.shape();
     let kernel = filters.first().map_or(0, |f| f.weight.shape[2]);
@@ -41,47 +54,34 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             });
         }
     }
-    let map = Map::Gather { kernel, stride };
-    let out_space = shape.space().map(|s| s.div_ceil(stride));
-    let mut outs: Vec<(Shape, Buffer)> = filters
-        .iter()
-        .map(|f| Shape::new(shape.n, out_space, f.weight.shape[0]))
-        .map(|s| (s, Buffer::dirty(s.len())))
-        .collect();
-    let mut heads: Vec<Head> = outs
-        .iter_mut()
-        .zip(filters)
-        .map(|((s, b), f)| Head { out: b, channels: s.c, bias: f.bias.map(|b| b.value.as_slice()) })
-        .collect();
-    let taps = kernel.pow(3);
-    correlate(map, shape.n, shape.space(), out_space, &[x.into()], &mut heads, &|_, head| Weights {
-        data: &filters[head].weight.value,
-        offset: 0,
-        head_stride: shape.c * taps,
-        source_stride: taps,
-        mirrored: false,
-    });
-    let outs: Vec<Tensor> = outs.into_iter().map(|(s, b)| Tensor::new(s, b)).collect();
+    let outs = match x.view() {
+        Some(view) => {
+            let _range = range("conv3d fprop");
+            // A convolution without a bias stands before a norm, which wants the statistics of its output.
+            let stats: Vec<bool> = filters.iter().map(|f| f.bias.is_none()).collect();
+            let outs = cuda::fprop(&view, &on_device(filters), stride, &stats)?;
+            outs.into_iter().map(|o| Tensor::on_device(o.shape, o.data, o.partials)).collect()
+        }
+        None => cpu::fprop(x, filters, stride),
+    };
     if tape.is_recording() {
+        let pass = Pass {
+            x: x.clone(),
+            weights: filters.iter().map(|f| f.weight.clone()).collect(),
+            biases: filters.iter().map(|f| f.bias.cloned()).collect(),
+            kernel,
+            stride,
+        };
         let ids: Vec<_> = outs.iter().map(Tensor::id).collect();
-        let weights: Vec<_> = filters.iter().map(|f| f.weight.clone()).collect();
-        let biases: Vec<Option<ParamId>> = filters.iter().map(|f| f.bias.map(|b| b.id)).collect();
-        let x = x.clone();
         tape.record(move |grads| {
             let dys: Vec<_> = ids.iter().filter_map(|&id| grads.take(id)).collect();
             if dys.len() != ids.len() {
                 return Err(Error::Internal("conv3d: an output has no gradient".into()));
             }
-            let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
-            let dws = wgrad(map, shape.n, shape.space(), out_space, &[Source::from(&x)], &lanes);
-            for ((dw, weight), (bias, dy)) in dws.iter().zip(&weights).zip(biases.iter().zip(&dys)) {
-                grads.add_param(weight.id, dw);
-                if let Some(bias) = bias {
-                    grads.add_param(*bias, &crate::ops::residual::channel_sums(dy));
-                }
-            }
-            if x.is_differentiable() {
-                grads.add(x.id(), dgrad(map, shape, &dys, &weights));
+            pass.wgrad(grads, &dys)?;
+            if pass.x.is_differentiable() {
+                let dx = pass.dgrad(&dys)?;
+                give(grads, pass.x.id(), dx)?;
             }
             Ok(())
         });
@@ -89,26 +89,77 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
     Ok(outs)
 }
 
-/// dx = sum over the filters of their dy convolved backwards.
-fn dgrad(map: Map, shape: Shape, dys: &[Tensor], weights: &[Param]) -> Tensor {
-    let mut dx = Buffer::dirty(shape.len());
-    let sources: Vec<Source> = dys.iter().map(Source::from).collect();
-    let taps = map.kernel().pow(3);
-    let back = if map.stride() == 1 { map } else { Map::Scatter };
-    correlate(
-        back,
-        shape.n,
-        dys[0].shape().space(),
-        shape.space(),
-        &sources,
-        &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
-        &|source, _| Weights {
-            data: &weights[source].value,
-            offset: 0,
-            head_stride: taps,
-            source_stride: shape.c * taps,
-            mirrored: map.stride() == 1,
-        },
-    );
-    Tensor::new(shape, dx)
+fn on_device<'a>(filters: &[Filter<'a>]) -> Vec<cuda::DeviceFilter<'a>> {
+    filters.iter().map(|f| device_filter(f.weight, f.bias)).collect()
+}
+
+fn device_filter<'a>(weight: &'a Param, bias: Option<&'a Param>) -> cuda::DeviceFilter<'a> {
+    let dims = weight.shape[..].try_into().expect("checked to have five sides");
+    cuda::DeviceFilter { weight: weight.device(), dims, bias: bias.map(|b| &**b.device()) }
+}
+
+/// What the backward pass needs.
+struct Pass {
+    x: Activation,
+    weights: Vec<Param>,
+    biases: Vec<Option<Param>>,
+    kernel: usize,
+    stride: usize,
+}
+
+impl Pass {
+    /// Adds the gradients of weights and biases.
+    fn wgrad(&self, grads: &mut Grads, dys: &[Tensor]) -> Result<()> {
+        if let Some(x) = self.x.view() {
+            let _range = range("conv3d wgrad");
+            let dys: Vec<_> = dys.iter().filter_map(Tensor::view).collect();
+            let dws: Vec<_> = self.weights.iter().map(|w| w.device().grad().clone()).collect();
+            cuda_wgrad::wgrad(&x, &dys, self.kernel, self.stride, &dws)?;
+            for (bias, dy) in self.biases.iter().zip(&dys) {
+                if let Some(bias) = bias {
+                    cuda_wgrad::bias_grad(dy, bias.device().grad())?;
+                }
+            }
+            return Ok(());
+        }
+        let dws = cpu::wgrad(&self.x, dys, self.kernel, self.stride);
+        for ((dw, weight), (bias, dy)) in dws.iter().zip(&self.weights).zip(self.biases.iter().zip(dys)) {
+            grads.add_param(weight.id, dw);
+            if let Some(bias) = bias {
+                grads.add_param(bias.id, &channel_sums(dy));
+            }
+        }
+        Ok(())
+    }
+
+    /// dx = sum over the filters of their dy convolved backwards.
+    fn dgrad(&self, dys: &[Tensor]) -> Result<Tensor> {
+        let shape: Shape = self.x.shape();
+        let views: Vec<_> = dys.iter().filter_map(Tensor::view).collect();
+        if views.is_empty() {
+            return Ok(cpu::dgrad(shape, dys, &self.weights, self.kernel, self.stride));
+        }
+        let _range = range("conv3d dgrad");
+        let filters: Vec<_> = self.weights.iter().map(|w| device_filter(w, None)).collect();
+        Ok(Tensor::on_device(shape, cuda::dgrad(&views, &filters, shape, self.stride)?, None))
+    }
+}
+
+/// See [`SelfTest`]. Each takes other kernels.
+pub const SELF_TESTS: &[SelfTest] = &[
+    SelfTest { name: "conv3d 3x3x3, 16 -> 16", run: |cuda| self_test(cuda, [3, 1], 16, &[16]) },
+    SelfTest { name: "conv3d 3x3x3 / 2, 16 -> 32 + 32", run: |cuda| self_test(cuda, [3, 2], 16, &[32, 32]) },
+    SelfTest { name: "conv3d 1x1x1, 32 -> 48", run: |cuda| self_test(cuda, [1, 1], 32, &[48]) },
+    SelfTest { name: "conv3d 3x3x3 / 2, 1 -> 16 + 16", run: |cuda| self_test(cuda, [3, 2], 1, &[16, 16]) },
+    SelfTest { name: "conv3d 3x3x3, 2 -> 2", run: |cuda| self_test(cuda, [3, 1], 2, &[2]) },
+];
+
+fn self_test(cuda: &Arc<Cuda>, [k, stride]: [usize; 2], i: usize, outputs: &[usize]) -> Result<String> {
+    let shapes: Vec<_> = outputs.iter().map(|&o| [o, i, k, k, k]).collect();
+    let weights: Vec<_> = shapes.iter().map(|shape| ("dw", &shape[..])).collect();
+    taped(cuda, &[Shape::new(2, [5, 6, 7], i)], &weights, |tape, xs, ws| {
+        let filters: Vec<_> = ws.iter().map(|weight| Filter { weight, bias: None }).collect();
+        let ys = conv3d(tape, &xs[0].clone().into(), &filters, stride)?;
+        Ok(ys.into_iter().map(Activation::from).collect())
+    })
 }

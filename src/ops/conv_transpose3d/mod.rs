@@ -8,10 +8,18 @@
 //! ```
 //! In fprop each output parity has its own taps, so nothing is scattered and no zero is multiplied.
 
-use crate::device::arena::Buffer;
+mod cpu;
+pub mod cuda;
+pub mod cuda_wgrad;
+
+use crate::device::cuda::{Cuda, SelfTest};
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Head, Map, Source, Weights, correlate, wgrad};
-use crate::tensor::{Activation, Param, Shape, Tape, Tensor};
+use crate::ops::conv3d::cuda_wgrad::bias_grad;
+use crate::ops::residual::{channel_sums, give};
+use crate::ops::self_test::taped;
+use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor, View};
+use std::sync::Arc;
 
 /// Taps of the 3 x 3 x 3 kernel.
 const TAPS: usize = 27;
@@ -19,7 +27,7 @@ const TAPS: usize = 27;
 /// Transposed convolution of `cat(inputs)` with weights (I, O, 3, 3, 3); `bias` (O) is `None` where a norm follows.
 ///
 /// # Errors
-/// [`Error::Shape`] when the inputs do not agree with each other or the weights.
+/// [`Error::Shape`] when the inputs do not agree with each other or the weights, and those of the device.
 pub fn conv_transpose3d(
     tape: &mut Tape,
     inputs: &[&Activation],
@@ -43,62 +51,85 @@ pub fn conv_transpose3d(
             got: inputs.iter().map(|x| x.shape().to_string()).collect::<Vec<_>>().join(" + "),
         });
     }
-    let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
-    let starts: Vec<usize> =
-        (0..inputs.len()).map(|s| inputs[..s].iter().map(|x| x.shape().c).sum()).collect();
-    let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
-    let mut y = Buffer::dirty(out.len());
-    let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
-    correlate(Map::Scatter, shape.n, shape.space(), out.space(), &sources, &mut [head], &|source, _| {
-        Weights {
-            data: &weight.value,
-            offset: starts[source] * o * TAPS,
-            head_stride: TAPS,
-            source_stride: o * TAPS,
-            mirrored: false,
-        }
-    });
-    let y = Tensor::new(out, y);
+    let views: Vec<View> = inputs.iter().filter_map(|x| x.view()).collect();
+    let y = if views.is_empty() {
+        cpu::fprop(inputs, weight, bias)
+    } else {
+        let _range = range("conv_transpose3d fprop");
+        let views: Vec<&View> = views.iter().collect();
+        let bias_on_device = bias.map(|b| &**b.device());
+        // Without a bias a norm follows, which wants the statistics.
+        let out = cuda::fprop(&views, weight.device(), [i, o, 3, 3, 3], bias_on_device, bias.is_none())?;
+        Tensor::on_device(out.shape, out.data, out.partials)
+    };
     if tape.is_recording() {
-        let (id, weight, bias) = (y.id(), weight.clone(), bias.map(|b| b.id));
-        let inputs: Vec<Activation> = inputs.iter().map(|&x| x.clone()).collect();
+        let pass = Pass {
+            inputs: inputs.iter().map(|&x| x.clone()).collect(),
+            weight: weight.clone(),
+            bias: bias.cloned(),
+        };
+        let id = y.id();
         tape.record(move |grads| {
             let dy = grads
                 .take(id)
                 .ok_or_else(|| Error::Internal("conv_transpose3d: no gradient arrived".into()))?;
-            let map = Map::Gather { kernel: 3, stride: 2 };
-            let lanes: Vec<Source> = inputs.iter().map(Source::from).collect();
-            let dw = wgrad(map, out.n, out.space(), shape.space(), &[Source::from(&dy)], &lanes);
-            grads.add_param(weight.id, &dw.concat());
-            if let Some(bias) = bias {
-                grads.add_param(bias, &crate::ops::residual::channel_sums(&dy));
-            }
-            let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
-            let mut heads: Vec<Head> = dxs
-                .iter_mut()
-                .zip(&inputs)
-                .map(|(dx, x)| Head { out: dx, channels: x.shape().c, bias: None })
-                .collect();
-            correlate(
-                map,
-                out.n,
-                out.space(),
-                shape.space(),
-                &[Source::from(&dy)],
-                &mut heads,
-                &|_, head| Weights {
-                    data: &weight.value,
-                    offset: starts[head] * o * TAPS,
-                    head_stride: o * TAPS,
-                    source_stride: TAPS,
-                    mirrored: false,
-                },
-            );
-            for (x, dx) in inputs.iter().zip(dxs) {
-                grads.add(x.id(), Tensor::new(x.shape(), dx));
+            pass.wgrad(grads, &dy)?;
+            for (x, dx) in pass.inputs.iter().zip(pass.dgrad(&dy)?) {
+                give(grads, x.id(), dx)?;
             }
             Ok(())
         });
     }
     Ok(y)
+}
+
+/// What the backward pass needs.
+struct Pass {
+    inputs: Vec<Activation>,
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Pass {
+    /// Adds the gradients of weights and bias.
+    fn wgrad(&self, grads: &mut Grads, dy: &Tensor) -> Result<()> {
+        if let Some(dy) = dy.view() {
+            let _range = range("conv_transpose3d wgrad");
+            let views: Vec<View> = self.inputs.iter().filter_map(Activation::view).collect();
+            let views: Vec<&View> = views.iter().collect();
+            cuda_wgrad::wgrad(&views, &dy, self.weight.device().grad())?;
+            return self.bias.as_ref().map_or(Ok(()), |bias| bias_grad(&dy, bias.device().grad()));
+        }
+        grads.add_param(self.weight.id, &cpu::wgrad(&self.inputs, dy));
+        if let Some(bias) = &self.bias {
+            grads.add_param(bias.id, &channel_sums(dy));
+        }
+        Ok(())
+    }
+
+    /// One dx an input.
+    fn dgrad(&self, dy: &Tensor) -> Result<Vec<Tensor>> {
+        let Some(view) = dy.view() else {
+            return Ok(cpu::dgrad(&self.inputs, dy, &self.weight));
+        };
+        let _range = range("conv_transpose3d dgrad");
+        let dims = self.weight.shape[..].try_into().expect("checked to have five sides");
+        let channels: Vec<usize> = self.inputs.iter().map(|x| x.shape().c).collect();
+        let dxs = cuda::dgrad(&view, self.weight.device(), dims, &channels)?;
+        Ok(self.inputs.iter().zip(dxs).map(|(x, dx)| Tensor::on_device(x.shape(), dx, None)).collect())
+    }
+}
+
+/// See [`SelfTest`]. Two outputs, as the network's last one has, take other kernels backwards.
+pub const SELF_TESTS: &[SelfTest] = &[
+    SelfTest { name: "conv_transpose3d, 16 + 16 -> 16", run: |cuda| self_test(cuda, 16) },
+    SelfTest { name: "conv_transpose3d, 16 + 16 -> 2", run: |cuda| self_test(cuda, 2) },
+];
+
+fn self_test(cuda: &Arc<Cuda>, outputs: usize) -> Result<String> {
+    let (x, weight, bias) = (Shape::new(2, [3, 4, 5], 16), [32, outputs, 3, 3, 3], [outputs]);
+    taped(cuda, &[x, x], &[("dw", &weight), ("db", &bias)], |tape, xs, ws| {
+        let (a, b) = (xs[0].clone().into(), xs[1].clone().into());
+        Ok(vec![conv_transpose3d(tape, &[&a, &b], &ws[0], Some(&ws[1]))?.into()])
+    })
 }

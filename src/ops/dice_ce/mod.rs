@@ -14,11 +14,18 @@
 //! Sums are f64 over fixed chunks in order. Generic over the float type of logits: f32 in the product, f64 where a
 //! reference is wanted.
 
+pub mod cuda;
+
 use crate::config::Loss;
 use crate::device::arena::Buffer;
+use crate::device::cuda::{Buf, Compared, Cuda, SelfTest, agree};
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::tensor::{Float, Tape, Tensor};
+use crate::ops::residual::give;
+use crate::ops::self_test::{SUMS, stored, uniform, upload};
+use crate::tensor::{Float, Shape, Tape, Tensor, View};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Voxels a task handles.
 const CHUNK: usize = 1 << 13;
@@ -135,22 +142,88 @@ pub fn dice_ce_backward<T: Float>(
 /// [`Error::Shape`] when logits have not two channels or labels another number of voxels.
 pub fn loss(tape: &mut Tape, logits: &Tensor, labels: &[u8], p: &Loss) -> Result<DiceCe> {
     let shape = logits.shape();
-    if shape.c != 2 || shape.n * shape.voxels() != labels.len() || labels.is_empty() {
-        return Err(Error::Shape {
-            op: "dice_ce",
-            want: format!("[N, D, H, W, 2] logits for {} labels", labels.len()),
-            got: shape.to_string(),
-        });
-    }
+    check(shape, labels.len())?;
     let forward = dice_ce(logits.data(), labels, shape.n, p);
     if tape.is_recording() {
         let (forward, logits, labels, p) = (forward.clone(), logits.clone(), labels.to_vec(), *p);
         tape.record(move |grads| {
             let mut dlogits = Buffer::dirty(shape.len());
             dice_ce_backward(&forward, logits.data(), &labels, &p, &mut dlogits);
-            grads.add(logits.id(), Tensor::new(shape, dlogits));
-            Ok(())
+            give(grads, logits.id(), Tensor::new(shape, dlogits))
         });
     }
     Ok(forward)
+}
+
+/// The loss of a batch on a device, on the tape. Gradients carry the factor `scale`, one float in device memory: fp16
+/// holds them only scaled. The value is in device memory too, so nothing waits for it.
+///
+/// # Errors
+/// [`Error::Shape`] as [`loss`], and those of the device.
+pub fn loss_on_device(
+    tape: &mut Tape,
+    logits: &Tensor,
+    labels: &Buf<u8>,
+    p: &Loss,
+    scale: &Buf<f32>,
+) -> Result<cuda::DeviceDiceCe> {
+    let shape = logits.shape();
+    check(shape, labels.len())?;
+    let view =
+        logits.view().ok_or_else(|| Error::Internal("dice_ce: logits are not on the device".into()))?;
+    let _range = range("dice_ce");
+    let forward = cuda::forward(&view, labels, p)?;
+    if tape.is_recording() {
+        let (forward, id, labels, p, scale) =
+            (forward.clone(), logits.id(), labels.clone(), *p, scale.clone());
+        tape.record(move |grads| {
+            let _range = range("dice_ce backward");
+            let dlogits = cuda::backward(&forward, &view, &labels, &p, &scale)?;
+            give(grads, id, Tensor::on_device(shape, dlogits, None))
+        });
+    }
+    Ok(forward)
+}
+
+fn check(shape: Shape, labels: usize) -> Result<()> {
+    if shape.c != 2 || shape.n * shape.voxels() != labels || labels == 0 {
+        return Err(Error::Shape {
+            op: "dice_ce",
+            want: format!("[N, D, H, W, 2] logits for {labels} labels"),
+            got: shape.to_string(),
+        });
+    }
+    Ok(())
+}
+
+/// See [`SelfTest`].
+pub const SELF_TESTS: &[SelfTest] = &[SelfTest { name: "dice_ce", run: self_test }];
+
+fn self_test(cuda: &Arc<Cuda>) -> Result<String> {
+    // Keeps gradients of 1e-3 out of fp16's denormal numbers; a power of two.
+    const SCALE: f32 = 1024.0;
+    let p = Loss {
+        lambda_dice: 1.0,
+        lambda_ce: 1.0,
+        include_background: true,
+        squared_pred: true,
+        batch: false,
+        smooth: 1e-5,
+    };
+    let shape = Shape::new(2, [5, 6, 8], 2);
+    let logits = uniform(1, shape.len());
+    let labels: Vec<u8> = uniform(2, shape.len() / 2).iter().map(|&v| u8::from(v > 0.5)).collect();
+    let want = dice_ce(&logits, &labels, shape.n, &p);
+    let mut dlogits = vec![0.0; logits.len()];
+    dice_ce_backward(&want, &logits, &labels, &p, &mut dlogits);
+    dlogits.iter_mut().for_each(|d| *d *= SCALE);
+
+    let (view, labels) = (View::plain(upload(cuda, &logits)?, shape), cuda.upload(&labels)?);
+    let got = cuda::forward(&view, &labels, &p)?;
+    let gradient = cuda::backward(&got, &view, &labels, &p, &cuda.upload(&[SCALE])?)?;
+    let want = [want.loss, want.dice, want.ce].map(|v| v as f32).to_vec();
+    agree(&[
+        Compared { name: "loss", got: got.values.download()?, want, allowed: SUMS },
+        Compared { name: "dlogits", got: gradient.download()?, want: dlogits, allowed: stored(cuda) },
+    ])
 }

@@ -10,20 +10,22 @@
 //! Statistics are merged from per-chunk (count, mean, M2) by Chan's rule in chunk order, never as a mean of squares
 //! less the square of the mean.
 
-use crate::device::arena::Buffer;
+mod cpu;
+pub mod cuda;
+
+use crate::device::cuda::{Buf, Cuda, SelfTest};
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::tensor::{Activation, Param, Pending, Tape, Tensor};
-use multiversion::multiversion;
-use rayon::prelude::*;
+use crate::ops::residual::give;
+use crate::ops::self_test::taped;
+use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
+use std::sync::Arc;
 
 /// Added to the variance (torch's default for both norms).
 const EPS: f64 = 1e-5;
 
 /// Weight of the newest batch in the running statistics (torch's momentum).
 const MOMENTUM: f64 = 0.1;
-
-/// Floats a task handles: 64 KB.
-const CHUNK: usize = 1 << 14;
 
 /// Where mean and variance come from.
 #[derive(Clone, Copy, Debug)]
@@ -32,12 +34,12 @@ pub enum Statistics<'a> {
     Batch,
     /// Each sample for itself: instance norm.
     Instance,
-    /// Given, one a channel: batch norm in evaluation, with the mean of the convolution *without* its bias.
+    /// Running ones, one a channel: batch norm in evaluation.
     Fixed {
-        /// Mean.
-        mean: &'a [f32],
-        /// Biased variance as running_var holds it.
-        var: &'a [f32],
+        /// Statistics of the convolution's output with its bias.
+        running: &'a Running,
+        /// That bias (C), where the convolution left it out: the mean is then less by it.
+        bias: Option<&'a Param>,
     },
     /// Mean 0, variance 1 - eps: PReLU alone.
     Identity,
@@ -54,9 +56,18 @@ pub struct Affine<'a> {
     pub slope: Option<&'a Param>,
 }
 
+/// Per-channel mean and biased variance of each group, groups outermost, where they were computed.
+#[derive(Clone, Debug)]
+pub enum Moments {
+    /// In host memory.
+    Host(HostMoments),
+    /// On a device.
+    Device(cuda::DeviceMoments),
+}
+
 /// Per-channel mean and biased variance of each group, groups outermost.
 #[derive(Clone, Debug)]
-pub struct Moments {
+pub struct HostMoments {
     /// Means.
     pub mean: Vec<f64>,
     /// Biased variances.
@@ -65,14 +76,66 @@ pub struct Moments {
     pub count: f64,
 }
 
-impl Moments {
-    /// Moves running statistics (C) towards those of a training batch: mean plus the `bias` (C) that the
-    /// normalised values are without, variance unbiased (torch `BatchNorm3d`).
-    pub fn update_running(&self, mean: &mut [f32], var: &mut [f32], bias: &[f32]) {
-        let mix = |old: f32, new: f64| (f64::from(old) * (1.0 - MOMENTUM) + new * MOMENTUM) as f32;
-        for c in 0..mean.len() {
-            mean[c] = mix(mean[c], self.mean[c] + f64::from(bias[c]));
-            var[c] = mix(var[c], self.var[c] * self.count / (self.count - 1.0).max(1.0));
+/// Running statistics of one batch norm (torch `BatchNorm3d`): `mean` includes the bias of the convolution before it.
+///
+/// While they are on a device the vectors are what they were at the last [`Running::refresh`].
+#[derive(Clone, Debug)]
+pub struct Running {
+    /// Means (C).
+    pub mean: Vec<f32>,
+    /// Unbiased variances (C).
+    pub var: Vec<f32>,
+    device: Option<(Buf<f32>, Buf<f32>)>,
+}
+
+impl Running {
+    /// Statistics in host memory.
+    pub fn new(mean: Vec<f32>, var: Vec<f32>) -> Self {
+        Running { mean, var, device: None }
+    }
+
+    /// Moves them to a device.
+    ///
+    /// # Errors
+    /// When it has not enough memory.
+    pub fn place(&mut self, cuda: &Arc<Cuda>) -> Result<()> {
+        self.device = Some((cuda.upload(&self.mean)?, cuda.upload(&self.var)?));
+        Ok(())
+    }
+
+    /// Makes the vectors what the device has; waits for it.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn refresh(&mut self) -> Result<()> {
+        if let Some((mean, var)) = &self.device {
+            (self.mean, self.var) = (mean.download()?, var.download()?);
+        }
+        Ok(())
+    }
+
+    /// Moves them towards those of a training batch: mean plus the `bias` (C) that the normalised values are without,
+    /// variance unbiased.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn update(&mut self, moments: &Moments, bias: &Param) -> Result<()> {
+        match (moments, &self.device) {
+            (Moments::Device(moments), Some((mean, var))) => {
+                cuda::update_running(moments, mean, var, &bias.device().value)
+            }
+            (Moments::Host(moments), _) => {
+                let mix = |old: f32, new: f64| (f64::from(old) * (1.0 - MOMENTUM) + new * MOMENTUM) as f32;
+                for c in 0..self.mean.len() {
+                    self.mean[c] = mix(self.mean[c], moments.mean[c] + f64::from(bias.value[c]));
+                    let unbiased = moments.var[c] * moments.count / (moments.count - 1.0).max(1.0);
+                    self.var[c] = mix(self.var[c], unbiased);
+                }
+                Ok(())
+            }
+            (Moments::Device(_), None) => {
+                Err(Error::Internal("norm_prelu: running statistics are not on the device".into()))
+            }
         }
     }
 }
@@ -80,7 +143,7 @@ impl Moments {
 /// Normalises and activates `x`, lazily. Also returns the statistics used, for running averages.
 ///
 /// # Errors
-/// [`Error::Shape`] when a parameter does not fit the channels.
+/// [`Error::Shape`] when a parameter does not fit the channels, and those of the device.
 pub fn norm_prelu(
     tape: &mut Tape,
     x: &Tensor,
@@ -98,28 +161,22 @@ pub fn norm_prelu(
             got: format!("{:?}", p.shape),
         });
     }
-    let moments = match statistics {
-        Statistics::Batch => moments(x, shape.n),
-        Statistics::Instance => moments(x, 1),
-        Statistics::Identity => Moments { mean: vec![0.0; c], var: vec![1.0 - EPS; c], count: 1.0 },
-        Statistics::Fixed { mean, var } => Moments {
-            mean: mean.iter().map(|&m| m.into()).collect(),
-            var: var.iter().map(|&v| v.into()).collect(),
-            count: 1.0,
-        },
-    };
-    let of_channel =
-        |p: Option<&Param>, i: usize, default: f64| p.map_or(default, |p| f64::from(p.value[i % c]));
-    let rstd: Vec<f64> = moments.var.iter().map(|v| 1.0 / (v + EPS).sqrt()).collect();
-    let scale: Vec<f64> =
-        rstd.iter().enumerate().map(|(i, r)| r * of_channel(affine.gamma, i, 1.0)).collect();
-    let shift = (0..scale.len()).map(|i| of_channel(affine.beta, i, 0.0) - moments.mean[i] * scale[i]);
-    let pending = Pending {
-        shift: shift.map(|s| s as f32).collect(),
-        scale: scale.iter().map(|&s| s as f32).collect(),
-        slope: affine.slope.map_or(1.0, |p| p.value[0]),
-    };
-    let y = Activation::lazy(x.clone(), pending);
+    match x.view() {
+        Some(_) => norm_prelu_on_device(tape, x, statistics, affine),
+        None => Ok(norm_prelu_on_host(tape, x, statistics, affine)),
+    }
+}
+
+fn norm_prelu_on_host(
+    tape: &mut Tape,
+    x: &Tensor,
+    statistics: Statistics,
+    affine: Affine,
+) -> (Activation, Moments) {
+    let c = x.shape().c;
+    let moments = cpu::moments_of(x, statistics);
+    let rstd = cpu::rstd_of(&moments);
+    let y = Activation::lazy(x.clone(), cpu::pending_of(&moments, &rstd, affine, c));
     if tape.is_recording() {
         let (y, x_id) = (y.clone(), x.id());
         let to_f32 = |v: &[f64]| v.iter().map(|&v| v as f32).collect::<Vec<_>>();
@@ -127,10 +184,8 @@ pub fn norm_prelu(
         let count = matches!(statistics, Statistics::Batch | Statistics::Instance).then_some(moments.count);
         let [gamma, beta, slope] = [affine.gamma, affine.beta, affine.slope].map(|p| p.map(|p| p.id));
         tape.record(move |grads| {
-            let dy = grads
-                .take(y.id())
-                .ok_or_else(|| Error::Internal("norm_prelu: no gradient arrived".into()))?;
-            let (sums, dx) = backward(&y, &dy, &mean, &rstd, count);
+            let dy = taken(grads, &y)?;
+            let (sums, dx) = cpu::backward(&y, &dy, &mean, &rstd, count);
             let fold = |v: &[f64]| {
                 (0..c).map(|i| v.iter().skip(i).step_by(c).sum::<f64>() as f32).collect::<Vec<_>>()
             };
@@ -143,192 +198,82 @@ pub fn norm_prelu(
             if let Some(slope) = slope {
                 grads.add_param(slope, &[sums.slope.iter().sum::<f64>() as f32]);
             }
-            grads.add(x_id, dx);
-            Ok(())
+            give(grads, x_id, dx)
         });
     }
-    Ok((y, moments))
+    (y, Moments::Host(moments))
 }
 
-/// Per-channel statistics over groups of `samples` samples.
-fn moments(x: &Tensor, samples: usize) -> Moments {
-    let (shape, c) = (x.shape(), x.shape().c);
-    let group = samples * shape.voxels() * c;
-    let period = period(c);
-    let chunk = (CHUNK / period).max(1) * period;
-    let groups: Vec<Vec<(f64, f64)>> = x
-        .data()
-        .par_chunks(group)
-        .map(|x| {
-            let chunks: Vec<(f64, Vec<(f64, f64)>)> =
-                x.par_chunks(chunk).map(|x| ((x.len() / c) as f64, chunk_moments(x, c, period))).collect();
-            let mut count = 0.0;
-            let mut merged = vec![(0.0, 0.0); c];
-            for (n, chunk) in chunks {
-                for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(chunk) {
-                    // Chan, Golub, LeVeque 1983.
-                    let delta = chunk_mean - *mean;
-                    *mean += delta * n / (count + n);
-                    *m2 += chunk_m2 + delta * delta * count * n / (count + n);
-                }
-                count += n;
-            }
-            merged
-        })
-        .collect();
-    let count = (group / c) as f64;
-    let flat = || groups.iter().flatten();
-    Moments { mean: flat().map(|m| m.0).collect(), var: flat().map(|m| m.1 / count).collect(), count }
-}
-
-/// The shortest run of whole voxels that fills vector registers: per-channel arrays are repeated to this length.
-fn period(c: usize) -> usize {
-    c * (64 / c).max(1)
-}
-
-/// (mean, M2) of every channel of a chunk, in two passes over it.
-fn chunk_moments(x: &[f32], c: usize, period: usize) -> Vec<(f64, f64)> {
-    let count = (x.len() / c) as f64;
-    let fold = |sums: Vec<f32>| -> Vec<f64> {
-        (0..c).map(|i| sums.iter().skip(i).step_by(c).map(|&s| f64::from(s)).sum()).collect()
-    };
-    let mut sums = vec![0.0; period];
-    sum_periodic(x, &mut sums);
-    let mean: Vec<f64> = fold(sums).iter().map(|s| s / count).collect();
-    let centre: Vec<f32> = (0..period).map(|i| mean[i % c] as f32).collect();
-    let mut squares = vec![0.0; period];
-    square_periodic(x, &centre, &mut squares);
-    mean.into_iter().zip(fold(squares)).collect()
-}
-
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn sum_periodic(x: &[f32], sums: &mut [f32]) {
-    for x in x.chunks(sums.len()) {
-        sums.iter_mut().zip(x).for_each(|(s, x)| *s += x);
-    }
-}
-
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn square_periodic(x: &[f32], centre: &[f32], sums: &mut [f32]) {
-    for x in x.chunks(sums.len()) {
-        for ((s, x), m) in sums.iter_mut().zip(x).zip(centre) {
-            *s += (x - m) * (x - m);
+fn norm_prelu_on_device(
+    tape: &mut Tape,
+    x: &Tensor,
+    statistics: Statistics,
+    affine: Affine,
+) -> Result<(Activation, Moments)> {
+    let _range = range("norm_prelu");
+    let view = x.view().expect("called for tensors on a device");
+    let partials = || x.partials().map_or_else(|| cuda::partials(&view), |p| Ok(p.clone()));
+    let tiles;
+    let statistics = match statistics {
+        Statistics::Batch => {
+            tiles = partials()?;
+            cuda::DeviceStatistics::Batch(&tiles)
         }
-    }
-}
-
-/// Sums over a group that the gradients need, one a channel (or a lane of the period, inside a chunk).
-struct Sums<T> {
-    dz: Vec<T>,
-    dz_xhat: Vec<T>,
-    slope: Vec<T>,
-}
-
-/// What a chunk needs per float, repeated to the period.
-struct Lane {
-    scale: Vec<f32>,
-    shift: Vec<f32>,
-    mean: Vec<f32>,
-    rstd: Vec<f32>,
-    slope: f32,
-}
-
-/// The sums and dx. `count` is the number of voxels of a group, or `None` when the statistics are constants.
-fn backward(
-    y: &Activation,
-    dy: &Tensor,
-    mean: &[f32],
-    rstd: &[f32],
-    count: Option<f64>,
-) -> (Sums<f64>, Tensor) {
-    let (shape, c) = (y.shape(), y.shape().c);
-    let pending = y.pending().expect("norm_prelu makes lazy activations");
-    let period = period(c);
-    let groups = mean.len() / c;
-    let group = shape.len() / groups;
-    let chunk = (CHUNK / period).max(1) * period;
-    let lane_of = |g: usize| {
-        let repeat = |v: &[f32]| (0..period).map(|i| v[g * c + i % c]).collect::<Vec<_>>();
-        Lane {
-            scale: repeat(&pending.scale),
-            shift: repeat(&pending.shift),
-            mean: repeat(mean),
-            rstd: repeat(rstd),
-            slope: pending.slope,
+        Statistics::Instance => {
+            tiles = partials()?;
+            cuda::DeviceStatistics::Instance(&tiles)
+        }
+        Statistics::Identity => cuda::DeviceStatistics::Identity,
+        Statistics::Fixed { running, bias } => {
+            let (mean, var) = running.device.as_ref().ok_or_else(|| {
+                Error::Internal("norm_prelu: running statistics are not on the device".into())
+            })?;
+            cuda::DeviceStatistics::Fixed { mean, var, bias: bias.map(|b| &b.device().value) }
         }
     };
-    let x = y.raw().data();
-    let mut dx = Buffer::dirty(shape.len());
-    let mut all = Sums { dz: Vec::new(), dz_xhat: Vec::new(), slope: Vec::new() };
-    for g in 0..groups {
-        let lane = lane_of(g);
-        let range = g * group..(g + 1) * group;
-        let (x, dy) = (&x[range.clone()], &dy.data()[range.clone()]);
-        let partials: Vec<Sums<f32>> = x
-            .par_chunks(chunk)
-            .zip(dy.par_chunks(chunk))
-            .map(|(x, dy)| {
-                let mut sums =
-                    Sums { dz: vec![0.0; period], dz_xhat: vec![0.0; period], slope: vec![0.0; period] };
-                chunk_sums(x, dy, &lane, &mut sums.dz, &mut sums.dz_xhat, &mut sums.slope);
-                sums
-            })
-            .collect();
-        let fold = |pick: fn(&Sums<f32>) -> &Vec<f32>| -> Vec<f64> {
-            let mut sums = vec![0.0; c];
-            for partial in &partials {
-                pick(partial).iter().enumerate().for_each(|(i, &v)| sums[i % c] += f64::from(v));
-            }
-            sums
-        };
-        let (dz, dz_xhat) = (fold(|s| &s.dz), fold(|s| &s.dz_xhat));
-        let mean_of = |v: &[f64]| -> Vec<f32> {
-            (0..period).map(|i| count.map_or(0.0, |m| (v[i % c] / m) as f32)).collect()
-        };
-        let (mean_dz, mean_dz_xhat) = (mean_of(&dz), mean_of(&dz_xhat));
-        dx[range]
-            .par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
-            .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat));
-        all.slope.extend(fold(|s| &s.slope));
-        all.dz.extend(dz);
-        all.dz_xhat.extend(dz_xhat);
+    let (pending, saved, moments) = cuda::forward(&view, statistics, affine.on_device())?;
+    let y = Activation::lazy_on_device(x.clone(), pending);
+    if tape.is_recording() {
+        let (y, x_id, shape) = (y.clone(), x.id(), x.shape());
+        let owned = [affine.gamma, affine.beta, affine.slope].map(|p| p.cloned());
+        tape.record(move |grads| {
+            let _range = range("norm_prelu backward");
+            let dy = taken(grads, &y)?;
+            let [gamma, beta, slope] = owned.each_ref().map(Option::as_ref);
+            let affine = Affine { gamma, beta, slope }.on_device();
+            let view = y.view().expect("made on a device");
+            let dy =
+                dy.device().ok_or_else(|| Error::Internal("norm_prelu: dy is not on the device".into()))?;
+            let dx = cuda::backward(&view, dy, &saved, affine)?;
+            give(grads, x_id, Tensor::on_device(shape, dx, None))
+        });
     }
-    (all, Tensor::new(shape, dx))
+    Ok((y, Moments::Device(moments)))
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn chunk_sums(x: &[f32], dy: &[f32], lane: &Lane, dz: &mut [f32], dz_xhat: &mut [f32], slope: &mut [f32]) {
-    let period = dz.len();
-    for (x, dy) in x.chunks(period).zip(dy.chunks(period)) {
-        let len = x.len();
-        let (scale, shift, mean, rstd) =
-            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
-        let (dz, dz_xhat, slope) = (&mut dz[..len], &mut dz_xhat[..len], &mut slope[..len]);
-        let dy = &dy[..len];
-        for i in 0..len {
-            let z = x[i] * scale[i] + shift[i];
-            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
-            slope[i] += if z > 0.0 { 0.0 } else { dy[i] * z };
-            dz[i] += g;
-            dz_xhat[i] += g * ((x[i] - mean[i]) * rstd[i]);
-        }
+impl<'a> Affine<'a> {
+    fn on_device(self) -> cuda::DeviceAffine<'a> {
+        let [gamma, beta, slope] = [self.gamma, self.beta, self.slope].map(|p| p.map(|p| &**p.device()));
+        cuda::DeviceAffine { gamma, beta, slope }
     }
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn chunk_dx(dx: &mut [f32], x: &[f32], dy: &[f32], lane: &Lane, mean_dz: &[f32], mean_dz_xhat: &[f32]) {
-    let period = mean_dz.len();
-    for ((dx, x), dy) in dx.chunks_mut(period).zip(x.chunks(period)).zip(dy.chunks(period)) {
-        let len = dx.len();
-        let (scale, shift, mean, rstd) =
-            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
-        let (mean_dz, mean_dz_xhat, x, dy) = (&mean_dz[..len], &mean_dz_xhat[..len], &x[..len], &dy[..len]);
-        for i in 0..len {
-            let z = x[i] * scale[i] + shift[i];
-            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
-            let xhat = (x[i] - mean[i]) * rstd[i];
-            dx[i] = scale[i] * (g - mean_dz[i] - xhat * mean_dz_xhat[i]);
-        }
-    }
+/// The gradient of `y`, which must have arrived.
+fn taken(grads: &mut Grads, y: &Activation) -> Result<Tensor> {
+    grads.take(y.id()).ok_or_else(|| Error::Internal("norm_prelu: no gradient arrived".into()))
+}
+
+/// See [`SelfTest`].
+pub const SELF_TESTS: &[SelfTest] = &[
+    SelfTest { name: "norm_prelu, batch", run: |cuda| self_test(cuda, Statistics::Batch) },
+    SelfTest { name: "norm_prelu, instance", run: |cuda| self_test(cuda, Statistics::Instance) },
+];
+
+fn self_test(cuda: &Arc<Cuda>, statistics: Statistics) -> Result<String> {
+    let c = [16];
+    let params = [("dgamma", &c[..]), ("dbeta", &c), ("dslope", &[1])];
+    taped(cuda, &[Shape::new(2, [9, 8, 10], c[0])], &params, |tape, xs, ws| {
+        let affine = Affine { gamma: Some(&ws[0]), beta: Some(&ws[1]), slope: Some(&ws[2]) };
+        Ok(vec![norm_prelu(tape, &xs[0], statistics, affine)?.0])
+    })
 }

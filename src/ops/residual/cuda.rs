@@ -1,14 +1,14 @@
-//! The residual sum on a CUDA device (kernels/residual.cu).
+//! Residual sums on a CUDA device (kernels/residual.cu).
 
-use crate::device::cuda::{Act, Elem, In, Kernel, Launch, Out};
-use crate::error::Result;
+use crate::device::cuda::{Act, Elem, In, InOut, Kernel, Launch, Out};
+use crate::error::{Error, Result};
 use crate::tensor::{PendingArgs, View};
 use bytemuck::{Pod, Zeroable};
 
 /// `Residual` of kernels/residual.cu.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct Args {
+struct AddArgs {
     a: In<Elem>,
     b: In<Elem>,
     y: Out<Elem>,
@@ -16,30 +16,78 @@ struct Args {
     map_b: PendingArgs,
     channels: u32,
     sample_len: u32,
+}
+
+/// `Accumulate` of kernels/residual.cu.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct AccumulateArgs {
+    sum: InOut<Elem>,
+    x: In<Elem>,
     len: u64,
 }
 
-static ADD: Kernel<Args> = Kernel::new("residual.cu", "residual_add");
+static ADD: Kernel<AddArgs> = Kernel::new("residual.cu", "residual_add");
+static ADD_SCALAR: Kernel<AddArgs> = Kernel::new("residual.cu", "residual_add_scalar");
+static ACCUMULATE: Kernel<AccumulateArgs> = Kernel::new("residual.cu", "residual_accumulate");
 
 const THREADS: u32 = 256;
 
-/// a + b written out, or a alone with nothing pending. Shapes must be equal.
+/// Bytes of a vector access.
+const VECTOR: usize = 16;
+
+/// a + b written out, or a alone with nothing pending. [N, D, H, W, C].
 ///
 /// # Errors
-/// Those of the device.
+/// [`Error::Shape`] when shapes differ; those of the device.
 pub fn add(a: &View, b: Option<&View>) -> Result<Act> {
+    if let Some(b) = b.filter(|b| b.shape != a.shape) {
+        return Err(Error::Shape { op: "add", want: a.shape.to_string(), got: b.shape.to_string() });
+    }
     let cuda = a.data.cuda();
     let y = cuda.act(a.data.len())?;
-    let args = Args {
+    let sample_len = a.shape.voxels() * a.shape.c;
+    let args = AddArgs {
         a: a.data.read(),
         b: b.map_or(In::NULL, |b| b.data.read()),
         y: y.write(),
         map_a: a.pending_args(),
         map_b: b.map_or(PendingArgs::zeroed(), View::pending_args),
         channels: a.shape.c as u32,
-        sample_len: (a.shape.voxels() * a.shape.c) as u32,
-        len: a.data.len() as u64,
+        sample_len: sample_len as u32,
     };
-    cuda.launch(&ADD, Launch::over(a.data.len(), THREADS), &args)?;
+    let vector = VECTOR / y.precision().bytes();
+    let (kernel, items) = match sample_len % vector {
+        0 => (&ADD, sample_len / vector),
+        _ => (&ADD_SCALAR, sample_len),
+    };
+    let mut launch = Launch::over(items, THREADS);
+    launch.grid[1] = a.shape.n as u32;
+    cuda.launch(kernel, launch, &args)?;
     Ok(y)
+}
+
+/// `x` written out with nothing pending: what its consumers see as they load it. [N, D, H, W, C].
+///
+/// # Errors
+/// Those of the device.
+pub fn materialize(x: &View) -> Result<Act> {
+    add(x, None)
+}
+
+/// sum += x, element by element, rounded to the stored precision: a gradient that arrives from two consumers.
+///
+/// # Errors
+/// [`Error::Shape`] when lengths differ; those of the device.
+pub fn accumulate(sum: &Act, x: &Act) -> Result<()> {
+    if sum.len() != x.len() {
+        return Err(Error::Shape {
+            op: "accumulate",
+            want: format!("{} elements", sum.len()),
+            got: format!("{}", x.len()),
+        });
+    }
+    let args = AccumulateArgs { sum: sum.both(), x: x.read(), len: sum.len() as u64 };
+    let launch = Launch::over(sum.len().div_ceil(VECTOR / sum.precision().bytes()), THREADS);
+    sum.cuda().launch(&ACCUMULATE, launch, &args)
 }

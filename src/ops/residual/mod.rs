@@ -3,9 +3,12 @@
 pub mod cuda;
 
 use crate::device::arena::Buffer;
+use crate::device::cuda::SelfTest;
+use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::conv::transform_row;
-use crate::tensor::{Activation, Tape, Tensor};
+use crate::ops::self_test::taped;
+use crate::tensor::{Activation, Grads, Shape, Tape, Tensor, ValueId, View, add_assign};
 use rayon::prelude::*;
 
 /// Floats a task handles: 64 KB, so that both operands and the sum stay in L2.
@@ -14,34 +17,81 @@ const CHUNK: usize = 1 << 14;
 /// a + b, written out.
 ///
 /// # Errors
-/// [`Error::Shape`] when their shapes differ.
+/// [`Error::Shape`] when their shapes differ, and those of the device.
 pub fn add(tape: &mut Tape, a: &Activation, b: &Activation) -> Result<Tensor> {
     if a.shape() != b.shape() {
         return Err(Error::Shape { op: "add", want: a.shape().to_string(), got: b.shape().to_string() });
     }
-    let mut y = materialize(a);
+    let y = match (a.view(), b.view()) {
+        (Some(a), Some(b)) => {
+            let _range = range("residual");
+            Tensor::on_device(a.shape, cuda::add(&a, Some(&b))?, None)
+        }
+        _ => add_on_host(a, b),
+    };
+    let (id, a, b) = (y.id(), a.id(), b.id());
+    tape.record(move |grads| {
+        let dy = grads.take(id).ok_or_else(|| Error::Internal("add: no gradient arrived".into()))?;
+        give(grads, a, dy.clone())?;
+        give(grads, b, dy)
+    });
+    Ok(y)
+}
+
+fn add_on_host(a: &Activation, b: &Activation) -> Tensor {
+    let mut y = materialize_on_host(a);
     let c = a.shape().c;
     for_chunks(y.make_mut(), b, |y, x, map| {
         let mut mapped = vec![0.0; y.len()];
         transform_row(&mut mapped, x, c, c, map);
         y.iter_mut().zip(mapped).for_each(|(y, m)| *y += m);
     });
-    let (id, a, b) = (y.id(), a.id(), b.id());
-    tape.record(move |grads| {
-        let dy = grads.take(id).ok_or_else(|| Error::Internal("add: no gradient arrived".into()))?;
-        grads.add(a, dy.clone());
-        grads.add(b, dy);
-        Ok(())
-    });
-    Ok(y)
+    y
 }
 
 /// The value of an activation with nothing pending: what its consumers see as they load it.
-pub fn materialize(x: &Activation) -> Tensor {
+///
+/// # Errors
+/// Those of the device.
+pub fn materialize(x: &Activation) -> Result<Tensor> {
+    match x.view() {
+        Some(view) => {
+            let _range = range("materialize");
+            Ok(Tensor::on_device(view.shape, cuda::add(&view, None)?, None))
+        }
+        None => Ok(materialize_on_host(x)),
+    }
+}
+
+fn materialize_on_host(x: &Activation) -> Tensor {
     let mut y = Tensor::new(x.shape(), Buffer::dirty(x.shape().len()));
     let c = x.shape().c;
     for_chunks(y.make_mut(), x, |y, x, map| transform_row(y, x, c, c, map));
     y
+}
+
+/// Adds `grad` to the gradient of a value: a value with several consumers gets the sum of theirs.
+///
+/// # Errors
+/// Those of the device.
+pub fn give(grads: &mut Grads, id: ValueId, grad: Tensor) -> Result<()> {
+    let sum = match grads.take(id) {
+        None => grad,
+        Some(mut sum) => match (sum.device(), grad.device()) {
+            // Both gradients of a residual sum may be one tensor, so neither is written to.
+            (Some(a), Some(b)) => {
+                let _range = range("gradient sum");
+                let (a, b) = (View::plain(a.clone(), sum.shape()), View::plain(b.clone(), sum.shape()));
+                Tensor::on_device(sum.shape(), cuda::add(&a, Some(&b))?, None)
+            }
+            _ => {
+                add_assign(sum.make_mut(), grad.data());
+                sum
+            }
+        },
+    };
+    grads.set(id, sum);
+    Ok(())
 }
 
 /// Runs `f(chunk of y, the same chunk of x, x's map)` over whole voxels of one sample at a time.
@@ -79,3 +129,14 @@ pub fn channel_sums(x: &Tensor) -> Vec<f32> {
         .collect();
     (0..c).map(|c| partials.iter().map(|p| p[c]).sum::<f64>() as f32).collect()
 }
+
+/// See [`SelfTest`].
+pub const SELF_TESTS: &[SelfTest] = &[SelfTest {
+    name: "residual",
+    run: |cuda| {
+        let shape = Shape::new(2, [5, 6, 7], 16);
+        taped(cuda, &[shape, shape], &[], |tape, xs, _| {
+            Ok(vec![add(tape, &xs[0].clone().into(), &xs[1].clone().into())?.into()])
+        })
+    },
+}];

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything that can be checked on a GPU, in one call, ending in one table.
+#
+#   scripts/gpu_check.sh                      builds with cargo, then checks the GPU of this machine
+#   scripts/gpu_check.sh --pack DIR           builds, puts the binaries and goldens that a GPU machine needs into DIR
+#   scripts/gpu_check.sh --bin DIR            checks with what --pack left: no cargo needed
+#   scripts/gpu_check.sh --device emulated    the same on the emulator: a rehearsal
+#
+# Logs go to --out (default: target/gpu_check). Exit code 1 if a check failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+device=cuda bin= pack= out=target/gpu_check golden=${SPLEEN_GOLDEN:-../shared/golden} steps=200
+while (($#)); do
+  case $1 in
+    --device) device=$2 ;;
+    --bin) bin=$2 ;;
+    --pack) pack=$2 ;;
+    --out) out=$2 ;;
+    --golden) golden=$2 ;;
+    --steps) steps=$2 ;;
+    *) echo "gpu_check.sh: unknown option $1: see the head of the script" >&2; exit 2 ;;
+  esac
+  shift 2 || { echo "gpu_check.sh: an option has no value" >&2; exit 2; }
+done
+tests=(kernels parity device_engine)
+
+# The executables of tests and of the program, built with the emulator's feature, into folder $1.
+build() {
+  local json
+  json=$(cargo test --release --no-run --message-format=json "${tests[@]/#/--test=}") || return 1
+  mkdir -p "$1"
+  for t in "${tests[@]}"; do
+    # One line a target; the executable is its last quoted path.
+    local exe
+    exe=$(grep "\"name\":\"$t\"" <<<"$json" | grep -o '"executable":"[^"]*"' | tail -1 | cut -d'"' -f4)
+    cp "$exe" "$1/$t" || return 1
+  done
+  cargo build --release --features emulator && cp target/release/spleen-hpc "$1/" || return 1
+  strip "$1"/spleen-hpc "${tests[@]/#/$1/}" 2>/dev/null || true
+}
+
+if [[ -n $pack ]]; then
+  build "$pack" || exit 1
+  mkdir -p "$pack/golden"
+  cp "$golden"/index.json "$golden"/{ops,loss,unet_*}.safetensors "$pack/golden/" || exit 1
+  du -sh "$pack"
+  exit 0
+fi
+if [[ -z $bin ]]; then
+  bin=target/gpu_check_bin
+  build "$bin" || exit 1
+elif [[ -d $bin/golden ]]; then
+  golden=$bin/golden
+fi
+mkdir -p "$out"
+export SPLEEN_TEST_DEVICE=$device SPLEEN_GOLDEN=$golden SPLEEN_STEPS=$steps
+rows=()
+
+# check NAME COMMAND...: runs it, keeps its log, notes the verdict.
+check() {
+  local name=$1 begin=$SECONDS verdict=ok
+  shift
+  echo "== $name: $*"
+  "$@" >"$out/$name.log" 2>&1 || verdict="FAILED ($?)"
+  grep -q '^skipped' "$out/$name.log" && [[ $verdict == ok ]] && verdict=skipped
+  tail -n 3 "$out/$name.log"
+  rows+=("$(printf '%-24s %-12s %6d s' "$name" "$verdict" $((SECONDS - begin)))")
+}
+
+# Two runs of one seed leave the same bytes.
+determinism() {
+  local run
+  rm -rf "$out"/run_{a,b} "$out/phantoms"
+  "$bin/spleen-hpc" phantom --out "$out/phantoms" --cases 6 || return 1
+  for run in a b; do
+    "$bin/spleen-hpc" train --device "$device" --data "$out/phantoms" --run "$out/run_$run" --epochs 2 \
+      --channels 16,32,64 --patch 32 --roi 32 --val-cases 1 --lr 1e-3 || return 1
+  done
+  cmp "$out"/run_a/last.safetensors "$out"/run_b/last.safetensors &&
+    cmp "$out"/run_a/best.safetensors "$out"/run_b/best.safetensors
+}
+
+check doctor "$bin/spleen-hpc" doctor --device "$device"
+check kernels "$bin/kernels"
+check goldens "$bin/parity" cuda
+check engine "$bin/device_engine" --nocapture
+check determinism determinism
+if [[ $device == cuda ]]; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    if command -v compute-sanitizer >/dev/null; then
+      check "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$bin/kernels" --test-threads 1
+    else
+      rows+=("$(printf '%-24s %-12s' "sanitizer-$tool" 'skipped: no compute-sanitizer')")
+    fi
+  done
+fi
+
+echo
+echo "$(date -u +%F) ${device}: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || echo 'no GPU')"
+printf '%s\n' "${rows[@]}"
+! printf '%s\n' "${rows[@]}" | grep -q FAILED

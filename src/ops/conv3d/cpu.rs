@@ -1,0 +1,65 @@
+//! The three passes on the CPU, through the direct convolution engine of [`crate::ops::conv`].
+
+use super::Filter;
+use crate::device::arena::Buffer;
+use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
+use crate::tensor::{Activation, Param, Shape, Tensor};
+
+/// One raw output a filter.
+pub fn fprop(x: &Activation, filters: &[Filter], stride: usize) -> Vec<Tensor> {
+    let shape = x.shape();
+    let kernel = filters[0].weight.shape[2];
+    let out_space = shape.space().map(|s| s.div_ceil(stride));
+    let mut outs: Vec<(Shape, Buffer)> = filters
+        .iter()
+        .map(|f| Shape::new(shape.n, out_space, f.weight.shape[0]))
+        .map(|s| (s, Buffer::dirty(s.len())))
+        .collect();
+    let mut heads: Vec<Head> = outs
+        .iter_mut()
+        .zip(filters)
+        .map(|((s, b), f)| Head { out: b, channels: s.c, bias: f.bias.map(|b| b.value.as_slice()) })
+        .collect();
+    let taps = kernel.pow(3);
+    let map = Map::Gather { kernel, stride };
+    correlate(map, shape.n, shape.space(), out_space, &[x.into()], &mut heads, &|_, head| Weights {
+        data: &filters[head].weight.value,
+        offset: 0,
+        head_stride: shape.c * taps,
+        source_stride: taps,
+        mirrored: false,
+    });
+    outs.into_iter().map(|(s, b)| Tensor::new(s, b)).collect()
+}
+
+/// The gradient of each filter's weights, in their layout.
+pub fn wgrad(x: &Activation, dys: &[Tensor], kernel: usize, stride: usize) -> Vec<Vec<f32>> {
+    let (shape, out_space) = (x.shape(), dys[0].shape().space());
+    let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
+    let map = Map::Gather { kernel, stride };
+    conv::wgrad(map, shape.n, shape.space(), out_space, &[Source::from(x)], &lanes)
+}
+
+/// dx = sum over the filters of their dy convolved backwards.
+pub fn dgrad(shape: Shape, dys: &[Tensor], weights: &[Param], kernel: usize, stride: usize) -> Tensor {
+    let mut dx = Buffer::dirty(shape.len());
+    let sources: Vec<Source> = dys.iter().map(Source::from).collect();
+    let taps = kernel.pow(3);
+    let back = if stride == 1 { Map::Gather { kernel, stride } } else { Map::Scatter };
+    correlate(
+        back,
+        shape.n,
+        dys[0].shape().space(),
+        shape.space(),
+        &sources,
+        &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
+        &|source, _| Weights {
+            data: &weights[source].value,
+            offset: 0,
+            head_stride: taps,
+            source_stride: shape.c * taps,
+            mirrored: stride == 1,
+        },
+    );
+    Tensor::new(shape, dx)
+}

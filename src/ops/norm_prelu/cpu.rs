@@ -1,0 +1,231 @@
+//! Statistics and the backward pass on the CPU: fixed chunks in parallel, merged in chunk order.
+
+use super::{Affine, EPS, HostMoments, Statistics};
+use crate::device::arena::Buffer;
+use crate::tensor::{Activation, Param, Pending, Tensor};
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+/// Floats a task handles: 64 KB.
+const CHUNK: usize = 1 << 14;
+
+/// The statistics that `statistics` asks for.
+pub fn moments_of(x: &Tensor, statistics: Statistics) -> HostMoments {
+    let c = x.shape().c;
+    match statistics {
+        Statistics::Batch => moments(x, x.shape().n),
+        Statistics::Instance => moments(x, 1),
+        Statistics::Identity => HostMoments { mean: vec![0.0; c], var: vec![1.0 - EPS; c], count: 1.0 },
+        Statistics::Fixed { running, bias } => HostMoments {
+            // Subtracted in f32: the mean of what a convolution without its bias makes.
+            mean: (0..c).map(|i| f64::from(running.mean[i] - bias.map_or(0.0, |b| b.value[i]))).collect(),
+            var: running.var.iter().map(|&v| v.into()).collect(),
+            count: 1.0,
+        },
+    }
+}
+
+/// rstd, one a (group, channel).
+pub fn rstd_of(moments: &HostMoments) -> Vec<f64> {
+    moments.var.iter().map(|v| 1.0 / (v + EPS).sqrt()).collect()
+}
+
+/// The map that normalises and activates.
+pub fn pending_of(moments: &HostMoments, rstd: &[f64], affine: Affine, c: usize) -> Pending {
+    let of_channel =
+        |p: Option<&Param>, i: usize, default: f64| p.map_or(default, |p| f64::from(p.value[i % c]));
+    let scale: Vec<f64> =
+        rstd.iter().enumerate().map(|(i, r)| r * of_channel(affine.gamma, i, 1.0)).collect();
+    let shift = (0..scale.len()).map(|i| of_channel(affine.beta, i, 0.0) - moments.mean[i] * scale[i]);
+    Pending {
+        shift: shift.map(|s| s as f32).collect(),
+        scale: scale.iter().map(|&s| s as f32).collect(),
+        slope: affine.slope.map_or(1.0, |p| p.value[0]),
+    }
+}
+
+/// Per-channel statistics over groups of `samples` samples.
+fn moments(x: &Tensor, samples: usize) -> HostMoments {
+    let (shape, c) = (x.shape(), x.shape().c);
+    let group = samples * shape.voxels() * c;
+    let period = period(c);
+    let chunk = (CHUNK / period).max(1) * period;
+    let groups: Vec<Vec<(f64, f64)>> = x
+        .data()
+        .par_chunks(group)
+        .map(|x| {
+            let chunks: Vec<(f64, Vec<(f64, f64)>)> =
+                x.par_chunks(chunk).map(|x| ((x.len() / c) as f64, chunk_moments(x, c, period))).collect();
+            let mut count = 0.0;
+            let mut merged = vec![(0.0, 0.0); c];
+            for (n, chunk) in chunks {
+                for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(chunk) {
+                    // Chan, Golub, LeVeque 1983.
+                    let delta = chunk_mean - *mean;
+                    *mean += delta * n / (count + n);
+                    *m2 += chunk_m2 + delta * delta * count * n / (count + n);
+                }
+                count += n;
+            }
+            merged
+        })
+        .collect();
+    let count = (group / c) as f64;
+    let flat = || groups.iter().flatten();
+    HostMoments { mean: flat().map(|m| m.0).collect(), var: flat().map(|m| m.1 / count).collect(), count }
+}
+
+/// The shortest run of whole voxels that fills vector registers: per-channel arrays are repeated to this length.
+fn period(c: usize) -> usize {
+    c * (64 / c).max(1)
+}
+
+/// (mean, M2) of every channel of a chunk, in two passes over it.
+fn chunk_moments(x: &[f32], c: usize, period: usize) -> Vec<(f64, f64)> {
+    let count = (x.len() / c) as f64;
+    let fold = |sums: Vec<f32>| -> Vec<f64> {
+        (0..c).map(|i| sums.iter().skip(i).step_by(c).map(|&s| f64::from(s)).sum()).collect()
+    };
+    let mut sums = vec![0.0; period];
+    sum_periodic(x, &mut sums);
+    let mean: Vec<f64> = fold(sums).iter().map(|s| s / count).collect();
+    let centre: Vec<f32> = (0..period).map(|i| mean[i % c] as f32).collect();
+    let mut squares = vec![0.0; period];
+    square_periodic(x, &centre, &mut squares);
+    mean.into_iter().zip(fold(squares)).collect()
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn sum_periodic(x: &[f32], sums: &mut [f32]) {
+    for x in x.chunks(sums.len()) {
+        sums.iter_mut().zip(x).for_each(|(s, x)| *s += x);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn square_periodic(x: &[f32], centre: &[f32], sums: &mut [f32]) {
+    for x in x.chunks(sums.len()) {
+        for ((s, x), m) in sums.iter_mut().zip(x).zip(centre) {
+            *s += (x - m) * (x - m);
+        }
+    }
+}
+
+/// Sums over a group that the gradients need, one a channel (or a lane of the period, inside a chunk).
+pub struct Sums<T> {
+    /// Sum of dz.
+    pub dz: Vec<T>,
+    /// Sum of dz xhat.
+    pub dz_xhat: Vec<T>,
+    /// Sum of dy z over z <= 0.
+    pub slope: Vec<T>,
+}
+
+/// What a chunk needs per float, repeated to the period.
+struct Lane {
+    scale: Vec<f32>,
+    shift: Vec<f32>,
+    mean: Vec<f32>,
+    rstd: Vec<f32>,
+    slope: f32,
+}
+
+/// The sums and dx. `count` is the number of voxels of a group, or `None` when the statistics are constants.
+pub fn backward(
+    y: &Activation,
+    dy: &Tensor,
+    mean: &[f32],
+    rstd: &[f32],
+    count: Option<f64>,
+) -> (Sums<f64>, Tensor) {
+    let (shape, c) = (y.shape(), y.shape().c);
+    let pending = y.pending().expect("norm_prelu makes lazy activations");
+    let period = period(c);
+    let groups = mean.len() / c;
+    let group = shape.len() / groups;
+    let chunk = (CHUNK / period).max(1) * period;
+    let lane_of = |g: usize| {
+        let repeat = |v: &[f32]| (0..period).map(|i| v[g * c + i % c]).collect::<Vec<_>>();
+        Lane {
+            scale: repeat(&pending.scale),
+            shift: repeat(&pending.shift),
+            mean: repeat(mean),
+            rstd: repeat(rstd),
+            slope: pending.slope,
+        }
+    };
+    let x = y.raw().data();
+    let mut dx = Buffer::dirty(shape.len());
+    let mut all = Sums { dz: Vec::new(), dz_xhat: Vec::new(), slope: Vec::new() };
+    for g in 0..groups {
+        let lane = lane_of(g);
+        let range = g * group..(g + 1) * group;
+        let (x, dy) = (&x[range.clone()], &dy.data()[range.clone()]);
+        let partials: Vec<Sums<f32>> = x
+            .par_chunks(chunk)
+            .zip(dy.par_chunks(chunk))
+            .map(|(x, dy)| {
+                let mut sums =
+                    Sums { dz: vec![0.0; period], dz_xhat: vec![0.0; period], slope: vec![0.0; period] };
+                chunk_sums(x, dy, &lane, &mut sums.dz, &mut sums.dz_xhat, &mut sums.slope);
+                sums
+            })
+            .collect();
+        let fold = |pick: fn(&Sums<f32>) -> &Vec<f32>| -> Vec<f64> {
+            let mut sums = vec![0.0; c];
+            for partial in &partials {
+                pick(partial).iter().enumerate().for_each(|(i, &v)| sums[i % c] += f64::from(v));
+            }
+            sums
+        };
+        let (dz, dz_xhat) = (fold(|s| &s.dz), fold(|s| &s.dz_xhat));
+        let mean_of = |v: &[f64]| -> Vec<f32> {
+            (0..period).map(|i| count.map_or(0.0, |m| (v[i % c] / m) as f32)).collect()
+        };
+        let (mean_dz, mean_dz_xhat) = (mean_of(&dz), mean_of(&dz_xhat));
+        dx[range]
+            .par_chunks_mut(chunk)
+            .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
+            .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat));
+        all.slope.extend(fold(|s| &s.slope));
+        all.dz.extend(dz);
+        all.dz_xhat.extend(dz_xhat);
+    }
+    (all, Tensor::new(shape, dx))
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn chunk_sums(x: &[f32], dy: &[f32], lane: &Lane, dz: &mut [f32], dz_xhat: &mut [f32], slope: &mut [f32]) {
+    let period = dz.len();
+    for (x, dy) in x.chunks(period).zip(dy.chunks(period)) {
+        let len = x.len();
+        let (scale, shift, mean, rstd) =
+            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
+        let (dz, dz_xhat, slope) = (&mut dz[..len], &mut dz_xhat[..len], &mut slope[..len]);
+        let dy = &dy[..len];
+        for i in 0..len {
+            let z = x[i] * scale[i] + shift[i];
+            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
+            slope[i] += if z > 0.0 { 0.0 } else { dy[i] * z };
+            dz[i] += g;
+            dz_xhat[i] += g * ((x[i] - mean[i]) * rstd[i]);
+        }
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn chunk_dx(dx: &mut [f32], x: &[f32], dy: &[f32], lane: &Lane, mean_dz: &[f32], mean_dz_xhat: &[f32]) {
+    let period = mean_dz.len();
+    for ((dx, x), dy) in dx.chunks_mut(period).zip(x.chunks(period)).zip(dy.chunks(period)) {
+        let len = dx.len();
+        let (scale, shift, mean, rstd) =
+            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
+        let (mean_dz, mean_dz_xhat, x, dy) = (&mean_dz[..len], &mean_dz_xhat[..len], &x[..len], &dy[..len]);
+        for i in 0..len {
+            let z = x[i] * scale[i] + shift[i];
+            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
+            let xhat = (x[i] - mean[i]) * rstd[i];
+            dx[i] = scale[i] * (g - mean_dz[i] - xhat * mean_dz_xhat[i]);
+        }
+    }
+}

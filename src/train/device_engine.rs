@@ -1,0 +1,273 @@
+//! Training steps on a CUDA device, without the host in the loop.
+//!
+//! A step of one shape runs once as it comes, which compiles its kernels and fills the pool; the second one is
+//! recorded, and from then on a step is one replay. What changes from step to step is in device memory: patch positions
+//! or patches, weights, moments, loss scale, counts. Losses are copied to a ring in pinned memory and read when it is
+//! full or somebody waits for them.
+
+use super::optimizer::Moments;
+use super::trainer::Input;
+use crate::config::{Loss, Optim};
+use crate::data::cache::{CachedCase, Image};
+use crate::device::cuda::{Act, Buf, Cuda, Pinned, Precision, Recording};
+use crate::device::nvtx::range;
+use crate::error::{Error, Result};
+use crate::nn::checkpoint::ScalerState;
+use crate::nn::{Mode, UNet};
+use crate::ops::dice_ce;
+use crate::ops::optimizer::cuda::{DeviceOptimizer, Scaler, State};
+use crate::ops::patch::Spec;
+use crate::ops::patch::cuda::{CaseTable, ResidentCase, cut};
+use crate::tensor::{Grads, Shape, Tape, Tensor};
+use std::sync::Arc;
+
+/// Steps queued before the host waits for their losses.
+const RING: usize = 16;
+
+/// Everything of a training run that is on the device, beside the network's parameters.
+pub struct DeviceEngine {
+    cuda: Arc<Cuda>,
+    optimizer: DeviceOptimizer,
+    cases: Option<CaseTable>,
+    shapes: Vec<Step>,
+    losses: Pinned<f32>,
+    /// Steps whose losses were not taken.
+    queued: usize,
+}
+
+/// The steps of one shape.
+struct Step {
+    shape: [usize; 4],
+    images: Act,
+    labels: Buf<u8>,
+    specs: Buf<Spec>,
+    pinned_specs: Pinned<Spec>,
+    run: Run,
+}
+
+/// How the next step of a shape runs.
+enum Run {
+    /// As it comes.
+    First,
+    /// Recorded, then replayed.
+    Second,
+    /// Replayed; the loss is written to this buffer.
+    Recorded(Recording, Buf<f32>),
+}
+
+impl DeviceEngine {
+    /// Moves the parameters of `net` to the device.
+    ///
+    /// # Errors
+    /// When it has not enough memory.
+    pub fn new(cuda: &Arc<Cuda>, net: &mut UNet, optim: Optim) -> Result<Self> {
+        let lens: Vec<usize> = net.params().iter().map(|p| p.value.len()).collect();
+        let amp = cuda.precision() == Precision::Half;
+        let optimizer = DeviceOptimizer::new(cuda, optim, &lens, amp)?;
+        net.place(|i| Ok((optimizer.value(i), Some(optimizer.grad(i)))))?;
+        let losses = Pinned::new(cuda, RING)?;
+        Ok(DeviceEngine { cuda: cuda.clone(), optimizer, cases: None, shapes: Vec::new(), losses, queued: 0 })
+    }
+
+    /// Copies the cases to the device.
+    ///
+    /// # Errors
+    /// When it has not enough memory.
+    pub fn make_resident(&mut self, cases: &[CachedCase]) -> Result<()> {
+        let resident = |case: &CachedCase| match case.image() {
+            Image::F16(image) => ResidentCase::new(&self.cuda, image, case.label(), case.shape()),
+            Image::F32(image) => ResidentCase::new(&self.cuda, image, case.label(), case.shape()),
+        };
+        let resident = cases.iter().map(resident).collect::<Result<_>>()?;
+        self.cases = Some(CaseTable::new(&self.cuda, resident)?);
+        Ok(())
+    }
+
+    /// Whether losses must be taken before the next step.
+    pub fn is_full(&self) -> bool {
+        self.queued == RING
+    }
+
+    /// Waits for all steps and returns their losses, oldest first.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn take_losses(&mut self) -> Result<Vec<f64>> {
+        self.cuda.synchronize()?;
+        let losses = self.losses.values()[..self.queued].iter().map(|&loss| loss.into()).collect();
+        self.queued = 0;
+        Ok(losses)
+    }
+
+    /// Queues a step; [`DeviceEngine::is_full`] must be false.
+    ///
+    /// # Errors
+    /// Those of the ops and the device.
+    pub fn queue(&mut self, net: &mut UNet, loss: &Loss, input: Input) -> Result<()> {
+        let _step = range("step");
+        let shape = match input {
+            Input::Patches { shape, .. } => shape,
+            Input::Resident { specs, patch: [d, h, w] } => [specs.len(), d, h, w],
+        };
+        let known = self.shapes.iter().position(|step| step.shape == shape);
+        let index = match known {
+            Some(index) => index,
+            None => {
+                self.shapes.push(Step::new(&self.cuda, shape)?);
+                self.shapes.len() - 1
+            }
+        };
+        let step = &mut self.shapes[index];
+        let resident = match input {
+            Input::Resident { .. } => {
+                let missing = || Error::Internal("device_engine: there are no resident cases".into());
+                Some(self.cases.as_ref().ok_or_else(missing)?)
+            }
+            Input::Patches { .. } => None,
+        };
+        step.fill(input, self.queued, resident.map_or(0, CaseTable::len))?;
+        let optimizer = &self.optimizer;
+        let (cuda, slot) = (&self.cuda, self.queued);
+        // What validation packed is of older weights.
+        net.forget_packed();
+        match &step.run {
+            Run::First => {
+                let work = Work { net: &mut *net, loss, optimizer, resident, step };
+                let value = cuda.step(|| work.run())?;
+                self.losses.queue_from(slot, &value)?;
+                step.run = Run::Second;
+            }
+            Run::Second => {
+                let work = Work { net: &mut *net, loss, optimizer, resident, step };
+                let (value, recording) = cuda.record(|| work.run())?;
+                cuda.replay(&recording)?;
+                self.losses.queue_from(slot, &value)?;
+                step.run = Run::Recorded(recording, value);
+            }
+            Run::Recorded(recording, value) => {
+                cuda.replay(recording)?;
+                self.losses.queue_from(slot, value)?;
+            }
+        }
+        net.count_batch();
+        self.queued += 1;
+        Ok(())
+    }
+
+    /// Moments of every parameter and the scaler; waits for the device.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn optimizer_state(&self) -> Result<(Vec<Moments<f32>>, ScalerState)> {
+        let State { scaler, exp_avg, exp_avg_sq } = self.optimizer.state()?;
+        let pairs = exp_avg.into_iter().zip(exp_avg_sq);
+        let moments = pairs.map(|(exp_avg, exp_avg_sq)| Moments { exp_avg, exp_avg_sq }).collect();
+        let scaler = ScalerState {
+            scale: scaler.scale,
+            growth_tracker: scaler.growth,
+            steps: scaler.steps.into(),
+            skipped: scaler.skipped.into(),
+        };
+        Ok((moments, scaler))
+    }
+
+    /// Goes on with the parameters that `net` has in host memory and these moments. Without a scaler's state, as of a
+    /// run on a CPU, the scaler is at its start and has `counted` steps.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn restore(
+        &mut self,
+        net: &mut UNet,
+        moments: Vec<Moments<f32>>,
+        scaler: Option<ScalerState>,
+        counted: u64,
+    ) -> Result<()> {
+        net.place(|i| Ok((self.optimizer.value(i), Some(self.optimizer.grad(i)))))?;
+        let (exp_avg, exp_avg_sq) = moments.into_iter().map(|m| (m.exp_avg, m.exp_avg_sq)).unzip();
+        let fresh = self.optimizer.scaler()?;
+        let count = |steps: u64| {
+            u32::try_from(steps).map_err(|_| Error::Internal("device_engine: too many steps to count".into()))
+        };
+        let scaler = match scaler {
+            None => Scaler { steps: count(counted)?, ..fresh },
+            Some(s) => Scaler {
+                scale: if self.amp() { s.scale } else { fresh.scale },
+                growth: s.growth_tracker,
+                steps: count(s.steps)?,
+                skipped: count(s.skipped)?,
+                ..fresh
+            },
+        };
+        self.optimizer.restore(&State { scaler, exp_avg, exp_avg_sq })
+    }
+
+    fn amp(&self) -> bool {
+        self.cuda.precision() == Precision::Half
+    }
+}
+
+impl Step {
+    fn new(cuda: &Arc<Cuda>, shape: [usize; 4]) -> Result<Self> {
+        let [n, d, h, w] = shape;
+        let voxels = n * d * h * w;
+        Ok(Step {
+            shape,
+            images: cuda.act(voxels)?,
+            labels: cuda.buffer(voxels)?,
+            specs: cuda.buffer(n)?,
+            pinned_specs: Pinned::new(cuda, RING * n)?,
+            run: Run::First,
+        })
+    }
+
+    /// Queues the copy of a step's input to the device; `cases` are resident.
+    fn fill(&mut self, input: Input, slot: usize, cases: usize) -> Result<()> {
+        match input {
+            // A data set that does not fit the device: these copies wait for the steps before them.
+            Input::Patches { images, labels, .. } => {
+                self.images.upload(images)?;
+                self.labels.upload(labels)
+            }
+            Input::Resident { specs, .. } => {
+                let at = slot * specs.len();
+                let pinned = &mut self.pinned_specs.values_mut()[at..at + specs.len()];
+                for (to, spec) in pinned.iter_mut().zip(specs) {
+                    *to = Spec::new(spec, cases)?;
+                }
+                self.pinned_specs.queue_to(at, &self.specs)
+            }
+        }
+    }
+}
+
+/// What a step computes.
+struct Work<'a> {
+    net: &'a mut UNet,
+    loss: &'a Loss,
+    optimizer: &'a DeviceOptimizer,
+    resident: Option<&'a CaseTable>,
+    step: &'a Step,
+}
+
+impl Work<'_> {
+    /// Queues everything from the crop to the update; where the loss will be.
+    fn run(self) -> Result<Buf<f32>> {
+        let Work { net, loss, optimizer, resident, step } = self;
+        let [n, d, h, w] = step.shape;
+        if let Some(cases) = resident {
+            cut(cases, &step.specs, n, [d, h, w], &step.images, &step.labels)?;
+        }
+        let mut tape = Tape::recording();
+        let x = Tensor::on_device(Shape::new(n, [d, h, w], 1), step.images.clone(), None);
+        let (logits, statistics) = net.forward(&mut tape, x, Mode::Train, None)?;
+        let value = dice_ce::loss_on_device(&mut tape, &logits, &step.labels, loss, &optimizer.scale())?;
+        drop(logits);
+        let mut grads = Grads::default();
+        tape.backward(&mut grads)?;
+        net.update_running(&statistics)?;
+        optimizer.step()?;
+        net.forget_packed();
+        Ok(value.values.slice(0, 1))
+    }
+}
