@@ -1,12 +1,14 @@
 //! Flags, TOML file and recipe become one [`Config`].
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
 use super::tell;
 use crate::config::{Config, Overrides};
+use crate::device::cuda::{Prepared, sources};
 use crate::device::{Device, choice};
 use crate::{Error, Result};
 
@@ -62,13 +64,24 @@ pub fn read_toml(path: &Path) -> Result<Overrides> {
     Overrides::from_toml(&text, path)
 }
 
-/// The device that `config` means; says on stderr which and why.
+/// The device that `config` means, with its kernels compiled; says on stderr which and why.
 ///
 /// # Errors
-/// [`Error::Usage`] where one was asked for that cannot be had.
+/// [`Error::Usage`] where one was asked for that cannot be had, and kernels that do not compile.
 pub fn choose_device(config: &Config) -> Result<Device> {
     let (device, why) = choice::resolve(config.device, config.amp.into())?;
     tell(format_args!("device: {why}"));
+    if let Device::Cuda(cuda) = &device {
+        // All at once and in parallel: one after another, as they are first used, they would take minutes.
+        let begun = Instant::now();
+        let files: Vec<&str> = sources::all().map(|source| source.file).collect();
+        let Prepared { compiled, warning, .. } = cuda.prepare(&files)?;
+        if compiled > 0 {
+            let seconds = begun.elapsed().as_secs_f64();
+            tell(format_args!("kernels: {compiled} files compiled in {seconds:.1} s"));
+        }
+        warning.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
+    }
     Ok(device)
 }
 

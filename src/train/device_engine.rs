@@ -184,6 +184,8 @@ impl DeviceEngine {
         counted: u64,
     ) -> Result<()> {
         net.place(|i| Ok((self.optimizer.value(i), Some(self.optimizer.grad(i)))))?;
+        // Recordings name the running statistics that were.
+        self.shapes.clear();
         let (exp_avg, exp_avg_sq) = moments.into_iter().map(|m| (m.exp_avg, m.exp_avg_sq)).unzip();
         let fresh = self.optimizer.scaler()?;
         let count = |steps: u64| {
