@@ -157,7 +157,7 @@ fn late_errors_name_the_last_kernels() {
         assert_eq!(
             said,
             "work on the GPU failed: an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS); launched last: \
-             residual_add_f16 (1x1x1 blocks of 256 threads, 0 bytes of shared memory each); CUDA_LAUNCH_BLOCKING=1 makes \
+             residual_add_scalar_f16 (1x1x1 blocks of 256 threads, 0 bytes of shared memory each); CUDA_LAUNCH_BLOCKING=1 makes \
              the kernel at fault the first of them"
         );
     });
