@@ -6,6 +6,7 @@ mod support;
 use spleen_hpc::config::{Config, Net, Norm, Optimizer, Recipe};
 use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::nn::UNet;
+use spleen_hpc::nn::checkpoint::ScalerState;
 use spleen_hpc::rng::Philox;
 use spleen_hpc::train::trainer::Trainer;
 use std::sync::Arc;
@@ -189,6 +190,36 @@ fn an_overflow_voids_the_step_and_halves_the_scale() {
         loss = now;
     }
     panic!("the scale never fitted");
+}
+
+/// A run may move to the CPU, or to f32, and back: the scale, and how many steps counted, go with it.
+#[test]
+fn the_scaler_outlives_steps_without_it() {
+    let (Some(half), Some(single)) = (device(Precision::Half, 0), device(Precision::Single, 0)) else {
+        return;
+    };
+    let net = net(false, Norm::Batch);
+    let (images, labels, shape) = batch(16, 0);
+    let mut first = trainer(&net, Optimizer::Adam, Some(&half));
+    let (moments, scaler) = first.optimizer_state().unwrap();
+    let scaler = scaler.map(|_| ScalerState { scale: 512.0, growth_tracker: 7, steps: 40, skipped: 2 });
+    first.restore(42, moments, scaler).unwrap();
+    first.step(&images, &labels, shape).unwrap();
+    let mut run = first;
+    for cuda in [None, Some(&single), None, Some(&half)] {
+        let (moments, scaler) = run.optimizer_state().unwrap();
+        run.refresh().unwrap();
+        let mut next = trainer(&net, Optimizer::Adam, cuda);
+        next.net.load(&run.net.state_dict()).unwrap();
+        next.restore(run.steps(), moments, scaler).unwrap();
+        next.step(&images, &labels, shape).unwrap();
+        run = next;
+    }
+    let scaler = run.optimizer_state().unwrap().1.expect("kept all the way");
+    assert_eq!((scaler.scale, scaler.skipped), (512.0, 2));
+    assert_eq!((scaler.steps, run.steps()), (45, 47));
+    // Only the steps of mixed precision are steps towards a larger scale.
+    assert_eq!(scaler.growth_tracker, 9);
 }
 
 #[test]

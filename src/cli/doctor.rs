@@ -62,6 +62,13 @@ impl Findings {
 /// Examines and reports.
 pub fn run(args: &Args) -> Outcome {
     let chosen = chosen(&args.only)?;
+    let is_chip = |arch: &str| {
+        let digits = arch.strip_prefix("sm_").map(|rest| rest.trim_end_matches(['a', 'f']));
+        digits.is_some_and(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
+    };
+    if let Some(arch) = args.arch.iter().find(|arch| !is_chip(arch)) {
+        return Err(Error::Usage(format!("--arch {arch}: chips are named like sm_80 or sm_90a")));
+    }
     let mut findings = Findings { healthy: true };
     findings.say("program", format_args!("{} ({})", env!("CARGO_PKG_VERSION"), crate::COMMIT));
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);

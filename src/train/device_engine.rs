@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::nn::checkpoint::ScalerState;
 use crate::nn::{Mode, UNet};
 use crate::ops::dice_ce;
-use crate::ops::optimizer::cuda::{DeviceOptimizer, Scaler, State};
+use crate::ops::optimizer::cuda::{DeviceOptimizer, Scaler, Scaling, State};
 use crate::ops::patch::Spec;
 use crate::ops::patch::cuda::{CaseTable, ResidentCase, cut};
 use crate::tensor::{Grads, Shape, Tape, Tensor};
@@ -31,6 +31,8 @@ pub struct DeviceEngine {
     cases: Option<CaseTable>,
     shapes: Vec<Step>,
     losses: Pinned<f32>,
+    /// Scale and tracker of mixed precision, while a run goes on without it.
+    kept: (f32, u32),
     /// Steps whose losses were not taken.
     queued: usize,
 }
@@ -66,7 +68,9 @@ impl DeviceEngine {
         let optimizer = DeviceOptimizer::new(cuda, optim, &lens, amp)?;
         net.place(|i| Ok((optimizer.value(i), Some(optimizer.grad(i)))))?;
         let losses = Pinned::new(cuda, RING)?;
-        Ok(DeviceEngine { cuda: cuda.clone(), optimizer, cases: None, shapes: Vec::new(), losses, queued: 0 })
+        let kept = (Scaling::default().initial, 0);
+        let (cuda, shapes) = (cuda.clone(), Vec::new());
+        Ok(DeviceEngine { cuda, optimizer, cases: None, shapes, losses, kept, queued: 0 })
     }
 
     /// Copies the cases to the device.
@@ -162,12 +166,9 @@ impl DeviceEngine {
         let State { scaler, exp_avg, exp_avg_sq } = self.optimizer.state()?;
         let pairs = exp_avg.into_iter().zip(exp_avg_sq);
         let moments = pairs.map(|(exp_avg, exp_avg_sq)| Moments { exp_avg, exp_avg_sq }).collect();
-        let scaler = ScalerState {
-            scale: scaler.scale,
-            growth_tracker: scaler.growth,
-            steps: scaler.steps.into(),
-            skipped: scaler.skipped.into(),
-        };
+        let (scale, growth_tracker) = if self.amp() { (scaler.scale, scaler.growth) } else { self.kept };
+        let scaler =
+            ScalerState { scale, growth_tracker, steps: scaler.steps.into(), skipped: scaler.skipped.into() };
         Ok((moments, scaler))
     }
 
@@ -188,6 +189,9 @@ impl DeviceEngine {
         self.shapes.clear();
         let (exp_avg, exp_avg_sq) = moments.into_iter().map(|m| (m.exp_avg, m.exp_avg_sq)).unzip();
         let fresh = self.optimizer.scaler()?;
+        if let Some(s) = scaler {
+            self.kept = (s.scale, s.growth_tracker);
+        }
         let count = |steps: u64| {
             u32::try_from(steps).map_err(|_| Error::Internal("device_engine: too many steps to count".into()))
         };
@@ -195,7 +199,7 @@ impl DeviceEngine {
             None => Scaler { steps: count(counted)?, ..fresh },
             Some(s) => Scaler {
                 scale: if self.amp() { s.scale } else { fresh.scale },
-                growth: s.growth_tracker,
+                growth: if self.amp() { s.growth_tracker } else { 0 },
                 steps: count(s.steps)?,
                 skipped: count(s.skipped)?,
                 ..fresh

@@ -26,7 +26,8 @@ pub struct Trainer {
 }
 
 enum Engine {
-    Host(Optimizer<f32>),
+    /// The CPU, and the gradient scaler of a run that began on a device, kept for when it goes back there.
+    Host(Optimizer<f32>, Option<ScalerState>),
     Device(Box<DeviceEngine>),
 }
 
@@ -63,7 +64,7 @@ impl Trainer {
     /// Training on the CPU that starts from the values of `net`.
     pub fn with_network(net: UNet, loss: Loss, optim: Optim) -> Self {
         let optimizer = Optimizer::new(optim, net.params().iter().map(|p| p.value.len()));
-        Trainer { net, loss, optim, engine: Engine::Host(optimizer), steps: 0, losses: Vec::new() }
+        Trainer { net, loss, optim, engine: Engine::Host(optimizer, None), steps: 0, losses: Vec::new() }
     }
 
     /// The same training on a device.
@@ -83,7 +84,7 @@ impl Trainer {
     pub fn make_resident(&mut self, cases: &[CachedCase]) -> Result<()> {
         match &mut self.engine {
             Engine::Device(engine) => engine.make_resident(cases),
-            Engine::Host(_) => Err(Error::Internal("trainer: only a device has resident cases".into())),
+            Engine::Host(..) => Err(Error::Internal("trainer: only a device has resident cases".into())),
         }
     }
 
@@ -99,7 +100,10 @@ impl Trainer {
     /// What went wrong on the device.
     pub fn optimizer_state(&self) -> Result<(Vec<Moments<f32>>, Option<ScalerState>)> {
         match &self.engine {
-            Engine::Host(optimizer) => Ok((optimizer.moments.clone(), None)),
+            Engine::Host(optimizer, scaler) => {
+                let scaler = scaler.map(|s| ScalerState { steps: optimizer.step, ..s });
+                Ok((optimizer.moments.clone(), scaler))
+            }
             Engine::Device(engine) => {
                 engine.optimizer_state().map(|(moments, scaler)| (moments, Some(scaler)))
             }
@@ -112,7 +116,7 @@ impl Trainer {
     /// What went wrong on the device.
     pub fn refresh(&mut self) -> Result<()> {
         match &self.engine {
-            Engine::Host(_) => Ok(()),
+            Engine::Host(..) => Ok(()),
             Engine::Device(_) => self.net.refresh(),
         }
     }
@@ -153,10 +157,11 @@ impl Trainer {
             });
         }
         self.steps = step;
-        // A run of the CPU has no void steps: its count is Adam's.
+        // A run that never was on a device has no void steps: its count is Adam's.
         let counted = scaler.map_or(step, |s| s.steps);
         match &mut self.engine {
-            Engine::Host(optimizer) => {
+            Engine::Host(optimizer, kept) => {
+                *kept = scaler;
                 optimizer.step = counted;
                 optimizer.moments = moments;
                 Ok(())
@@ -166,7 +171,8 @@ impl Trainer {
     }
 
     /// Queues one step: forward, DiceCE, backward, update of weights and running statistics. On the CPU it is done
-    /// when this returns. A loss that is not a number changes nothing: the weights stay those of the step before.
+    /// when this returns. A loss that is not a number changes nothing: weights and running statistics stay those of the
+    /// step before. On a device it is seen when losses are taken; steps that were queued meanwhile have run.
     ///
     /// # Errors
     /// [`Error::Diverged`] when the loss is not finite, and those of the ops.
@@ -179,11 +185,11 @@ impl Trainer {
         self.steps += 1;
         match (&mut self.engine, input) {
             (Engine::Device(engine), input) => engine.queue(&mut self.net, &self.loss, input),
-            (Engine::Host(optimizer), Input::Patches { images, labels, shape }) => {
+            (Engine::Host(optimizer, _), Input::Patches { images, labels, shape }) => {
                 let loss = host_step(&mut self.net, &self.loss, optimizer, images, labels, shape)?;
                 self.keep(vec![loss])
             }
-            (Engine::Host(_), Input::Resident { .. }) => {
+            (Engine::Host(..), Input::Resident { .. }) => {
                 Err(Error::Internal("trainer: only a device has resident cases".into()))
             }
         }

@@ -103,10 +103,16 @@ impl Cuda {
     /// # Errors
     /// Those of `work`.
     pub fn step<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        /// Ends the step even if the work panics.
+        struct End<'a>(&'a AtomicBool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::Relaxed);
+            }
+        }
         self.in_step.store(true, Ordering::Relaxed);
-        let result = work();
-        self.in_step.store(false, Ordering::Relaxed);
-        result
+        let _end = End(&self.in_step);
+        work()
     }
 
     /// Like [`Cuda::step`], but the work is kept, not run: it is run by each [`Cuda::replay`]. Whatever changes from
