@@ -73,7 +73,7 @@ fn networks(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
 }
 
 /// Logits in mixed precision: their largest and mean deviation from the float32 golden, which is 1e-6 from float64,
-/// and the share of voxels that change sides, at most those of torch's autocast.
+/// at most those of torch's autocast, and the number of voxels that change sides, within its counting noise.
 fn mixed_precision(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     ledger.each_file(golden, "unet_*", |file, ledger| {
         let yardstick = file.need("eval.lowprec_maxabs")?.data;
@@ -97,12 +97,12 @@ fn mixed_precision(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
                 .collect()
         };
         let (got, want) = (side(&got), side(&want));
-        let changed = got.iter().zip(&want).filter(|(a, b)| a != b).count() as f64 / want.len() as f64;
-        if changed > disagreement {
-            ledger.fail(
-                &file.name,
-                format!("{changed:.1e} of the voxels change sides, {disagreement:.1e} in torch"),
-            );
+        // Few voxels lie that near the border: a number n of them is only known to sqrt(n).
+        let changed = got.iter().zip(&want).filter(|(a, b)| a != b).count() as f64;
+        let expected = disagreement * want.len() as f64;
+        if changed > expected + 3.0 * expected.sqrt() {
+            let why = format!("{changed} of {} voxels change sides, {expected:.1} in torch", want.len());
+            ledger.fail(&file.name, why);
         }
         Ok(())
     });
