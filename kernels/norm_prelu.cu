@@ -123,7 +123,7 @@ static_assert(sizeof(NormTiles) == 32, "keep in step with src/ops/norm_prelu/cud
 
 // (count, mean, M2) of every tile for an x that no convolution left them of. A thread has a channel of a tile: its two
 // passes hit L1.
-KERNEL(norm_prelu_tiles, NormTiles, 128) {
+KERNEL_RESIDENT(norm_prelu_tiles, NormTiles, 128, 8) {
   u32 first = blockIdx.x * args.tile, end = min(first + args.tile, args.voxels);
   u64 sample = (u64)blockIdx.y * args.voxels;
   for (u32 c = threadIdx.x; c < args.channels; c += blockDim.x) {
