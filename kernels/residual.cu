@@ -1,5 +1,5 @@
-// y = a + b, either of them with a pending norm and PReLU; dy goes to both. And sum += x, for a gradient that arrives
-// from two consumers.
+// y = a + b, either of them with a pending norm and PReLU; dy goes to both. Gradients that arrive from two consumers are
+// added by it too.
 //
 // x -> scale x + shift = z -> z > 0 ? z : slope z, per channel, or per (sample, channel) where `per_sample` is set.
 // NDHWC. One thread a vector of 16 bytes (8 fp16, 4 float) of one sample (blockIdx.y), or one element where a sample is
@@ -39,28 +39,3 @@ DEVICE void residual_sum(const Residual& args) {
 
 KERNEL(residual_add, Residual, 256) { residual_sum<VECTOR>(args); }
 KERNEL(residual_add_scalar, Residual, 256) { residual_sum<1>(args); }
-
-struct Accumulate {  // src/ops/residual/cuda.rs
-  InOut<elem> sum;
-  In<elem> x;
-  u64 len;
-};
-static_assert(sizeof(Accumulate) == 24, "keep in step with src/ops/residual/cuda.rs");
-
-template <int N>
-DEVICE void accumulate(const Accumulate& args, u64 i) {
-  float sum[N], x[N];
-  load(args.sum, i, sum);
-  load(args.x, i, x);
-  for (int j = 0; j < N; j++) sum[j] += x[j];
-  store(args.sum, i, sum);
-}
-
-KERNEL(residual_accumulate, Accumulate, 256) {
-  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
-  if (i + VECTOR <= args.len)
-    accumulate<VECTOR>(args, i);
-  else
-#pragma unroll 1
-    for (; i < args.len; i++) accumulate<1>(args, i);
-}

@@ -1,9 +1,9 @@
-//! Residual sums, materialised activations and accumulated gradients.
+//! Residual sums and materialised activations.
 
-use crate::harness::{assert_close, on_every_device, stored, uniform};
+use crate::harness::{assert_close, on_every_device, uniform};
 use spleen_hpc::device::cuda::{Act, Cuda, Precision};
 use spleen_hpc::error::Error;
-use spleen_hpc::ops::residual::cuda::{accumulate, add, materialize};
+use spleen_hpc::ops::residual::cuda::{add, materialize};
 use spleen_hpc::tensor::{DevicePending, Shape, View};
 use std::sync::Arc;
 
@@ -109,22 +109,6 @@ fn sums_apply_what_is_pending() {
 }
 
 #[test]
-fn gradients_that_arrive_twice_are_added() {
-    on_every_device(|cuda| {
-        let p = cuda.precision();
-        for len in [1, 3, 8, 2048, 2049, 2055, 4099] {
-            let (sum, x) = (uniform(p, 1, len), uniform(p, 2, len));
-            let (act, x_act) = (upload(cuda, &sum), upload(cuda, &x));
-            accumulate(&act, &x_act).unwrap();
-            // Exact: the f32 sum of two stored values, rounded once.
-            let want: Vec<f32> = sum.iter().zip(&x).map(|(s, x)| stored(p, s + x)).collect();
-            assert_eq!(act.download().unwrap(), want, "{len} {p:?}");
-            assert_eq!(x_act.download().unwrap(), x, "{len} {p:?}");
-        }
-    });
-}
-
-#[test]
 fn other_shapes_are_refused() {
     on_every_device(|cuda| {
         let view = |c| {
@@ -132,6 +116,5 @@ fn other_shapes_are_refused() {
             View::plain(upload(cuda, &vec![0.0; shape.len()]), shape)
         };
         assert!(matches!(add(&view(2), Some(&view(4))), Err(Error::Shape { .. })));
-        assert!(matches!(accumulate(&view(2).data, &view(4).data), Err(Error::Shape { .. })));
     });
 }

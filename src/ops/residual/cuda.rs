@@ -1,6 +1,6 @@
 //! Residual sums on a CUDA device (kernels/residual.cu).
 
-use crate::device::cuda::{Act, Elem, In, InOut, Kernel, Launch, Out};
+use crate::device::cuda::{Act, Elem, In, Kernel, Launch, Out};
 use crate::error::{Error, Result};
 use crate::tensor::{PendingArgs, View};
 use bytemuck::{Pod, Zeroable};
@@ -18,18 +18,8 @@ struct AddArgs {
     sample_len: u32,
 }
 
-/// `Accumulate` of kernels/residual.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct AccumulateArgs {
-    sum: InOut<Elem>,
-    x: In<Elem>,
-    len: u64,
-}
-
 static ADD: Kernel<AddArgs> = Kernel::new("residual.cu", "residual_add");
 static ADD_SCALAR: Kernel<AddArgs> = Kernel::new("residual.cu", "residual_add_scalar");
-static ACCUMULATE: Kernel<AccumulateArgs> = Kernel::new("residual.cu", "residual_accumulate");
 
 const THREADS: u32 = 256;
 
@@ -73,21 +63,4 @@ pub fn add(a: &View, b: Option<&View>) -> Result<Act> {
 /// Those of the device.
 pub fn materialize(x: &View) -> Result<Act> {
     add(x, None)
-}
-
-/// sum += x, element by element, rounded to the stored precision: a gradient that arrives from two consumers.
-///
-/// # Errors
-/// [`Error::Shape`] when lengths differ; those of the device.
-pub fn accumulate(sum: &Act, x: &Act) -> Result<()> {
-    if sum.len() != x.len() {
-        return Err(Error::Shape {
-            op: "accumulate",
-            want: format!("{} elements", sum.len()),
-            got: format!("{}", x.len()),
-        });
-    }
-    let args = AccumulateArgs { sum: sum.both(), x: x.read(), len: sum.len() as u64 };
-    let launch = Launch::over(sum.len().div_ceil(VECTOR / sum.precision().bytes()), THREADS);
-    sum.cuda().launch(&ACCUMULATE, launch, &args)
 }
