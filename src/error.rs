@@ -53,8 +53,13 @@ pub enum Error {
     #[error("{0}")]
     Gpu(String),
     /// Device memory is used up.
-    #[error("the GPU has no room for {} more ({} of {} are free): {cure}", mib(*.bytes), mib(*.free), mib(*.total))]
+    #[error(
+        "the GPU has no room for {} more{}{} ({} of {} are free): {cure}",
+        mib(*.bytes), if .by.is_empty() { "" } else { ", wanted by " }, .by, mib(*.free), mib(*.total)
+    )]
     OutOfMemory {
+        /// What was under way: step, module, op.
+        by: String,
         /// What was asked for.
         bytes: u64,
         /// What the device had left.

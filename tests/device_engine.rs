@@ -8,7 +8,7 @@ use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::nn::UNet;
 use spleen_hpc::nn::checkpoint::ScalerState;
 use spleen_hpc::rng::Philox;
-use spleen_hpc::train::trainer::Trainer;
+use spleen_hpc::train::trainer::{Input, Trainer};
 use std::sync::Arc;
 use support::device;
 
@@ -152,6 +152,28 @@ fn schedules_change_nothing() {
     let Some(first) = run(0) else { return };
     for seed in 1..3 {
         assert!(run(seed).expect("the same device") == first, "seed {seed}");
+    }
+}
+
+/// Steps that are queued ahead, their patches on the way while other steps run, are those that are waited for one by one.
+#[test]
+fn steps_queued_ahead_are_those_waited_for() {
+    let run = |seed, ahead: bool| {
+        let cuda = device(Precision::Half, seed)?;
+        let mut gpu = trainer(&net(false, Norm::Batch), Optimizer::Adam, Some(&cuda));
+        let mut losses = Vec::new();
+        for step in 0..9 {
+            let (images, labels, shape) = batch(if step % 4 == 3 { 8 } else { 16 }, step);
+            gpu.queue(Input::Patches { images: &images, labels: &labels, shape }).unwrap();
+            losses.extend(gpu.take_losses(!ahead).unwrap());
+        }
+        losses.extend(gpu.take_losses(true).unwrap());
+        assert_eq!(losses.len(), 9);
+        Some((losses, bits(&mut gpu)))
+    };
+    let Some(want) = run(0, false) else { return };
+    for seed in 0..4 {
+        assert!(run(seed, true).expect("the same device") == want, "seed {seed}");
     }
 }
 

@@ -3,9 +3,11 @@
 //! A profiler that wants ranges names its library in `NVTX_INJECTION64_PATH`; that library's `InitializeInjectionNvtx2`
 //! is given tables of function pointers to fill. This is what NVIDIA's header-only NVTX 3 does inside a C program
 //! (`nvtxDetail/nvtxInit.h`, `nvtxTypes.h`), spoken here directly: the crate `nvtx` needs a C compiler and libclang to
-//! build, and cudarc's feature looks for libnvToolsExt, which CUDA 13 no longer has. Without a profiler a range costs
-//! one load.
+//! build, and cudarc's feature looks for libnvToolsExt, which CUDA 13 no longer has.
+//!
+//! The names of the open ranges are kept as well: they say what an error happened in.
 
+use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::marker::PhantomData;
 use std::mem::transmute;
@@ -29,13 +31,24 @@ pub struct Range {
 /// let _step = spleen_hpc::device::nvtx::range("step");
 /// work();
 /// ```
-pub fn range(name: &'static str) -> Range {
+pub fn range(name: &str) -> Range {
     static TOOL: OnceLock<Option<Tool>> = OnceLock::new();
     Range::begin(TOOL.get_or_init(find).as_ref(), name)
 }
 
+thread_local! {
+    /// Names of the calling thread's open ranges, outermost first.
+    static OPEN: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Names of the calling thread's open ranges, outermost first: `step, model.0.conv.unit0, conv3d fprop`.
+pub fn open_ranges() -> String {
+    OPEN.with_borrow(|open| open.join(", "))
+}
+
 impl Range {
-    fn begin(tool: Option<&'static Tool>, name: &'static str) -> Self {
+    fn begin(tool: Option<&'static Tool>, name: &str) -> Self {
+        OPEN.with_borrow_mut(|open| open.push(name.to_owned()));
         let tool = tool.filter(|tool| {
             // A name with a zero inside is none: no range.
             let Ok(name) = CString::new(name) else { return false };
@@ -49,6 +62,7 @@ impl Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
+        OPEN.with_borrow_mut(Vec::pop);
         if let Some(tool) = self.tool {
             // SAFETY: the tool's own function of this signature; this thread's range is open.
             unsafe { (tool.pop)() };
@@ -253,8 +267,10 @@ mod tests {
         {
             let _epoch = Range::begin(Some(tool), "epoch");
             let _step = Range::begin(Some(tool), "step");
+            assert_eq!(open_ranges(), "epoch, step");
             drop(Range::begin(Some(tool), "not\0a name"));
         }
+        assert_eq!(open_ranges(), "");
         assert_eq!(*SEEN.lock().unwrap(), ["push epoch", "push step", "pop", "pop"]);
     }
 }

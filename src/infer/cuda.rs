@@ -36,8 +36,12 @@ fn stage<R>(name: &'static str, work: impl FnOnce() -> R) -> R {
     work()
 }
 
-/// Weighted sums of the logits of all windows over `image`, with the windows that they are of.
-fn sums(
+/// Weighted sums of the logits of all windows over `image`, (D, H, W, 2) and room beyond, with the windows that they
+/// are of.
+///
+/// # Errors
+/// Those of the network and of the device, and [`Error::Shape`] for logits of the wrong size.
+pub fn weighted_sums(
     cuda: &Arc<Cuda>,
     network: &DeviceNetwork,
     image: &Image,
@@ -69,14 +73,14 @@ fn sums(
 /// There may be room beyond them.
 ///
 /// # Errors
-/// Those of the network and of the device, and [`Error::Shape`] for logits of the wrong size.
+/// As [`weighted_sums`].
 pub fn probabilities(
     cuda: &Arc<Cuda>,
     network: &DeviceNetwork,
     image: &Image,
     window: &Window,
 ) -> Result<Buf<f32>> {
-    let (tiling, sums) = sums(cuda, network, image, window)?;
+    let (tiling, sums) = weighted_sums(cuda, network, image, window)?;
     stage("softmax", || tiling.softmax(&sums))?;
     Ok(sums)
 }
@@ -84,7 +88,7 @@ pub fn probabilities(
 /// The mask of a preprocessed `image` of `shape` = (D, H, W) on its own grid, k fastest: what training validates with.
 ///
 /// # Errors
-/// As [`probabilities`].
+/// As [`weighted_sums`].
 pub fn grid_mask(
     cuda: &Arc<Cuda>,
     network: &DeviceNetwork,
@@ -93,14 +97,14 @@ pub fn grid_mask(
     window: &Window,
 ) -> Result<Vec<u8>> {
     let image = Image { data: image.clone(), whole: shape, start: [0; 3], shape };
-    let (tiling, sums) = sums(cuda, network, &image, window)?;
+    let (tiling, sums) = weighted_sums(cuda, network, &image, window)?;
     tiling.argmax(&sums)?.download()
 }
 
 /// Masks of a case that the host preprocessed, on its own grid and on the scan's, k fastest: what evaluation compares.
 ///
 /// # Errors
-/// As [`probabilities`].
+/// As [`weighted_sums`].
 pub fn both_masks(
     cuda: &Arc<Cuda>,
     network: &DeviceNetwork,
@@ -110,7 +114,8 @@ pub fn both_masks(
     let shape = image.shape;
     let data = cuda.act(image.len())?;
     data.upload(&image.data)?;
-    let (tiling, sums) = sums(cuda, network, &Image { data, whole: shape, start: [0; 3], shape }, window)?;
+    let (tiling, sums) =
+        weighted_sums(cuda, network, &Image { data, whole: shape, start: [0; 3], shape }, window)?;
     let grid = tiling.argmax(&sums)?;
     stage("softmax", || tiling.softmax(&sums))?;
     let native = stage("inverse", || invert_argmax(&sums, geometry))?;

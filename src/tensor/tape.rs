@@ -6,8 +6,10 @@
 //! its parameters with [`Grads::add_param`], or on a device in `DeviceParam::grad`.
 
 use super::{Tensor, ValueId};
+use crate::device::nvtx::range;
 use crate::error::Result;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// A parameter: its index in the network's `named_parameters()` order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +20,19 @@ type Backward = Box<dyn FnOnce(&mut Grads) -> Result<()> + Send>;
 /// What happened, in order; or nothing, when only the result matters.
 #[derive(Default)]
 pub struct Tape {
-    backward: Option<Vec<Backward>>,
+    backward: Option<Vec<(Arc<str>, Backward)>>,
+    layer: Arc<str>,
 }
 
 impl Tape {
     /// A tape that records.
     pub fn recording() -> Self {
-        Tape { backward: Some(Vec::new()) }
+        Tape { backward: Some(Vec::new()), ..Tape::default() }
     }
 
     /// A tape that drops every closure: inference is the same code and keeps nothing.
     pub fn off() -> Self {
-        Tape { backward: None }
+        Tape::default()
     }
 
     /// Whether closures are kept.
@@ -37,10 +40,15 @@ impl Tape {
         self.backward.is_some()
     }
 
+    /// Ops from now on belong to this layer: their backward passes run in a range of its name.
+    pub fn set_layer(&mut self, name: &str) {
+        self.layer = name.into();
+    }
+
     /// Appends the backward pass of one op.
     pub fn record(&mut self, backward: impl FnOnce(&mut Grads) -> Result<()> + Send + 'static) {
         if let Some(list) = &mut self.backward {
-            list.push(Box::new(backward));
+            list.push((self.layer.clone(), Box::new(backward)));
         }
     }
 
@@ -49,7 +57,8 @@ impl Tape {
     /// # Errors
     /// The first error of a closure.
     pub fn backward(self, grads: &mut Grads) -> Result<()> {
-        for step in self.backward.into_iter().flatten().rev() {
+        for (layer, step) in self.backward.into_iter().flatten().rev() {
+            let _layer = range(&layer);
             step(grads)?;
         }
         Ok(())

@@ -3,12 +3,16 @@
 //! A step of one shape runs once as it comes, which compiles its kernels and fills the pool; the second one is
 //! recorded, and from then on a step is one replay. What changes from step to step is in device memory: patch positions
 //! or patches, weights, moments, loss scale, counts. Losses are copied to a ring in pinned memory and read when it is
-//! full or somebody waits for them.
+//! full or somebody waits for them. Steps on patches that the host cut have two places for them in turn (see `staging`),
+//! and a recording for each.
 
 use super::optimizer::Moments;
+use super::staging::Staging;
 use super::trainer::Input;
 use crate::config::{Loss, Optim};
 use crate::data::cache::{CachedCase, Image};
+use crate::data::sampler::PatchSpec;
+use crate::device::cuda::driver::Event;
 use crate::device::cuda::{Act, Buf, Cuda, Pinned, Precision, Recording};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -29,7 +33,10 @@ pub struct DeviceEngine {
     cuda: Arc<Cuda>,
     optimizer: DeviceOptimizer,
     cases: Option<CaseTable>,
-    shapes: Vec<Step>,
+    steps: Vec<Step>,
+    staging: Option<Staging>,
+    /// Which of its two places the next step on patches of the host takes.
+    place: usize,
     losses: Pinned<f32>,
     /// Scale and tracker of mixed precision, while a run goes on without it.
     kept: (f32, u32),
@@ -37,14 +44,21 @@ pub struct DeviceEngine {
     queued: usize,
 }
 
-/// The steps of one shape.
+/// The steps of one shape and source of patches.
 struct Step {
     shape: [usize; 4],
     images: Act,
     labels: Buf<u8>,
-    specs: Buf<Spec>,
-    pinned_specs: Pinned<Spec>,
+    source: Source,
     run: Run,
+}
+
+/// Where patches come from.
+enum Source {
+    /// Cut from resident cases: where, on the device and for each step under way.
+    Resident { specs: Buf<Spec>, pinned: Pinned<Spec> },
+    /// Brought by [`Staging`] to this of two places, which the step before that used it left at this event.
+    Host { place: usize, free: Option<Event> },
 }
 
 /// How the next step of a shape runs.
@@ -69,8 +83,18 @@ impl DeviceEngine {
         net.place(|i| Ok((optimizer.value(i), Some(optimizer.grad(i)))))?;
         let losses = Pinned::new(cuda, RING)?;
         let kept = (Scaling::default().initial, 0);
-        let (cuda, shapes) = (cuda.clone(), Vec::new());
-        Ok(DeviceEngine { cuda, optimizer, cases: None, shapes, losses, kept, queued: 0 })
+        let (cuda, steps) = (cuda.clone(), Vec::new());
+        Ok(DeviceEngine {
+            cuda,
+            optimizer,
+            cases: None,
+            steps,
+            staging: None,
+            place: 0,
+            losses,
+            kept,
+            queued: 0,
+        })
     }
 
     /// Copies the cases to the device.
@@ -113,25 +137,39 @@ impl DeviceEngine {
             Input::Patches { shape, .. } => shape,
             Input::Resident { specs, patch: [d, h, w] } => [specs.len(), d, h, w],
         };
-        let known = self.shapes.iter().position(|step| step.shape == shape);
-        let index = match known {
+        let (slot, place) = (self.queued, self.place);
+        let same = |step: &Step| match (&step.source, input) {
+            (Source::Resident { .. }, Input::Resident { .. }) => step.shape == shape,
+            (Source::Host { place: at, .. }, Input::Patches { .. }) => *at == place && step.shape == shape,
+            _ => false,
+        };
+        let index = match self.steps.iter().position(same) {
             Some(index) => index,
             None => {
-                self.shapes.push(Step::new(&self.cuda, shape)?);
-                self.shapes.len() - 1
+                self.steps.push(Step::new(&self.cuda, shape, input, place)?);
+                self.steps.len() - 1
             }
         };
-        let step = &mut self.shapes[index];
+        let step = &mut self.steps[index];
         let resident = match input {
-            Input::Resident { .. } => {
+            Input::Resident { specs, .. } => {
                 let missing = || Error::Internal("device_engine: there are no resident cases".into());
-                Some(self.cases.as_ref().ok_or_else(missing)?)
+                let cases = self.cases.as_ref().ok_or_else(missing)?;
+                step.choose(specs, slot, cases.len())?;
+                Some(cases)
             }
-            Input::Patches { .. } => None,
+            Input::Patches { images, labels, .. } => {
+                let room = |s: &Staging| s.voxels() >= labels.len();
+                let staging = match self.staging.take().filter(room) {
+                    Some(staging) => staging,
+                    None => Staging::new(&self.cuda, labels.len())?,
+                };
+                step.bring(self.staging.insert(staging), images, labels)?;
+                self.place = 1 - place;
+                None
+            }
         };
-        step.fill(input, self.queued, resident.map_or(0, CaseTable::len))?;
-        let optimizer = &self.optimizer;
-        let (cuda, slot) = (&self.cuda, self.queued);
+        let (cuda, optimizer) = (&self.cuda, &self.optimizer);
         // What validation packed is of older weights.
         net.forget_packed();
         match &step.run {
@@ -153,6 +191,7 @@ impl DeviceEngine {
                 self.losses.queue_from(slot, value)?;
             }
         }
+        step.leave(cuda)?;
         net.count_batch();
         self.queued += 1;
         Ok(())
@@ -186,7 +225,7 @@ impl DeviceEngine {
     ) -> Result<()> {
         net.place(|i| Ok((self.optimizer.value(i), Some(self.optimizer.grad(i)))))?;
         // Recordings name the running statistics that were.
-        self.shapes.clear();
+        self.steps.clear();
         let (exp_avg, exp_avg_sq) = moments.into_iter().map(|m| (m.exp_avg, m.exp_avg_sq)).unzip();
         let fresh = self.optimizer.scaler()?;
         if let Some(s) = scaler {
@@ -214,36 +253,40 @@ impl DeviceEngine {
 }
 
 impl Step {
-    fn new(cuda: &Arc<Cuda>, shape: [usize; 4]) -> Result<Self> {
+    fn new(cuda: &Arc<Cuda>, shape: [usize; 4], input: Input, place: usize) -> Result<Self> {
         let [n, d, h, w] = shape;
         let voxels = n * d * h * w;
-        Ok(Step {
-            shape,
-            images: cuda.act(voxels)?,
-            labels: cuda.buffer(voxels)?,
-            specs: cuda.buffer(n)?,
-            pinned_specs: Pinned::new(cuda, RING * n)?,
-            run: Run::First,
-        })
+        let source = match input {
+            Input::Resident { .. } => {
+                Source::Resident { specs: cuda.buffer(n)?, pinned: Pinned::new(cuda, RING * n)? }
+            }
+            Input::Patches { .. } => Source::Host { place, free: None },
+        };
+        Ok(Step { shape, images: cuda.act(voxels)?, labels: cuda.buffer(voxels)?, source, run: Run::First })
     }
 
-    /// Queues the copy of a step's input to the device; `cases` are resident.
-    fn fill(&mut self, input: Input, slot: usize, cases: usize) -> Result<()> {
-        match input {
-            // A data set that does not fit the device: these copies wait for the steps before them.
-            Input::Patches { images, labels, .. } => {
-                self.images.upload(images)?;
-                self.labels.upload(labels)
-            }
-            Input::Resident { specs, .. } => {
-                let at = slot * specs.len();
-                let pinned = &mut self.pinned_specs.values_mut()[at..at + specs.len()];
-                for (to, spec) in pinned.iter_mut().zip(specs) {
-                    *to = Spec::new(spec, cases)?;
-                }
-                self.pinned_specs.queue_to(at, &self.specs)
-            }
+    /// Queues the copy of where in `cases` resident cases the patches are.
+    fn choose(&mut self, from: &[PatchSpec], slot: usize, cases: usize) -> Result<()> {
+        let Source::Resident { specs, pinned } = &mut self.source else { return Ok(()) };
+        let at = slot * from.len();
+        for (to, spec) in pinned.values_mut()[at..].iter_mut().zip(from) {
+            *to = Spec::new(spec, cases)?;
         }
+        pinned.queue_to(specs.cuda().stream(), at, specs)
+    }
+
+    /// Queues the copies of patches.
+    fn bring(&mut self, staging: &mut Staging, images: &[f32], labels: &[u8]) -> Result<()> {
+        let Source::Host { free, .. } = &self.source else { return Ok(()) };
+        staging.bring((images, labels), (&self.images, &self.labels), *free)
+    }
+
+    /// The step's work is queued: after it, its place is free.
+    fn leave(&mut self, cuda: &Cuda) -> Result<()> {
+        if let Source::Host { free, .. } = &mut self.source {
+            *free = Some(cuda.driver().record(cuda.stream())?);
+        }
+        Ok(())
     }
 }
 
@@ -261,8 +304,8 @@ impl Work<'_> {
     fn run(self) -> Result<Buf<f32>> {
         let Work { net, loss, optimizer, resident, step } = self;
         let [n, d, h, w] = step.shape;
-        if let Some(cases) = resident {
-            cut(cases, &step.specs, n, [d, h, w], &step.images, &step.labels)?;
+        if let (Some(cases), Source::Resident { specs, .. }) = (resident, &step.source) {
+            cut(cases, specs, n, [d, h, w], &step.images, &step.labels)?;
         }
         let mut tape = Tape::recording();
         let x = Tensor::on_device(Shape::new(n, [d, h, w], 1), step.images.clone(), None);

@@ -5,4 +5,5 @@ pub mod feed;
 pub mod memory_plan;
 pub mod optimizer;
 pub mod run;
+mod staging;
 pub mod trainer;

@@ -74,6 +74,8 @@ extern "C" void* cuemu_allocate(Device* d, u64 bytes) {
   return nullptr;
 }
 
+extern "C" u64 cuemu_left(const Device* d) { return d->left; }
+
 extern "C" void cuemu_release(Device* d, u8* p) {
   u64 bytes = d->blocks[p], size = pages(bytes);
   d->blocks.erase(p);

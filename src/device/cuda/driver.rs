@@ -3,7 +3,9 @@
 //!
 //! Work on a stream runs in order; streams are ordered only by events. Nothing but [`Driver::synchronize`] waits.
 
-use crate::error::Result;
+use crate::device::nvtx::open_ranges;
+use crate::error::{Error, Result};
+use half::f16;
 
 /// Storage of activations: a module is compiled once for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +22,17 @@ impl Precision {
         match self {
             Precision::Half => 2,
             Precision::Single => 4,
+        }
+    }
+
+    /// Rounds `values` to `bytes` as they are stored, of the same number.
+    pub fn encode(self, values: &[f32], bytes: &mut [u8]) {
+        match self {
+            Precision::Single => bytes.copy_from_slice(bytemuck::cast_slice(values)),
+            Precision::Half => {
+                let chunks = bytes.as_chunks_mut::<2>().0;
+                chunks.iter_mut().zip(values).for_each(|(to, &v)| *to = f16::from_f32(v).to_le_bytes());
+            }
         }
     }
 
@@ -105,6 +118,13 @@ pub struct Event(pub usize);
 /// Recorded work, to be replayed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Graph(pub usize);
+
+/// The error of a device that has not `bytes` bytes more: names what asked for them by the ranges that are open.
+pub fn out_of_memory(bytes: usize, free: u64, total: u64) -> Error {
+    let cure =
+        "lower --volumes-per-step, --samples-per-volume or --sw-batch, or let no other program use the GPU";
+    Error::OutOfMemory { by: open_ranges(), bytes: bytes as u64, free, total, cure: cure.into() }
+}
 
 /// A device. Addresses are the device's; sizes are bytes.
 pub trait Driver: Send + Sync {

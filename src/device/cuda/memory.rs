@@ -195,18 +195,19 @@ impl Act {
         self.bytes.cuda()
     }
 
+    /// The same memory as bytes.
+    pub fn bytes(&self) -> &Buf<u8> {
+        &self.bytes
+    }
+
     /// Rounds `values` to the precision and copies them in.
     ///
     /// # Errors
     /// When the driver refuses.
     pub fn upload(&self, values: &[f32]) -> Result<()> {
-        match self.precision {
-            Precision::Single => self.bytes.upload(bytemuck::cast_slice(values)),
-            Precision::Half => {
-                let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-                self.bytes.upload(bytemuck::cast_slice(&halves))
-            }
-        }
+        let mut bytes = vec![0; values.len() * self.precision.bytes()];
+        self.precision.encode(values, &mut bytes);
+        self.bytes.upload(&bytes)
     }
 
     /// Waits for all queued work and copies the values out, exactly.

@@ -3,7 +3,7 @@
 //! Every call makes the device's context current first: threads come and go, and it costs nothing measurable beside
 //! what the call itself does. Streams do not wait for the legacy default stream, which is not used.
 
-use super::driver::{Driver, Event, Graph, Info, Launch, Precision, Prepared, Stream, Symbol};
+use super::driver::{Driver, Event, Graph, Info, Launch, Precision, Prepared, Stream, Symbol, out_of_memory};
 use super::libcuda::{self, check, describe, even_in_capture};
 use super::native_modules::Modules;
 use crate::error::{Error, Result};
@@ -21,9 +21,6 @@ use std::sync::{Mutex, MutexGuard};
 const EVENTS: usize = 64;
 /// Launches that are remembered, to be named when something fails later.
 const REMEMBERED: usize = 6;
-/// What to do when memory is used up.
-const CURE: &str =
-    "lower --volumes-per-step, --samples-per-volume or --sw-batch, or let no other program use the GPU";
 
 /// A GPU.
 pub struct Native {
@@ -173,7 +170,7 @@ impl Driver for Native {
         let status = even_in_capture(|| unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) });
         if status == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             let (free, total) = self.memory();
-            return Err(Error::OutOfMemory { bytes: bytes as u64, free, total, cure: CURE.into() });
+            return Err(out_of_memory(bytes, free, total));
         }
         self.check(status, || format!("{bytes} bytes of GPU memory cannot be had"))?;
         Ok(address)

@@ -1,5 +1,6 @@
 //! Page-locked host memory: what the host and the device hand each other without waiting.
 
+use super::driver::Stream;
 use super::{Buf, Cuda};
 use crate::error::Result;
 use bytemuck::Pod;
@@ -31,6 +32,16 @@ impl<T: Pod> Pinned<T> {
         Ok(Pinned { cuda: cuda.clone(), start, len, kind: PhantomData })
     }
 
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// The values. No copy to them may be queued.
     pub fn values(&self) -> &[T] {
         // SAFETY: `len` values, aligned to a page, written by zeros or whole copies of `T`s.
@@ -43,17 +54,17 @@ impl<T: Pod> Pinned<T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.cast(), self.len) }
     }
 
-    /// Queues a copy of the values from `at` on that fills `to`.
+    /// Queues on `stream` a copy of the values from `at` on that fills `to`.
     ///
     /// # Errors
     /// When the driver refuses.
-    pub fn queue_to(&self, at: usize, to: &Buf<T>) -> Result<()> {
+    pub fn queue_to(&self, stream: Stream, at: usize, to: &Buf<T>) -> Result<()> {
         assert!(at + to.len() <= self.len, "{} values at {at} of {}", to.len(), self.len);
         let bytes = to.len() * size_of::<T>();
         // SAFETY: both ranges are checked; they are freed only after all queued work.
         unsafe {
             let from = self.start.add(at * size_of::<T>());
-            self.cuda.driver().copy_in(self.cuda.stream(), to.address(), from, bytes)
+            self.cuda.driver().copy_in(stream, to.address(), from, bytes)
         }
     }
 

@@ -1,6 +1,7 @@
 //! The forward pass, the same for every device: norm and PReLU stay pending, and a probe may watch.
 
-use super::{Down, UNet, Unit, Up, UpConv};
+use super::{Conv, Down, UNet, Unit, Up, UpConv};
+use crate::device::nvtx::{Range, range};
 use crate::error::{Error, Result};
 use crate::ops::conv_transpose3d::conv_transpose3d;
 use crate::ops::conv3d::{Filter, conv3d};
@@ -92,6 +93,12 @@ impl<'a> Run<'a, '_> {
         &self.net.params[id.0]
     }
 
+    /// Until this is dropped, what runs is of the module `name`, as MONAI calls it; so is its backward pass.
+    fn module(&mut self, name: &str) -> Range {
+        self.tape.set_layer(name);
+        range(name)
+    }
+
     fn level(&mut self, i: usize, x: Activation) -> Result<Tensor> {
         let net = self.net;
         let Some(down) = net.downs.get(i) else {
@@ -107,6 +114,7 @@ impl<'a> Run<'a, '_> {
     }
 
     fn down(&mut self, down: &Down, x: Activation, stride: usize) -> Result<Tensor> {
+        let module = self.module(&down.unit0.name);
         let filter = Filter { weight: self.param(down.unit0.weight), bias: None };
         let shortcut = down
             .residual
@@ -128,6 +136,8 @@ impl<'a> Run<'a, '_> {
             self.show(&residual.name, || materialize(&shortcut))?;
         }
         let a0 = self.finish(&down.unit0, main)?;
+        drop(module);
+        let _module = self.module(&down.unit1.name);
         let filter = Filter { weight: self.param(down.unit1.weight), bias: None };
         let c1 = single(conv3d(self.tape, &a0, &[filter], 1)?);
         let a1 = self.finish(&down.unit1, c1)?;
@@ -137,9 +147,13 @@ impl<'a> Run<'a, '_> {
     }
 
     fn up(&mut self, up: &Up, skip: Tensor, inner: Tensor) -> Result<Tensor> {
+        let module = self.module(&up.transposed.name);
         let weight = self.param(up.transposed.weight);
         let z = conv_transpose3d(self.tape, &[&skip.into(), &inner.into()], weight, None)?;
         let z = self.finish(&up.transposed, z)?;
+        drop(module);
+        let (UpConv::Unit(Unit { name, .. }) | UpConv::Last(Conv { name, .. })) = &up.conv;
+        let _module = self.module(name);
         let branch = match &up.conv {
             UpConv::Unit(unit) => {
                 let filter = Filter { weight: self.param(unit.weight), bias: None };

@@ -1,13 +1,13 @@
 //! The emulator's machine (tests/emulator), as Rust calls it: the only unsafe code of the emulated device.
 
 use crate::device::cuda::driver::Launch;
-use crate::error::{Error, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 unsafe extern "C" {
     fn cuemu_device(memory: u64) -> *mut c_void;
     fn cuemu_device_drop(device: *mut c_void);
     fn cuemu_allocate(device: *mut c_void, bytes: u64) -> *mut u8;
+    fn cuemu_left(device: *const c_void) -> u64;
     fn cuemu_release(device: *mut c_void, pointer: *mut u8);
     fn cuemu_block_taken(device: *mut c_void, pointer: *mut u8, bytes: u64);
     fn cuemu_block_dropped(device: *mut c_void, pointer: *mut u8);
@@ -100,14 +100,17 @@ impl Machine {
         Machine(device)
     }
 
-    /// Device memory, aligned to 256 bytes, all of it live and NaN.
-    pub fn allocate(&mut self, bytes: usize) -> Result<u64> {
+    /// Bytes that are not allocated.
+    pub fn left(&self) -> u64 {
+        // SAFETY: our device.
+        unsafe { cuemu_left(self.0) }
+    }
+
+    /// Device memory, aligned to 256 bytes, all of it live and NaN; `None` when there is not that much left.
+    pub fn allocate(&mut self, bytes: usize) -> Option<u64> {
         // SAFETY: our device.
         let pointer = unsafe { cuemu_allocate(self.0, bytes as u64) };
-        if pointer.is_null() {
-            return Err(Error::Internal(format!("the emulated GPU has no {bytes} bytes left")));
-        }
-        Ok(pointer as u64)
+        (!pointer.is_null()).then_some(pointer as u64)
     }
 
     /// Gives it back.

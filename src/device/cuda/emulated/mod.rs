@@ -5,7 +5,7 @@ mod queue;
 
 pub use machine::{kernel_names, mma_paths_agree};
 
-use super::driver::{Driver, Event, Graph, Info, Launch, Stream, Symbol};
+use super::driver::{Driver, Event, Graph, Info, Launch, Stream, Symbol, out_of_memory};
 use crate::error::{Error, Result};
 use machine::{Entry, Machine};
 use queue::{Queue, Work};
@@ -77,13 +77,14 @@ impl Driver for Emulated {
     }
 
     fn free_memory(&self) -> Result<u64> {
-        Ok(self.info().memory)
+        Ok(self.queue().machine.left())
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let mut queue = self.queue();
         queue.check()?;
-        queue.machine.allocate(bytes)
+        let free = queue.machine.left();
+        queue.machine.allocate(bytes).ok_or_else(|| out_of_memory(bytes, free, self.info.memory))
     }
 
     fn free(&self, address: u64, _: usize) {
