@@ -327,15 +327,18 @@ struct Rows {
 
 DEVICE FragmentB load_weights(In<elem> block) { return FragmentB{block}; }
 
+// Summed apart and then added: thousands of products in one chain would leave twice torch's rounding error.
 DEVICE void multiply(Block& block, const FragmentA& a, const FragmentB& b) {
+  Block sum{};
 #pragma unroll 1
   for (u32 k = 0; k < CHUNK; k++)
     for (u32 r = 0; r < 2; r++) {
       float x = *(const float*)(a.row[r] + ((k >> 2 ^ a.flip[r]) << 4) + (k & 3) * sizeof(float));
       for (u32 j = 0; j < 2; j++)
-        for (u32 e = 0; e < 2; e++)
-          block.c[j][2 * r + e] += x * b.w[k * GROUP + 8 * j + 2 * (lane_id() & 3) + e];
+        for (u32 e = 0; e < 2; e++) sum.c[j][2 * r + e] += x * b.w[k * GROUP + 8 * j + 2 * (lane_id() & 3) + e];
     }
+  for (u32 j = 0; j < 2; j++)
+    for (u32 i = 0; i < 4; i++) block.c[j][i] += sum.c[j][i];
 }
 DEVICE void multiply_upper(Block& block, const FragmentA& a, const FragmentB& b) { multiply(block, a, b); }
 #endif

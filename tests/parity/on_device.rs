@@ -1,7 +1,8 @@
 //! The same goldens through the CUDA engine: in f32 to the tolerances of the CPU, and in mixed precision to the
 //! deviation that torch's own autocast has (`eval.lowprec_maxabs`).
 //!
-//! On the emulator the networks are those of few channels; `SPLEEN_NIGHTLY=1` takes the full ones too.
+//! On the emulator the networks are those of few channels, except in mixed precision; `SPLEEN_NIGHTLY=1` takes the full
+//! ones everywhere.
 
 use spleen_hpc::device::cuda::Precision;
 use spleen_hpc::nn::Mode;
@@ -13,7 +14,7 @@ use crate::ledger::Ledger;
 use crate::output::Output;
 use crate::tensor::Tensor;
 use crate::tolerance::Tolerance;
-use crate::{Outcome, inverse, loss, network, ops, place, support, table, unet_eval, unet_train};
+use crate::{Outcome, inverse, loss, network, ops, place, support, sw, table, unet_eval, unet_train};
 
 /// Tables for the groups whose name contains `filter`; true if everything holds. Says so where there is no device.
 pub fn replay(golden: &Golden, filter: &str) -> Outcome<bool> {
@@ -48,12 +49,18 @@ const GROUPS: &[Group] = &[
     Group { name: "cuda ops", precision: Precision::Single, run: ops::run },
     Group { name: "cuda loss", precision: Precision::Single, run: loss::run },
     Group { name: "cuda inverse", precision: Precision::Single, run: inverse::on_device },
+    Group { name: "cuda sw", precision: Precision::Single, run: windows },
     Group { name: "cuda unet", precision: Precision::Single, run: networks },
     Group { name: "cuda amp", precision: Precision::Half, run: mixed_precision },
 ];
 
 fn nightly() -> bool {
     std::env::var_os("SPLEEN_NIGHTLY").is_some()
+}
+
+/// The sliding window.
+fn windows(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
+    sw::on_device(golden, ledger, nightly())
 }
 
 /// Activations, loss, gradients, trained parameters and evaluation of the networks there is time for.

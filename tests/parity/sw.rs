@@ -3,20 +3,26 @@
 //! The predictor is `f(p, n)[c] = p * (c + 1) + 0.25 * n` with the running window number n, so order, padding and
 //! weights all show.
 
+use std::cell::Cell;
+use std::sync::Arc;
+
 use spleen_hpc::Result;
 use spleen_hpc::config::{Blend, Window};
+use spleen_hpc::device::cuda::Cuda;
+use spleen_hpc::infer::cuda::{DeviceNetwork, weighted_sums};
 use spleen_hpc::infer::importance::importance_map;
 use spleen_hpc::infer::sliding_window::{
     Windows, scan_interval, sliding_window, sliding_window_batch, window_starts,
 };
+use spleen_hpc::ops::window::cuda::Image;
+use spleen_hpc::tensor::{Shape, View};
 
-use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::hash::hash_tensor;
 use crate::ledger::Ledger;
-use crate::sw_net;
 use crate::tensor::Tensor;
 use crate::tolerance::{BLEND, EXACT, IMPORTANCE};
+use crate::{Outcome, place, sw_net};
 
 const CHANNELS: usize = 2;
 
@@ -31,6 +37,19 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
         cases.into_iter().try_for_each(|case| net(file, case, ledger))?;
         sw_net::run_net(golden, file, ledger)?;
         ledger.leave_out(file, "scan.cases", "given: lengths, windows and overlaps");
+        toy_batch(file, ledger)
+    });
+    Ok(())
+}
+
+/// What a device computes: everything blended, with the full network too if `all`.
+pub fn on_device(golden: &Golden, ledger: &mut Ledger, all: bool) -> Outcome<()> {
+    ledger.each_file(golden, "sw", |file, ledger| {
+        let cases: Vec<&str> = file.stems(".windows").filter(|case| case.starts_with("toy.")).collect();
+        cases.into_iter().try_for_each(|case| toy(file, case, ledger))?;
+        if all {
+            sw_net::run_net(golden, file, ledger)?;
+        }
         toy_batch(file, ledger)
     });
     Ok(())
@@ -101,9 +120,47 @@ fn toy(file: &File, case: &str, ledger: &mut Ledger) -> Outcome<()> {
     geometry(file, case, shape, &config, ledger);
     let volume = hash_tensor(&format!("swvol{name}"), &shape, file.seed()?, 1.0, 0.0).to_f32();
     let each = config.roi.iter().product();
-    let out = sliding_window(&volume, shape, &config, CHANNELS, &mut |x, _, first| predict(x, each, first))?;
+    let out = match place::current() {
+        None => {
+            sliding_window(&volume, shape, &config, CHANNELS, &mut |x, _, first| Ok(predict(x, each, first)))?
+        }
+        Some(cuda) => blended_on_device(&cuda, &toy_on_device(&Cell::new(0)), &volume, shape, &config)?,
+    };
     ledger.compare(file, &format!("{case}.out"), &channels_first(&[out], shape), BLEND);
     Ok(())
+}
+
+/// Blended logits (D, H, W, C) by the kernels: their weighted sums over those of a network that says 1.
+pub fn blended_on_device(
+    cuda: &Arc<Cuda>,
+    network: &DeviceNetwork,
+    volume: &[f32],
+    shape: [usize; 3],
+    window: &Window,
+) -> Outcome<Vec<f32>> {
+    let data = cuda.act(volume.len())?;
+    data.upload(volume)?;
+    let image = Image { data, whole: shape, start: [0; 3], shape };
+    let ones = |x: &View| on_host(x, |x| vec![1.0; x.len() * CHANNELS]);
+    let sums = |network: &DeviceNetwork| weighted_sums(cuda, network, &image, window)?.1.download();
+    let (sums, weights) = (sums(network)?, sums(&ones)?);
+    Ok(sums.iter().zip(weights).take(volume.len() * CHANNELS).map(|(sum, weight)| sum / weight).collect())
+}
+
+/// [`predict`] of windows on a device, counted in `windows`.
+fn toy_on_device(windows: &Cell<usize>) -> impl Fn(&View) -> Result<View> {
+    move |x| {
+        let first = windows.replace(windows.get() + x.shape.n);
+        on_host(x, |values| predict(values, x.shape.voxels(), first))
+    }
+}
+
+/// Windows (n, roi, 1) to logits (n, roi, C) by a function on the host.
+fn on_host(x: &View, logits: impl FnOnce(&[f32]) -> Vec<f32>) -> Result<View> {
+    let shape = Shape { c: CHANNELS, ..x.shape };
+    let data = x.data.cuda().act(shape.len())?;
+    data.upload(&logits(&x.data.download()?))?;
+    Ok(View::plain(data, shape))
 }
 
 /// `net.roiSIDES_ovOVERLAP_MODE`: windows and interval on the grid of `net.input`.
@@ -153,21 +210,30 @@ fn toy_batch(file: &File, ledger: &mut Ledger) -> Outcome<()> {
     let config = Window { roi: [16; 3], overlap: 0.5, batch: 5, blend: Blend::Gaussian };
     let volumes: Vec<&[f32]> = volume.chunks_exact(volume.len() / n).collect();
     let each = config.roi.iter().product();
-    let out = sliding_window_batch(&volumes, [d, h, w], &config, CHANNELS, &mut |x, _, first| {
-        predict(x, each, first)
-    })?;
+    let out = match place::current() {
+        None => sliding_window_batch(&volumes, [d, h, w], &config, CHANNELS, &mut |x, _, first| {
+            Ok(predict(x, each, first))
+        })?,
+        Some(cuda) => {
+            // The kernels take one volume at a time; only the count goes on from one to the next.
+            let count = Cell::new(0);
+            let network = toy_on_device(&count);
+            let blend = |volume: &&[f32]| blended_on_device(&cuda, &network, volume, [d, h, w], &config);
+            volumes.iter().map(blend).collect::<Outcome<_>>()?
+        }
+    };
     ledger.compare(file, "toy.batch2", &channels_first(&out, [d, h, w]), BLEND);
     Ok(())
 }
 
 /// The toy network on windows of `each` voxels, the first of which has number `first`.
-fn predict(windows: &[f32], each: usize, first: usize) -> Result<Vec<f32>> {
+fn predict(windows: &[f32], each: usize, first: usize) -> Vec<f32> {
     let numbered = windows.chunks_exact(each).zip(first..);
-    Ok(numbered
+    numbered
         .flat_map(|(window, n)| {
             window.iter().flat_map(move |v| [v + 0.25 * n as f32, v * 2.0 + 0.25 * n as f32])
         })
-        .collect())
+        .collect()
 }
 
 /// (D,H,W,C) a volume to torch's (N,C,D,H,W).

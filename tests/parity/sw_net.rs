@@ -4,16 +4,16 @@ use spleen_hpc::config::Window;
 use spleen_hpc::infer::predict::CLASSES;
 use spleen_hpc::infer::sliding_window::sliding_window;
 use spleen_hpc::nn::UNet;
+use spleen_hpc::tensor::{Shape, View};
 
-use crate::Outcome;
 use crate::golden::{File, Golden};
 use crate::layout::channels_first;
 use crate::ledger::Ledger;
-use crate::network;
-use crate::sw::parse;
+use crate::sw::{blended_on_device, parse};
 use crate::tensor::Tensor;
 use crate::tolerance::{BLENDED_LOGITS, EXACT, MARGIN, MASK_TIE};
 use crate::unet::compare_logits;
+use crate::{Outcome, network, place};
 
 /// Blended logits and their argmax for every window setting, by the network that index.json names.
 pub fn run_net(golden: &Golden, file: &File, ledger: &mut Ledger) -> Outcome<()> {
@@ -36,10 +36,16 @@ pub fn blended(net: &UNet, volume: &Tensor, window: &Window) -> Outcome<Tensor> 
     let [1, 1, d, h, w] = volume.shape[..] else {
         return Err(format!("shape {:?} is not one volume", volume.shape).into());
     };
+    let shape = Shape::new(1, [d, h, w], CLASSES);
+    if let Some(cuda) = place::current() {
+        let network = |x: &View| net.infer_on_device(x);
+        let logits = blended_on_device(&cuda, &network, &volume.to_f32(), [d, h, w], window)?;
+        return Ok(channels_first(shape, &logits));
+    }
     let [a, b, c] = window.roi;
     let mut predict = |x: &[f32], n: usize, _: usize| Ok(net.infer(x, [n, a, b, c])?.data().to_vec());
     let logits = sliding_window(&volume.to_f32(), [d, h, w], window, CLASSES, &mut predict)?;
-    Ok(channels_first(spleen_hpc::tensor::Shape::new(1, [d, h, w], CLASSES), &logits))
+    Ok(channels_first(shape, &logits))
 }
 
 /// `argmax_bits`, eight voxels a byte, and `min_margin`.
