@@ -5,13 +5,13 @@
 // over the rows; the blocks' results are added by wgrad_reduce. Bound: memory, 2 bytes a value.
 #include "ptx.cuh"
 
-struct BiasGrad {  // src/ops/conv3d/cuda_thinwgrad.rs
+struct BiasGrad {  // src/ops/conv3d/cuda_biasgrad.rs
   In<elem> dy;
   Out<float> partials;  // [blocks][channels]
   u64 len;
   u32 channels, rows;   // rows: at least 8
 };
-static_assert(sizeof(BiasGrad) == 32, "keep in step with src/ops/conv3d/cuda_thinwgrad.rs");
+static_assert(sizeof(BiasGrad) == 32, "keep in step with src/ops/conv3d/cuda_biasgrad.rs");
 
 KERNEL(bias_grad, BiasGrad, 256) {
   constexpr u32 VECTOR = 16 / sizeof(elem);

@@ -14,17 +14,6 @@
 // channel, M = 9 (kd, kh) x 2, N = 3 kw x 2: 2 mma for 16 voxels and 19 us of shared memory, but every tile transposed.
 #include "wgrad.cuh"
 
-struct Thin {  // src/ops/conv3d/cuda_thinwgrad.rs
-  Operand x;
-  Operand y[2];          // y[1].chunks = 0: there is only one
-  Out<float> partials;   // [splits][y channels][x channels][27]
-  Extent x_volume, y_volume;
-  Extent tile, tiles;    // of output voxels; number of them along each axis
-  u32 tile_count;        // over all samples
-  u32 unused;
-};
-static_assert(sizeof(Thin) == 3 * sizeof(Operand) + 8 + 14 * 4, "keep in step with src/ops/conv3d/cuda_thinwgrad.rs");
-
 constexpr u32 TAPS = 27, WARPS = 8, THREADS = WARPS * WARP;
 
 // All channels of a voxel.
@@ -32,18 +21,6 @@ template <u32 C>
 struct alignas(C * sizeof(elem)) Voxel {
   elem c[C];
 };
-
-// First voxel of a tile.
-struct Corner {
-  u32 sample, d, h, w;
-};
-DEVICE Corner corner(const Thin& args, u32 number) {
-  u32 w = number % args.tiles.w;
-  number /= args.tiles.w;
-  u32 h = number % args.tiles.h;
-  number /= args.tiles.h;
-  return {number / args.tiles.d, number % args.tiles.d * args.tile.d, h * args.tile.h, w * args.tile.w};
-}
 
 // sums[m][n] += unfolded x^T dy over 16 voxels. Row m of the unfolded x is at `x` + at[m] for voxel 0, `along` further
 // for each next one; `y` begins at voxel `y_at` of two planes.
@@ -83,7 +60,7 @@ DEVICE void gather_step(float (&sums)[MT][4][4], const elem* x, const u32 (&at)[
 }
 
 template <u32 C, u32 S>
-DEVICE void gather(const Thin& args, u8* memory) {
+DEVICE void gather(const Sums& args, u8* memory) {
   constexpr u32 ROWS = TAPS * C, MT = (ROWS + 15) / 16, COLUMNS = 32;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   Extent x_size{S * (args.tile.d - 1) + 3, S * (args.tile.h - 1) + 3, S * (args.tile.w - 1) + 3};
@@ -190,7 +167,7 @@ DEVICE void gather(const Thin& args, u8* memory) {
 }
 
 #define GATHER(name, C, S)      \
-  KERNEL(name, Thin, THREADS) { \
+  KERNEL(name, Sums, THREADS) { \
     SHARED(memory);             \
     gather<C, S>(args, memory); \
   }
@@ -230,7 +207,7 @@ struct PairReader {
 };
 
 // A block has tiles of 8 x 32 columns; tile.d is a multiple of 3, as the window's three planes change roles.
-KERNEL(wgrad_pair, Thin, THREADS) {
+KERNEL(wgrad_pair, Sums, THREADS) {
   constexpr u32 H = WARPS, W = WARP, XH = H + 2, XW = W + 2, PLANE = XH * XW, SHARE = (PLANE + THREADS - 1) / THREADS;
   SHARED(memory);
   Pair* planes = (Pair*)memory;  // [2][XH][XW]

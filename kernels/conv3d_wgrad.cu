@@ -36,18 +36,12 @@
 constexpr u32 WARPS = 12, THREADS = WARPS * WARP;
 
 struct Wgrad {  // src/ops/conv3d/cuda_wgrad.rs
-  Operand x;
-  Operand y[2];          // y[1].chunks = 0: there is only one
-  Out<float> partials;   // [splits][y channels][x channels][taps]
-  Extent x_volume, y_volume;
-  Extent tile, tiles;    // of output voxels; number of them along each axis
-  u32 tile_count;        // over all samples
+  Sums sums;
   u32 pitch;             // of a row of the tile, voxels
   u32 steps;             // groups of 16 voxels of a slice of the tile
   u32 x_plane, y_plane;  // voxels of a plane
-  u32 unused;
 };
-static_assert(sizeof(Wgrad) == 3 * sizeof(Operand) + 8 + 18 * 4, "keep in step with src/ops/conv3d/cuda_wgrad.rs");
+static_assert(sizeof(Wgrad) == sizeof(Sums) + 4 * 4, "keep in step with src/ops/conv3d/cuda_wgrad.rs");
 
 // How a tile of x lies in a plane, for kernel K and stride S, and which view of it meets which view of dy.
 template <int K, int S>
@@ -122,9 +116,10 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
   constexpr u32 KS = WARPS / (K * COB), TAPS = K * K * K;
   static_assert(KS * K * COB == WARPS, "every warp has its part");
   typedef Tile<K, S> T;
+  const Sums& all = args.sums;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 kd = warp % K, block_chunk = warp / K % COB, part = warp / (K * COB);
-  const T tile{args.tile.h, args.pitch};
+  const T tile{all.tile.h, args.pitch};
   u32 y_slice = args.steps * 16 + T::SHIFTS - 1;  // its first SHIFTS - 1 voxels are zero, as are all gaps
   u32 stage = (args.x_plane + COB * args.y_plane) * CHUNK;
   u32 x_first = blockIdx.y * CHUNK;
@@ -134,31 +129,28 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
 
   // The block's share of a tile, in one of two stages.
   auto each_load = [&](u32 number, u32 which, auto&& visit) {
-    u32 w = number % args.tiles.w, rest = number / args.tiles.w;
-    u32 h = rest % args.tiles.h;
-    rest /= args.tiles.h;
-    i32 d0 = rest % args.tiles.d * args.tile.d, h0 = h * args.tile.h, w0 = w * args.tile.w;
-    u32 sample = rest / args.tiles.d;
+    Corner at = corner(all, number);
+    i32 d0 = at.d, h0 = at.h, w0 = at.w;
     elem* x_plane = (elem*)memory + which * stage;
-    Box x_box{sample, S * d0 - K / 2, S * h0 - K / 2, S * w0 - K / 2, tile.x_size(args.tile.d)};
-    visit(Load<T>{args.x, x_first, args.x_volume, x_box, x_plane, tile});
+    Box x_box{at.sample, S * d0 - K / 2, S * h0 - K / 2, S * w0 - K / 2, tile.x_size(all.tile.d)};
+    visit(Load<T>{all.x, x_first, all.x_volume, x_box, x_plane, tile});
     auto place = [&](u32 d, u32 h, u32 w) { return d * y_slice + T::SHIFTS - 1 + h * args.pitch + w; };
 #pragma unroll 1
     for (u32 k = 0; k < COB; k++) {
-      Group group = group_of(args.y, blockIdx.z * COB + k);
-      const Operand& y = args.y[group.which];
+      Group group = group_of(all.y, blockIdx.z * COB + k);
+      const Operand& y = all.y[group.which];
       if (group.first >= y.channels) continue;
       elem* y_plane = x_plane + (args.x_plane + k * args.y_plane) * CHUNK;
-      Box y_box{sample, d0, h0, w0, args.tile};
-      visit(Load<decltype(place)>{y, group.first, args.y_volume, y_box, y_plane, place});
+      Box y_box{at.sample, d0, h0, w0, all.tile};
+      visit(Load<decltype(place)>{y, group.first, all.y_volume, y_box, y_plane, place});
     }
   };
 
   float sums[K][K][2][4] = {};
-  u32 all_steps = (args.tile.d * args.steps - part + KS - 1) / KS;  // of this warp in a tile
-  for (u32 which = 0, next = blockIdx.x; next < args.tile_count + gridDim.x; which ^= 1, next += gridDim.x) {
+  u32 all_steps = (all.tile.d * args.steps - part + KS - 1) / KS;  // of this warp in a tile
+  for (u32 which = 0, next = blockIdx.x; next < all.tile_count + gridDim.x; which ^= 1, next += gridDim.x) {
     // Stage `which` holds the tile before `next`, nothing at first; the other stage is free.
-    bool more = next < args.tile_count;
+    bool more = next < all.tile_count;
     if (more) {
       each_load(next, which ^ 1, [](const auto& load) { load.start(); });
       cp_async_commit();
@@ -187,8 +179,8 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
   // dw's layout. The pitch of an output channel is 4 mod 16 words: the lanes of a warp write to 32 different banks.
   constexpr u32 PITCH = CHUNK * TAPS + 4;
   float* dw = (float*)memory;
-  u32 x_count = min(CHUNK, args.x.channels - x_first) * TAPS, row = args.x.channels * TAPS;
-  u64 out = (u64)blockIdx.x * (args.y[0].channels + args.y[1].channels) * row + x_first * TAPS;
+  u32 x_count = min(CHUNK, all.x.channels - x_first) * TAPS, row = all.x.channels * TAPS;
+  u64 out = (u64)blockIdx.x * (all.y[0].channels + all.y[1].channels) * row + x_first * TAPS;
 #pragma unroll 1
   for (u32 k = 0; k < COB; k++) {
     for (u32 p = 0; p < KS; p++) {
@@ -206,14 +198,13 @@ DEVICE void wgrad(const Wgrad& args, u8* memory) {
           }
     }
     __syncthreads();
-    Group group = group_of(args.y, blockIdx.z * COB + k);
-    for (u32 o = warp; o < CHUNK && group.first + o < args.y[group.which].channels; o += WARPS) {
+    Group group = group_of(all.y, blockIdx.z * COB + k);
+    for (u32 o = warp; o < CHUNK && group.first + o < all.y[group.which].channels; o += WARPS) {
       u64 to = out + (u64)(group.row + o) * row;
-      for (u32 i = lane; i < x_count; i += WARP) args.partials.set(to + i, dw[o * PITCH + i]);
+      for (u32 i = lane; i < x_count; i += WARP) all.partials.set(to + i, dw[o * PITCH + i]);
     }
   }
 }
-
 
 #define WGRAD(name, K, S, COB)    \
   KERNEL(name, Wgrad, THREADS) {  \

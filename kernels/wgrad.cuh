@@ -14,7 +14,7 @@ constexpr u32 VECTOR = 16 / sizeof(elem);    // elements that move in one instru
 DEVICE u32 address(u32 voxel, u32 channel) { return voxel * CHUNK + (channel ^ (voxel << 1 & 8)); }
 
 // One activation as a kernel reads it.
-struct Operand {  // src/ops/conv3d/cuda_wgrad.rs
+struct Operand {  // src/ops/conv3d/wgrad_args.rs
   In<elem> data;  // (N, D, H, W, channels)
   Pending map;
   u32 channels, chunks;  // chunks: planes that hold the channels
@@ -34,6 +34,30 @@ DEVICE Group group_of(const Operand (&y)[2], u32 number) {
 struct Extent {
   u32 d, h, w;
 };
+
+// What every kernel is given: sums over the voxels of tiles of y, which the blocks of the grid's x axis share.
+struct Sums {  // src/ops/conv3d/wgrad_args.rs
+  Operand x;
+  Operand y[2];          // y[1].chunks = 0: there is only one
+  Out<float> partials;   // [splits][y channels][x channels][taps]
+  Extent x_volume, y_volume;
+  Extent tile, tiles;    // of output voxels; number of them along each axis
+  u32 tile_count;        // over all samples
+  u32 unused;
+};
+static_assert(sizeof(Sums) == 3 * sizeof(Operand) + 8 + 14 * 4, "keep in step with src/ops/conv3d/wgrad_args.rs");
+
+// First voxel of a tile.
+struct Corner {
+  u32 sample, d, h, w;
+};
+DEVICE Corner corner(const Sums& sums, u32 number) {
+  u32 w = number % sums.tiles.w;
+  number /= sums.tiles.w;
+  u32 h = number % sums.tiles.h;
+  number /= sums.tiles.h;
+  return {number / sums.tiles.d, number % sums.tiles.d * sums.tile.d, h * sums.tile.h, w * sums.tile.w};
+}
 
 // Voxels (d, h, w) .. (d, h, w) + size of one sample; those outside the volume are zero.
 struct Box {

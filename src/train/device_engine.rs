@@ -77,6 +77,7 @@ impl DeviceEngine {
     /// # Errors
     /// When it has not enough memory.
     pub fn new(cuda: &Arc<Cuda>, net: &mut UNet, optim: Optim) -> Result<Self> {
+        let _range = range("weights and optimizer");
         let lens: Vec<usize> = net.params().iter().map(|p| p.value.len()).collect();
         let amp = cuda.precision() == Precision::Half;
         let optimizer = DeviceOptimizer::new(cuda, optim, &lens, amp)?;
@@ -102,6 +103,7 @@ impl DeviceEngine {
     /// # Errors
     /// When it has not enough memory.
     pub fn make_resident(&mut self, cases: &[CachedCase]) -> Result<()> {
+        let _range = range("data set");
         let resident = |case: &CachedCase| match case.image() {
             Image::F16(image) => ResidentCase::new(&self.cuda, image, case.label(), case.shape()),
             Image::F32(image) => ResidentCase::new(&self.cuda, image, case.label(), case.shape()),

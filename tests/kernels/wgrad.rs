@@ -282,7 +282,7 @@ fn biases() {
             let dy = Case::new(cuda, 10, Shape::new(n, space, c), Map::Nothing);
             let flat = Flat::new(cuda, &[c]);
             for _ in 0..2 {
-                conv3d::cuda_wgrad::bias_grad(&dy.view, &flat.slices()[0]).unwrap();
+                conv3d::cuda_biasgrad::bias_grad(&dy.view, &flat.slices()[0]).unwrap();
             }
             let want = (0..c).map(|c| dy.seen.iter().skip(c).step_by(dy.view.shape.c).sum()).collect();
             let name = format!("bias {} {:?}", dy.view.shape, cuda.precision());

@@ -1,50 +1,21 @@
-//! Weight gradients where x has one or two channels (kernels/conv3d_thinwgrad.cu), and bias gradients
-//! (kernels/conv3d_biasgrad.cu).
+//! Weight gradients where x has one or two channels (kernels/conv3d_thinwgrad.cu).
 
-use super::cuda_wgrad::{Operand, Problem, reduce, small};
-use crate::device::cuda::{Buf, Elem, In, Info, Kernel, Launch, Out, Precision};
+use super::cuda_wgrad::{Problem, reduce};
+use super::wgrad_args::{Sums, small};
+use crate::device::cuda::{Buf, Info, Kernel, Launch, Precision};
 use crate::error::Result;
 use crate::tensor::View;
-use bytemuck::{Pod, Zeroable};
 
-/// `Thin` of kernels/conv3d_thinwgrad.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Args {
-    x: Operand,
-    y: [Operand; 2],
-    partials: Out<f32>,
-    x_volume: [u32; 3],
-    y_volume: [u32; 3],
-    tile: [u32; 3],
-    tiles: [u32; 3],
-    tile_count: u32,
-    unused: u32,
-}
-
-const fn kernel(name: &'static str) -> Kernel<Args> {
+const fn kernel(name: &'static str) -> Kernel<Sums> {
     Kernel::new("conv3d_thinwgrad.cu", name)
 }
 
 /// By channels of x and stride, each less one.
-static GATHER: [[Kernel<Args>; 2]; 2] = [
+static GATHER: [[Kernel<Sums>; 2]; 2] = [
     [kernel("wgrad_gather_c1s1"), kernel("wgrad_gather_c1s2")],
     [kernel("wgrad_gather_c2s1"), kernel("wgrad_gather_c2s2")],
 ];
-static PAIR: Kernel<Args> = kernel("wgrad_pair");
-
-/// `BiasGrad` of kernels/conv3d_biasgrad.cu.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct BiasArgs {
-    dy: In<Elem>,
-    partials: Out<f32>,
-    len: u64,
-    channels: u32,
-    rows: u32,
-}
-
-static BIAS: Kernel<BiasArgs> = Kernel::new("conv3d_biasgrad.cu", "bias_grad");
+static PAIR: Kernel<Sums> = kernel("wgrad_pair");
 
 const THREADS: u32 = 256;
 
@@ -108,45 +79,9 @@ pub fn thin(p: &Problem, x: &View, dys: &[&View], dws: &[Buf<f32>]) -> Result<()
     let cuda = x.data.cuda();
     let plan = thin_plan(p, cuda.info(), cuda.precision());
     let partials = cuda.buffer(plan.grid[0] * plan.partial)?;
-    let args = Args {
-        x: Operand::new(x),
-        y: Operand::pair(dys),
-        partials: partials.write(),
-        x_volume: small(x.shape.space()),
-        y_volume: small(p.space),
-        tile: small(plan.tile),
-        tiles: small(plan.tiles),
-        tile_count: (p.n * plan.tiles.iter().product::<usize>()) as u32,
-        unused: 0,
-    };
+    let args = Sums::new(p, x, dys, &partials, (plan.tile, plan.tiles));
     let kernel = if plan.pair { &PAIR } else { &GATHER[p.x_channels - 1][p.stride - 1] };
     let launch = Launch { grid: small(plan.grid), threads: THREADS, shared: plan.shared as u32 };
     cuda.launch(kernel, launch, &args)?;
     reduce(&partials, plan.grid[0], dws)
-}
-
-/// db += sum of dy, which has nothing pending, over samples and voxels.
-///
-/// # Errors
-/// Those of the device.
-pub fn bias_grad(dy: &View, db: &Buf<f32>) -> Result<()> {
-    debug_assert!(dy.pending.is_none() && db.len() == dy.shape.c, "a plain dy and a db of its channels");
-    let cuda = dy.data.cuda();
-    let channels = dy.shape.c;
-    // 8 values a thread; at least 8 rows, so that whole vectors fill a stretch whatever the channels.
-    let rows = (8 * THREADS as usize / channels).max(8);
-    let rows = 1 << rows.ilog2();
-    let stretch = rows * channels;
-    let blocks = dy.shape.len().div_ceil(stretch).min(4 * cuda.info().multiprocessors as usize);
-    let partials = cuda.buffer(blocks * channels)?;
-    let args = BiasArgs {
-        dy: dy.data.read(),
-        partials: partials.write(),
-        len: dy.shape.len() as u64,
-        channels: channels as u32,
-        rows: rows as u32,
-    };
-    let shared = (stretch * size_of::<f32>()) as u32;
-    cuda.launch(&BIAS, Launch { grid: [blocks as u32, 1, 1], threads: THREADS, shared }, &args)?;
-    reduce(&partials, blocks, std::slice::from_ref(db))
 }

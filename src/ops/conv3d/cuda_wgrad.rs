@@ -1,58 +1,23 @@
-//! Weight and bias gradients of convolutions on a CUDA device (kernels/conv3d_wgrad.cu).
+//! Weight gradients of convolutions on a CUDA device (kernels/conv3d_wgrad.cu).
 //!
 //! The transposed convolution's are the same sums with other roles (see there), so its module calls `accumulate`.
 
 use super::cuda_thinwgrad::{is_thin, thin};
-use crate::device::cuda::{Buf, Elem, In, InOut, Info, Kernel, Launch, Out, Precision};
+use super::wgrad_args::{CHUNK, Sums, small};
+use crate::device::cuda::{Buf, In, InOut, Info, Kernel, Launch, Precision};
 use crate::error::{Error, Result};
-use crate::tensor::{PendingArgs, View};
+use crate::tensor::View;
 use bytemuck::{Pod, Zeroable};
-
-pub use super::cuda_thinwgrad::bias_grad;
-
-/// `Operand` of kernels/wgrad.cuh.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-pub(super) struct Operand {
-    data: In<Elem>,
-    map: PendingArgs,
-    channels: u32,
-    chunks: u32,
-}
-
-impl Operand {
-    pub(super) fn new(view: &View) -> Self {
-        Operand {
-            data: view.data.read(),
-            map: view.pending_args(),
-            channels: view.shape.c as u32,
-            chunks: view.shape.c.div_ceil(CHUNK) as u32,
-        }
-    }
-
-    /// One or two of them.
-    pub(super) fn pair(views: &[&View]) -> [Self; 2] {
-        [Operand::new(views[0]), views.get(1).map_or(Operand::zeroed(), |v| Operand::new(v))]
-    }
-}
 
 /// `Wgrad` of kernels/conv3d_wgrad.cu.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Args {
-    x: Operand,
-    y: [Operand; 2],
-    partials: Out<f32>,
-    x_volume: [u32; 3],
-    y_volume: [u32; 3],
-    tile: [u32; 3],
-    tiles: [u32; 3],
-    tile_count: u32,
+    sums: Sums,
     pitch: u32,
     steps: u32,
     x_plane: u32,
     y_plane: u32,
-    unused: u32,
 }
 
 /// `Reduce` of kernels/conv3d_wgrad.cu.
@@ -72,8 +37,6 @@ static K3S2: Kernel<Args> = Kernel::new("conv3d_wgrad.cu", "wgrad_k3s2");
 static K1S1: Kernel<Args> = Kernel::new("conv3d_wgrad.cu", "wgrad_k1s1");
 static REDUCE: Kernel<ReduceArgs> = Kernel::new("conv3d_wgrad.cu", "wgrad_reduce");
 
-/// Channels of a plane in shared memory, and rows or columns of a block's sums.
-const CHUNK: usize = 16;
 /// Threads of a block: 12 warps.
 const THREADS: u32 = 384;
 /// Threads of a block of the reduction.
@@ -233,11 +196,6 @@ pub(in crate::ops) fn accumulate(
     Ok(())
 }
 
-/// As the kernels have sizes.
-pub(super) fn small(sizes: [usize; 3]) -> [u32; 3] {
-    sizes.map(|s| s as u32)
-}
-
 /// Launches for one or two dys.
 fn one_or_two(x: &View, dys: &[&View], kernel: usize, stride: usize, dws: &[Buf<f32>]) -> Result<()> {
     let y = dys[0].shape;
@@ -258,19 +216,11 @@ fn tiled(problem: &Problem, x: &View, dys: &[&View], dws: &[Buf<f32>]) -> Result
     let plan = plan(problem, cuda.info(), cuda.precision());
     let partials = cuda.buffer(plan.grid[0] * plan.partial)?;
     let args = Args {
-        x: Operand::new(x),
-        y: Operand::pair(dys),
-        partials: partials.write(),
-        x_volume: small(if problem.kernel == 1 { problem.space } else { x.shape.space() }),
-        y_volume: small(problem.space),
-        tile: small(plan.tile),
-        tiles: small(plan.tiles),
-        tile_count: (problem.n * plan.tiles.iter().product::<usize>()) as u32,
+        sums: Sums::new(problem, x, dys, &partials, (plan.tile, plan.tiles)),
         pitch: plan.pitch as u32,
         steps: plan.steps as u32,
         x_plane: plan.planes[0] as u32,
         y_plane: plan.planes[1] as u32,
-        unused: 0,
     };
     let kernel = match (problem.kernel, problem.stride) {
         (3, 1) => &K3S1,

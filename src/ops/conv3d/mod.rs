@@ -12,12 +12,14 @@
 pub(super) mod args;
 mod cpu;
 pub mod cuda;
+pub mod cuda_biasgrad;
 pub mod cuda_thinwgrad;
 pub mod cuda_wgrad;
 pub(super) mod narrow;
 pub(super) mod pack;
 pub mod plan;
 pub(super) mod tiled;
+mod wgrad_args;
 
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
@@ -117,7 +119,7 @@ impl Pass {
             cuda_wgrad::wgrad(&x, &dys, self.kernel, self.stride, &dws)?;
             for (bias, dy) in self.biases.iter().zip(&dys) {
                 if let Some(bias) = bias {
-                    cuda_wgrad::bias_grad(dy, bias.device().grad())?;
+                    cuda_biasgrad::bias_grad(dy, bias.device().grad())?;
                 }
             }
             return Ok(());

@@ -15,7 +15,7 @@ pub mod cuda_wgrad;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv3d::cuda_wgrad::bias_grad;
+use crate::ops::conv3d::cuda_biasgrad::bias_grad;
 use crate::ops::residual::{channel_sums, give};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor, View};
