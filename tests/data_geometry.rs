@@ -284,6 +284,25 @@ fn predictions_return_to_the_native_grid() {
             assert!(mask.iter().zip(&native).all(|(&m, p)| m == u8::from(p[1] > p[0])));
             // A 15 mm ball on 1.2-2.4 mm voxels: interpolation moves only voxels at its surface.
             assert!(dice(&mask, &truth.data) > 0.97, "case {n}: {}", dice(&mask, &truth.data));
+            // Draws and near draws, in part of the grid only: the mask is the argmax, whatever it need not interpolate.
+            let scattered = |(at, p): (usize, &[f32; 2])| match at.wrapping_mul(2_654_435_761) >> 7 & 7 {
+                _ if p[1] < 0.3 => [0.5, 0.5],
+                0 => [0.5 - f32::EPSILON / 4.0, 0.5 + f32::EPSILON / 2.0],
+                1 | 2 => [0.5, 0.5],
+                3 => [0.1, 0.9],
+                _ => [0.5 + f32::EPSILON / 2.0, 0.5],
+            };
+            let prob_of_draws: Vec<[f32; 2]> = prob.iter().enumerate().map(scattered).collect();
+            let mut argmax = Vec::new();
+            geometry
+                .invert_probabilities(&prob_of_draws, |_, slab| {
+                    argmax.extend(slab.iter().map(|p| u8::from(p[1] > p[0])));
+                    Ok(())
+                })
+                .expect("inverted");
+            assert!(
+                argmax.contains(&1) && geometry.invert_argmax(&prob_of_draws).expect("inverted") == argmax
+            );
             let label =
                 geometry.invert_label(&prepared.label.as_ref().expect("given").data).expect("inverted");
             assert!(dice(&label, &truth.data) > 0.9, "case {n}: {}", dice(&label, &truth.data));

@@ -330,6 +330,24 @@ impl<'a> Sampler<'a> {
         }
     }
 
+    /// Whether an output voxel's cell has a corner in the box of stored voxels from `start` to before `end`.
+    pub fn reaches(&self, start: [usize; 3], end: [usize; 3]) -> impl Fn([usize; 3]) -> bool {
+        let touches = move |axis: usize, taps: &Taps| {
+            taps.at.iter().any(|at| (start[axis]..end[axis]).contains(&(at / self.stride[axis])))
+        };
+        let along = match &self.along {
+            Along::Taps(taps) => Some(
+                [0, 1, 2]
+                    .map(|axis| -> Vec<bool> { taps[axis].iter().map(|taps| touches(axis, taps)).collect() }),
+            ),
+            Along::Normalised(_) => None,
+        };
+        move |voxel| match &along {
+            Some(along) => (0..3).all(|axis| along[axis][voxel[axis]]),
+            None => self.taps(voxel).iter().enumerate().all(|(axis, taps)| touches(axis, taps)),
+        }
+    }
+
     /// Trilinear value of every channel at an output voxel, summed in float64 in grid_sample's order.
     #[inline]
     pub fn linear<const C: usize>(
