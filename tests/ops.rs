@@ -75,6 +75,9 @@ const CASES: &[Case] = &[
     conv([2, 1, 3], &[2], &[2], 3, 2),
     conv([4, 3, 37], &[2], &[2], 3, 1),
     conv([3, 2, 50], &[1], &[3], 3, 1),
+    conv([2, 3, 100], &[2], &[2], 3, 1),
+    conv([2, 2, 45], &[16], &[16], 3, 1),
+    conv([2, 3, 27], &[32], &[48], 3, 1),
     conv([4, 4, 16], &[33], &[20], 3, 1),
     conv([3, 4, 13], &[16], &[16, 16], 3, 2),
     conv([9, 10, 12], &[1], &[16, 16], 3, 2),
@@ -83,6 +86,8 @@ const CASES: &[Case] = &[
     transposed([3, 4, 5], &[4], &[3]),
     transposed([2, 3, 4], &[5, 3], &[16]),
     transposed([2, 2, 20], &[16, 16], &[2]),
+    transposed([1, 2, 35], &[16, 16], &[2]),
+    transposed([2, 1, 17], &[3], &[3]),
     transposed([1, 1, 1], &[34], &[33]),
 ];
 
@@ -250,12 +255,34 @@ fn network_bits(norm: Norm) -> Vec<u32> {
     logits.data().iter().chain(params).map(|v| v.to_bits()).collect()
 }
 
+/// Every bit of a layer's outputs and gradients.
+fn layer_bits(case: &Case) -> Vec<u32> {
+    let r = Layer::new(case, 3).run(case);
+    let tensors = r.y.iter().chain(&r.dx).map(Tensor::data);
+    let params = r.dw.iter().chain(&r.db).map(Vec::as_slice);
+    tensors.chain(params).flatten().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn bits_of_layers_do_not_depend_on_the_vector_unit() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    for (i, case) in CASES.iter().enumerate() {
+        let want = layer_bits(case);
+        for unit in [Simd::Avx2, Simd::Portable] {
+            use_simd(unit);
+            let got = layer_bits(case);
+            use_simd(Simd::Avx512);
+            assert!(got == want, "case {i}: {unit:?} changes the result");
+        }
+    }
+}
+
 #[test]
 fn bits_do_not_depend_on_threads_or_vector_unit() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
     for norm in [Norm::Batch, Norm::Instance] {
         let want = network_bits(norm);
-        for threads in [1, 3] {
+        for threads in [1, 2, 4] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             assert!(
                 pool.install(|| network_bits(norm)) == want,

@@ -212,6 +212,13 @@ impl<'a> Disjoint<'a> {
         Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
+    /// Where the `len` floats from `offset` begin, for writes that the caller keeps apart.
+    pub fn at(&self, offset: usize, len: usize) -> *mut f32 {
+        assert!(offset <= self.len && len <= self.len - offset, "{len} floats at {offset} of {}", self.len);
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.start.add(offset) }
+    }
+
     /// The `len` floats from `offset`.
     ///
     /// # Safety

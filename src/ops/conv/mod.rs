@@ -19,6 +19,8 @@ mod correlate;
 mod micro;
 mod pack;
 mod plan;
+mod run;
+mod thin_wgrad;
 mod tile;
 mod wgrad;
 

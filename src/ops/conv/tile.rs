@@ -7,10 +7,24 @@ use multiversion::multiversion;
 /// Order of a tile's floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// row, channel, w: neighbours along w are neighbours in memory. For [`super::correlate()`].
+    /// row, w, channel: a voxel's channels are neighbours, voxels are `pitch` floats apart.
+    Voxels {
+        /// Floats a voxel.
+        pitch: usize,
+    },
+    /// row, channel, w: neighbours along w are neighbours in memory. For outputs too thin to fill lanes with channels.
     ChannelRows,
-    /// row, w, channel. For [`super::wgrad()`].
-    Voxels,
+}
+
+impl Order {
+    /// Floats of a row of `extent` voxels of `len` channels.
+    pub fn row_floats(self, extent: usize, len: usize) -> usize {
+        extent
+            * match self {
+                Order::Voxels { pitch } => pitch,
+                Order::ChannelRows => len,
+            }
+    }
 }
 
 /// Where a tile lies in its source.
@@ -25,16 +39,18 @@ pub struct Place<'a> {
     pub origin: &'a (usize, usize, usize, Tile),
 }
 
+/// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
+pub type Affine<'a> = Option<(&'a [f32], &'a [f32], f32)>;
+
 /// Copies one channel block of a tile into `tile`, mapped by the source's pending norm and PReLU.
 ///
-/// Voxels outside the volume become 0 *after* the map: PReLU(norm(0)) is not 0. A row has `pitch` floats a channel
-/// (channel rows) or `extent(W) * len` floats (voxels); `row` is scratch.
+/// Voxels outside the volume become 0 *after* the map: PReLU(norm(0)) is not 0. Floats between a voxel's channels and
+/// its pitch are left as they are: nobody reads them. `row` is scratch.
 pub fn load(
     source: &Source,
     block: Block,
     place: &Place,
     order: Order,
-    pitch: usize,
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
@@ -43,10 +59,7 @@ pub fn load(
     let (ed, eh, ew) = (map.extent(size.d), map.extent(size.h), map.extent(anchors_w));
     let (c, len) = (source.channels, block.len);
     let inside_w = sw.min(ew - pad);
-    let row_floats = match order {
-        Order::ChannelRows => len * pitch,
-        Order::Voxels => ew * len,
-    };
+    let row_floats = order.row_floats(ew, len);
     let pending = source.pending.map(|p| {
         let (scale, shift) = p.of_sample(n, c);
         (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
@@ -61,51 +74,116 @@ pub fn load(
             continue;
         }
         let start = (((n * sd + d) * sh + h) * sw) * c + block.first;
+        let x = &source.data[start..start + (inside_w - 1) * c + len];
         match order {
+            Order::Voxels { pitch } => {
+                out[..pad * pitch].fill(0.0);
+                out[(pad + inside_w) * pitch..].fill(0.0);
+                transform_row(&mut out[pad * pitch..][..inside_w * pitch], pitch, x, c, len, pending);
+            }
             Order::ChannelRows => {
-                transform_row(row, &source.data[start..], len, c, pending);
-                for (channel, out) in out.chunks_exact_mut(pitch).enumerate() {
+                transform_row(row, len, x, c, len, pending);
+                for out in out.chunks_exact_mut(ew) {
                     out[..pad].fill(0.0);
                     out[pad + inside_w..].fill(0.0);
-                    let values = row[channel..].iter().step_by(len);
-                    out[pad..pad + inside_w].iter_mut().zip(values).for_each(|(o, &v)| *o = v);
                 }
-            }
-            Order::Voxels => {
-                out[..pad * len].fill(0.0);
-                out[(pad + inside_w) * len..].fill(0.0);
-                transform_row(
-                    &mut out[pad * len..(pad + inside_w) * len],
-                    &source.data[start..],
-                    len,
-                    c,
-                    pending,
-                );
+                transpose(row, len, &mut out[pad..], ew);
             }
         }
     }
 }
 
-/// `out` = voxels of `len` channels, taken from `x` every `pitch` floats, mapped by (scale, shift, slope) if given.
+/// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there is
+/// a map.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn transform_row(
-    out: &mut [f32],
-    x: &[f32],
-    len: usize,
-    pitch: usize,
-    map: Option<(&[f32], &[f32], f32)>,
-) {
-    let voxels = out.chunks_exact_mut(len).zip(x.chunks(pitch));
+pub fn transform_row(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
+    match len {
+        16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
+        32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
+        // A whole number of voxels fills 16 lanes.
+        1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
+            let repeated = map.map(|(scale, shift, slope)| {
+                let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i % len]);
+                (repeat(scale), repeat(shift), slope)
+            });
+            let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
+            let whole = x.len() - x.len() % 16;
+            voxels::<16>(&mut out[..whole], 16, &x[..whole], 16, map);
+            any_voxels(&mut out[whole..], len, &x[whole..], len, len, map);
+        }
+        _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
+    }
+}
+
+/// [`transform_row`] of L channels.
+#[inline(always)]
+fn voxels<const L: usize>(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, map: Affine) {
+    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch)).map(|(out, x)| {
+        let out: &mut [f32; L] = (&mut out[..L]).try_into().expect("L floats");
+        let x: &[f32; L] = x[..L].try_into().expect("L floats");
+        (out, x)
+    });
     match map {
-        None => voxels.for_each(|(out, x)| out.copy_from_slice(&x[..len])),
+        None => pairs.for_each(|(out, x)| *out = *x),
+        Some((scale, shift, slope)) => {
+            let scale: [f32; L] = scale[..L].try_into().expect("L floats");
+            let shift: [f32; L] = shift[..L].try_into().expect("L floats");
+            for (out, x) in pairs {
+                for i in 0..L {
+                    let z = x[i] * scale[i] + shift[i];
+                    out[i] = if z > 0.0 { z } else { slope * z };
+                }
+            }
+        }
+    }
+}
+
+/// [`transform_row`] of any number of channels.
+#[inline(always)]
+fn any_voxels(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
+    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch));
+    match map {
+        None => pairs.for_each(|(out, x)| out[..len].copy_from_slice(&x[..len])),
         Some((scale, shift, slope)) => {
             let (scale, shift) = (&scale[..len], &shift[..len]);
-            for (out, x) in voxels {
-                let x = &x[..len];
+            for (out, x) in pairs {
+                let (out, x) = (&mut out[..len], &x[..len]);
                 for i in 0..len {
                     let z = x[i] * scale[i] + shift[i];
                     out[i] = if z > 0.0 { z } else { slope * z };
                 }
+            }
+        }
+    }
+}
+
+/// `out[c * pitch + v]` = `x[v * len + c]`: voxels to channel rows.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    match len {
+        1 => out[..x.len()].copy_from_slice(x),
+        2 => transpose_voxels::<2>(x, out, pitch),
+        16 => transpose_voxels::<16>(x, out, pitch),
+        _ => {
+            for (c, out) in out.chunks_mut(pitch).take(len).enumerate() {
+                out.iter_mut().zip(x[c..].iter().step_by(len)).for_each(|(o, &v)| *o = v);
+            }
+        }
+    }
+}
+
+/// [`transpose`] of L channels, 16 voxels at a time.
+#[inline(always)]
+fn transpose_voxels<const L: usize>(x: &[f32], out: &mut [f32], pitch: usize) {
+    for (i, x) in x.chunks(16 * L).enumerate() {
+        if x.len() == 16 * L {
+            for c in 0..L {
+                let column: [f32; 16] = std::array::from_fn(|v| x[v * L + c]);
+                out[c * pitch + 16 * i..][..16].copy_from_slice(&column);
+            }
+        } else {
+            for (v, x) in x.chunks_exact(L).enumerate() {
+                (0..L).for_each(|c| out[c * pitch + 16 * i + v] = x[c]);
             }
         }
     }
