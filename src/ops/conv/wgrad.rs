@@ -66,7 +66,7 @@ pub fn wgrad(
                     load_lanes(lane_sources, &lanes, anchors, origin, lane_tile);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
-                    let groups = if floats == 3 && class.rows.len() % 3 == 0 { 3 } else { 1 };
+                    let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
                     for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
                         let (dd, hh, _, _) = rows[0];
                         let pairs: Vec<_> = (0..size.d * size.h)
