@@ -3,9 +3,12 @@
 use super::micro::Reduction;
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Tile, lane_blocks, source_blocks};
-use super::tile::{Order, Place, load};
+use super::tile::{Element, Order, Place, load};
 use super::{Head, Source, Weights, run};
-use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
+use crate::device::bf16::{Operands, Pairs};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
@@ -13,9 +16,10 @@ const MIN_TASKS: usize = 32;
 
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias.
 ///
-/// `n` samples; `space` is the sources' (D, H, W), `out_space` the heads'.
+/// Sources and weights are multiplied as `operands`. `n` samples; `space` is the sources' (D, H, W), `out_space` the heads'.
 pub fn correlate<'a>(
     map: Map,
+    operands: Operands,
     n: usize,
     space: [usize; 3],
     out_space: [usize; 3],
@@ -32,9 +36,18 @@ pub fn correlate<'a>(
         && out_space[2].is_multiple_of(map.outputs())
         && anchors[2] >= LANES
         && lanes.iter().all(|l| l.len <= run::THIN_CHANNELS);
-    let order = if thin { Order::ChannelRows } else { Order::Voxels { pitch: pitch(&blocks, map.stride()) } };
-    let packed = pack(map, &classes, &groups, &lanes, weights);
-    let voxel_floats = |group: &&[Block]| group.iter().map(|b| order.row_floats(1, b.len)).sum::<usize>();
+    let element = match operands {
+        Operands::Single => Element::Single,
+        Operands::Bf16 => Element::Channels,
+    };
+    let order = if thin {
+        Order::ChannelRows
+    } else {
+        Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
+    };
+    let packed = pack(map, &classes, &groups, &lanes, element, weights);
+    let voxel_floats =
+        |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
     let widest = groups.iter().map(voxel_floats).max().unwrap_or(1);
     let tiles = Tile::choose(map, anchors, widest).origins(n, anchors);
     // A multiple of 4 lane blocks a task keeps the widest micro-kernels usable.
@@ -44,7 +57,8 @@ pub fn correlate<'a>(
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass = Pass { map, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, order };
+    let pass =
+        Pass { map, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, order, element };
     let tasks: Vec<_> =
         tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
     tasks.into_par_iter().for_each_init(
@@ -58,8 +72,9 @@ pub fn correlate<'a>(
                 let place = Place { map, space, anchors_w: anchors[2], origin };
                 let mut start = 0;
                 for &block in *group {
-                    load(&sources[block.tensor], block, &place, order, &mut tile[start..], row);
-                    start += voxels * order.row_floats(1, block.len);
+                    let tile = &mut tile[start..];
+                    load(&sources[block.tensor], block, &place, (order, element), tile, row);
+                    start += voxels * order.row_floats(1, element.of(block.len));
                 }
                 let step = Step { tile, group, index, packed: &packed, origin, lanes: part.clone() };
                 pass.run(&step);
@@ -68,12 +83,13 @@ pub fn correlate<'a>(
     );
 }
 
-/// Floats between voxels of a tile. Times the stride it is a constant of the micro-kernels, 2, 4, 16 or 32.
-fn pitch(blocks: &[Block], stride: usize) -> usize {
-    match blocks.iter().map(|b| b.len).max() {
+/// Elements between voxels of a tile. Times the stride it is a constant of the micro-kernels: 2, 4, 8, 16 or 32.
+fn pitch(blocks: &[Block], element: Element, stride: usize) -> usize {
+    match blocks.iter().map(|b| element.of(b.len)).max() {
         Some(1) if stride == 2 => 1,
-        Some(1 | 2) => 2,
-        _ => CHANNEL_BLOCK,
+        Some(1 | 2) if element == Element::Single => 2,
+        Some(1) => 2,
+        _ => element.of(CHANNEL_BLOCK),
     }
 }
 
@@ -93,6 +109,7 @@ pub struct Pass<'a> {
     pub lanes: &'a [Block],
     pub outs: &'a [Out<'a>],
     pub order: Order,
+    pub element: Element,
 }
 
 /// One tile, one group of input channel blocks, some lane blocks.
@@ -111,16 +128,20 @@ impl Pass<'_> {
             Order::Voxels { pitch } => pitch,
             Order::ChannelRows => 0,
         };
-        match pitch * self.map.stride() {
-            0 => self.dispatch::<0>(step),
-            2 => self.dispatch::<2>(step),
-            4 => self.dispatch::<4>(step),
-            16 => self.dispatch::<16>(step),
+        match (self.element, pitch * self.map.stride()) {
+            (Element::Channels, 0) => self.dispatch_pairs::<0>(step),
+            (Element::Channels, 2) => self.dispatch_pairs::<2>(step),
+            (Element::Channels, 8) => self.dispatch_pairs::<8>(step),
+            (Element::Channels, _) => self.dispatch_pairs::<16>(step),
+            (_, 0) => self.dispatch::<0>(step),
+            (_, 2) => self.dispatch::<2>(step),
+            (_, 4) => self.dispatch::<4>(step),
+            (_, 16) => self.dispatch::<16>(step),
             _ => self.dispatch::<32>(step),
         }
     }
 
-    /// STEP floats lie between the inputs of neighbouring anchors; 0 stands for channel rows.
+    /// STEP elements lie between the inputs of neighbouring anchors; 0 stands for channel rows.
     fn dispatch<const STEP: usize>(&self, step: &Step) {
         match simd() {
             #[cfg(target_arch = "x86_64")]
@@ -128,9 +149,23 @@ impl Pass<'_> {
             Simd::Avx512 => unsafe { self.run_avx512::<STEP>(step) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2::<STEP>(step) },
+            Simd::Avx2 => unsafe { self.run_avx2::<Avx2, STEP>(step) },
             // SAFETY: plain Rust needs no feature.
             _ => unsafe { self.run_lanes::<Plain, STEP, 2>(step) },
+        }
+    }
+
+    /// The same for elements that are pairs.
+    fn dispatch_pairs<const STEP: usize>(&self, step: &Step) {
+        match simd_of_pairs() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512_bf16::<STEP>(step) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>, STEP>(step) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, STEP, 2>(step) },
         }
     }
 
@@ -138,14 +173,21 @@ impl Pass<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512<const STEP: usize>(&self, step: &Step) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512, STEP, 24>(step) }
+        unsafe { self.run_lanes::<Avx512, STEP, 24>(step) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16<const STEP: usize>(&self, step: &Step) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>, STEP, 24>(step) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2<const STEP: usize>(&self, step: &Step) {
+    unsafe fn run_avx2<V: Lanes, const STEP: usize>(&self, step: &Step) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2, STEP, 6>(step) }
+        unsafe { self.run_lanes::<V, STEP, 6>(step) }
     }
 
     /// Adds one group of input channels to every output of the tile; the first group writes instead.
@@ -166,17 +208,21 @@ impl Pass<'_> {
             let mut row_floats = [0; GROUP];
             let mut start = 0;
             for (block, floats) in step.group.iter().zip(&mut row_floats) {
-                *floats = self.order.row_floats(extent_w, block.len);
+                let len = self.element.of(block.len);
+                *floats = self.order.row_floats(extent_w, len);
                 let offset = |r: &(usize, usize, usize, usize)| start + (r.0 * extent_h + r.1) * *floats;
-                rows.extend(class.rows.iter().map(|r| (offset(r), block.len)));
+                rows.extend(class.rows.iter().map(|r| (offset(r), len)));
                 start += extent_d * extent_h * *floats;
             }
             let weights = step.packed.of(step.index, class_index);
-            let q_stride = lane_block_floats(class, step.group);
+            let q_stride = lane_block_floats(class, step.group, self.element);
             let (odd, odd_floats) = match merged {
                 2 => {
                     let odd = &self.classes[class_index + 1];
-                    (step.packed.of(step.index, class_index + 1), lane_block_floats(odd, step.group))
+                    (
+                        step.packed.of(step.index, class_index + 1),
+                        lane_block_floats(odd, step.group, self.element),
+                    )
                 }
                 _ => (weights, q_stride),
             };
@@ -187,7 +233,7 @@ impl Pass<'_> {
                 let left = step.lanes.end - lane;
                 let q = match left {
                     _ if STEP == 0 => 1,
-                    4.. if width <= 6 && STEP >= 16 && ACCUMULATORS >= 24 => 4,
+                    4.. if width <= 6 && STEP >= 8 && ACCUMULATORS >= 24 => 4,
                     2.. if ACCUMULATORS >= 24 => 2,
                     _ => 1,
                 };

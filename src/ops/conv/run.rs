@@ -64,7 +64,7 @@ impl Pass<'_> {
             a += unsafe {
                 match q {
                     _ if STEP == 0 => self.thin_run::<V, ACCUMULATORS>(row, a),
-                    4 if STEP >= 16 && ACCUMULATORS >= 24 => self.wide_run::<V, 6, 4, STEP>(row, a),
+                    4 if STEP >= 8 && ACCUMULATORS >= 24 => self.wide_run::<V, 6, 4, STEP>(row, a),
                     2 if ACCUMULATORS >= 24 => self.wide_run::<V, 12, 2, STEP>(row, a),
                     _ if ACCUMULATORS >= 24 => self.wide_run::<V, 24, 1, STEP>(row, a),
                     _ if ACCUMULATORS >= 6 => self.wide_run::<V, 6, 1, STEP>(row, a),
@@ -112,12 +112,12 @@ impl Pass<'_> {
         }
         match (row.width - a).min(MAX) {
             24.. if MAX >= 24 => run!(24),
-            16.. if MAX >= 24 && STEP >= 16 => run!(16),
+            16.. if MAX >= 24 && STEP >= 8 => run!(16),
             12.. if MAX >= 12 => run!(12),
-            8.. if MAX >= 8 && STEP >= 16 => run!(8),
-            6.. if MAX >= 6 && STEP >= 16 => run!(6),
+            8.. if MAX >= 8 && STEP >= 8 => run!(8),
+            6.. if MAX >= 6 && STEP >= 8 => run!(6),
             4.. if MAX >= 4 => run!(4),
-            2.. if STEP >= 16 => run!(2),
+            2.. if STEP >= 8 => run!(2),
             _ => run!(1),
         }
     }

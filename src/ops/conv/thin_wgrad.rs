@@ -6,7 +6,8 @@
 use super::Source;
 use super::micro::lanes_of_products;
 use super::plan::{Block, LANES, Map, Tile};
-use super::tile::{Order, Place, load};
+use super::tile::{Element, Order, Place, load};
+use crate::device::bf16::Operands;
 use crate::device::cpu::{Lanes, Plain, Simd, simd};
 use rayon::prelude::*;
 
@@ -29,8 +30,18 @@ pub fn fits(map: Map, sources: &[Source], lane_sources: &[Source]) -> bool {
 }
 
 /// dw (lane channel, source channel, 3, 3, 3) of `n` samples of (D, H, W) `space`; see [`super::wgrad()`].
-pub fn wgrad(n: usize, space: [usize; 3], source: &Source, lane_source: &Source) -> Vec<f32> {
+pub fn wgrad(
+    operands: Operands,
+    n: usize,
+    space: [usize; 3],
+    source: &Source,
+    lane_source: &Source,
+) -> Vec<f32> {
     let tiles = Tile::choose(MAP, space, C).origins(n, space);
+    let element = match operands {
+        Operands::Single => Element::Single,
+        Operands::Bf16 => Element::Rounded,
+    };
     let per_split = tiles.len().div_ceil(SPLITS);
     let block = Block { tensor: 0, first: 0, len: C };
     let (width, extent) = (space[2].next_multiple_of(LANES), MAP.extent(space[2]));
@@ -44,8 +55,8 @@ pub fn wgrad(n: usize, space: [usize; 3], source: &Source, lane_source: &Source)
                 // Vectors past a row's end meet zeros of dy.
                 x.resize(MAP.extent(size.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
                 let place = Place { map: MAP, space, anchors_w: space[2], origin };
-                load(source, block, &place, Order::ChannelRows, &mut x, &mut row);
-                load_rows(lane_source, space, width, origin, &mut dy, &mut row);
+                load(source, block, &place, (Order::ChannelRows, element), &mut x, &mut row);
+                load_rows(lane_source, (space, width, element), origin, &mut dy, &mut row);
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
                     let rows: Vec<_> = (0..size.d * size.h)
                         .map(|i| {
@@ -76,8 +87,7 @@ pub fn wgrad(n: usize, space: [usize; 3], source: &Source, lane_source: &Source)
 /// Copies the rows of a tile, mapped, to [row][channel][w], zero from `space[2]` to `width`.
 fn load_rows(
     source: &Source,
-    space: [usize; 3],
-    width: usize,
+    (space, width, element): ([usize; 3], usize, Element),
     &(n, d0, h0, size): &(usize, usize, usize, Tile),
     out: &mut Vec<f32>,
     row: &mut Vec<f32>,
@@ -91,6 +101,9 @@ fn load_rows(
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
         let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
         super::transform_row(row, C, &source.data[voxel * C..][..space[2] * C], C, C, pending);
+        if element == Element::Rounded {
+            super::tile::round_row(row);
+        }
         super::tile::transpose(row, C, out, width);
     }
 }

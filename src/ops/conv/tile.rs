@@ -2,14 +2,15 @@
 
 use super::Source;
 use super::plan::{Block, Map, Tile};
+use crate::device::bf16::{self, pair};
 use multiversion::multiversion;
 
-/// Order of a tile's floats.
+/// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// row, w, channel: a voxel's channels are neighbours, voxels are `pitch` floats apart.
+    /// row, w, channel: a voxel's elements are neighbours, voxels are `pitch` elements apart.
     Voxels {
-        /// Floats a voxel.
+        /// Elements a voxel.
         pitch: usize,
     },
     /// row, channel, w: neighbours along w are neighbours in memory. For outputs too thin to fill lanes with channels.
@@ -17,13 +18,36 @@ pub enum Order {
 }
 
 impl Order {
-    /// Floats of a row of `extent` voxels of `len` channels.
+    /// Elements of a row of `extent` voxels of `len` elements.
     pub fn row_floats(self, extent: usize, len: usize) -> usize {
         extent
             * match self {
                 Order::Voxels { pitch } => pitch,
                 Order::ChannelRows => len,
             }
+    }
+}
+
+/// What an element of a tile is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// An f32.
+    Single,
+    /// An f32 rounded to bfloat16.
+    Rounded,
+    /// Two neighbouring channels of a voxel, the second 0 if there is none.
+    Channels,
+    /// One channel of two voxels that neighbouring anchors read, the second 0 where the row has ended.
+    Voxels,
+}
+
+impl Element {
+    /// Elements of `channels` channels.
+    pub fn of(self, channels: usize) -> usize {
+        match self {
+            Element::Channels => channels.div_ceil(2),
+            Element::Single | Element::Rounded | Element::Voxels => channels,
+        }
     }
 }
 
@@ -50,7 +74,7 @@ pub fn load(
     source: &Source,
     block: Block,
     place: &Place,
-    order: Order,
+    (order, element): (Order, Element),
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
@@ -59,12 +83,15 @@ pub fn load(
     let (ed, eh, ew) = (map.extent(size.d), map.extent(size.h), map.extent(anchors_w));
     let (c, len) = (source.channels, block.len);
     let inside_w = sw.min(ew - pad);
-    let row_floats = order.row_floats(ew, len);
+    let elements = element.of(len);
+    let row_floats = order.row_floats(ew, elements);
     let pending = source.pending.map(|p| {
         let (scale, shift) = p.of_sample(n, c);
         (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
     });
-    row.resize(inside_w * len, 0.0);
+    // A mapped row, then its pairs.
+    row.resize(ew * (len + elements), 0.0);
+    let (row, pairs) = row.split_at_mut(ew * len);
     for (index, out) in tile.chunks_exact_mut(row_floats).take(ed * eh).enumerate() {
         // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
         let d = (d0 * stride + index / eh).wrapping_sub(pad);
@@ -75,22 +102,86 @@ pub fn load(
         }
         let start = (((n * sd + d) * sh + h) * sw) * c + block.first;
         let x = &source.data[start..start + (inside_w - 1) * c + len];
-        match order {
-            Order::Voxels { pitch } => {
+        let inside = pad..pad + inside_w;
+        match (order, element) {
+            (Order::Voxels { pitch }, Element::Single) => {
                 out[..pad * pitch].fill(0.0);
-                out[(pad + inside_w) * pitch..].fill(0.0);
-                transform_row(&mut out[pad * pitch..][..inside_w * pitch], pitch, x, c, len, pending);
+                out[inside.end * pitch..].fill(0.0);
+                let out = &mut out[pad * pitch..inside.end * pitch];
+                transform_row(out, pitch, x, c, len, pending);
             }
-            Order::ChannelRows => {
+            (Order::Voxels { pitch }, Element::Channels) => {
+                out[..pad * pitch].fill(0.0);
+                out[inside.end * pitch..].fill(0.0);
+                transform_row(&mut row[..inside_w * len], len, x, c, len, pending);
+                pair_channels(&row[..inside_w * len], len, &mut out[pad * pitch..inside.end * pitch], pitch);
+            }
+            (Order::Voxels { .. }, _) => {
+                row[..pad * len].fill(0.0);
+                row[inside.end * len..].fill(0.0);
+                transform_row(&mut row[pad * len..inside.end * len], len, x, c, len, pending);
+                pair_voxels(row, &row[(stride * len).min(row.len())..], out);
+            }
+            (Order::ChannelRows, _) => {
+                let row = &mut row[..inside_w * len];
                 transform_row(row, len, x, c, len, pending);
                 for out in out.chunks_exact_mut(ew) {
                     out[..pad].fill(0.0);
-                    out[pad + inside_w..].fill(0.0);
+                    out[inside.end..].fill(0.0);
                 }
-                transpose(row, len, &mut out[pad..], ew);
+                if element == Element::Channels {
+                    let pairs = &mut pairs[..inside_w * elements];
+                    pair_channels(row, len, pairs, elements);
+                    transpose(pairs, elements, &mut out[pad..], ew);
+                } else {
+                    if element == Element::Rounded {
+                        round_row(row);
+                    }
+                    transpose(row, len, &mut out[pad..], ew);
+                }
             }
         }
     }
+}
+
+/// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    if len == 2 * pitch {
+        out.iter_mut().zip(x.chunks_exact(2)).for_each(|(o, x)| *o = pair(x[0], x[1]));
+        return;
+    }
+    for (out, x) in out.chunks_mut(pitch).zip(x.chunks_exact(len)) {
+        out.iter_mut().zip(x.chunks(2)).for_each(|(o, x)| *o = pair(x[0], x.get(1).map_or(0.0, |&x| x)));
+    }
+}
+
+/// `out[i]` = `first[i]` and `second[i]`, or 0 where `second` has ended.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn pair_voxels(first: &[f32], second: &[f32], out: &mut [f32]) {
+    for ((o, &first), &second) in out.iter_mut().zip(first).zip(second) {
+        *o = pair(first, second);
+    }
+    let rest = second.len()..first.len();
+    out[rest.clone()].iter_mut().zip(&first[rest]).for_each(|(o, &first)| *o = pair(first, 0.0));
+}
+
+/// `out[v * pitch + c]` = channel c of voxels 2 v and 2 v + 1 of `x`, or 0 where `x` has ended.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn pair_neighbours(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    for (out, x) in out.chunks_mut(pitch).zip(x.chunks(2 * len)) {
+        match (x.len(), len) {
+            (32, 16) => (0..16).for_each(|c| out[c] = pair(x[c], x[16 + c])),
+            (whole, _) if whole == 2 * len => (0..len).for_each(|c| out[c] = pair(x[c], x[len + c])),
+            _ => (0..len).for_each(|c| out[c] = pair(x[c], 0.0)),
+        }
+    }
+}
+
+/// Rounds to bfloat16, in f32.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn round_row(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
 }
 
 /// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there is
@@ -163,6 +254,7 @@ pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
     match len {
         1 => out[..x.len()].copy_from_slice(x),
         2 => transpose_voxels::<2>(x, out, pitch),
+        8 => transpose_voxels::<8>(x, out, pitch),
         16 => transpose_voxels::<16>(x, out, pitch),
         _ => {
             for (c, out) in out.chunks_mut(pitch).take(len).enumerate() {

@@ -4,9 +4,12 @@ use super::Source;
 use super::micro::outer_product;
 use super::plan::{LANES, Map, Tile, lane_blocks, source_blocks};
 use super::thin_wgrad;
-use super::tile::{Order, Place, load};
+use super::tile::{Element, Order, Place, load, pair_neighbours};
 use crate::device::arena::Buffer;
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::bf16::{Operands, Pairs};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
 
 /// Source channels that a task takes at once.
@@ -26,15 +29,28 @@ const REDUCE_CHUNK: usize = 1 << 12;
 /// one (dy, x) its (I, O, k, k, k).
 pub fn wgrad(
     map: Map,
+    operands: Operands,
     n: usize,
     space: [usize; 3],
     anchors: [usize; 3],
     sources: &[Source],
     lane_sources: &[Source],
-) -> Vec<Vec<f32>> {
+) -> Vec<Buffer> {
     if thin_wgrad::fits(map, sources, lane_sources) {
-        return vec![thin_wgrad::wgrad(n, space, &sources[0], &lane_sources[0])];
+        return vec![Buffer::from_slice(&thin_wgrad::wgrad(
+            operands,
+            n,
+            space,
+            &sources[0],
+            &lane_sources[0],
+        ))];
     }
+    // The sums run over voxels: so do pairs.
+    let (element, voxels) = match operands {
+        Operands::Single => (Element::Single, 1),
+        Operands::Bf16 => (Element::Voxels, 2),
+    };
+    let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
     let channels = source_blocks(sources, CHANNELS);
     let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
@@ -54,16 +70,15 @@ pub fn wgrad(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(tile, lane_tile, row), task| {
                 let (block, split) = (channels[task / splits], task % splits);
-                let mut sum = Buffer::dirty(rows_of(block.len) * width);
-                sum.fill(0.0);
+                let mut sum = Buffer::zeroed(rows_of(block.len) * width);
                 for origin in tiles.iter().skip(split * per_split).take(per_split) {
                     let size = origin.3;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
                     tile.resize(map.extent(size.d) * eh * ew * block.len, 0.0);
                     let place = Place { map, space, anchors_w: anchors[2], origin };
                     let order = Order::Voxels { pitch: block.len };
-                    load(&sources[block.tensor], block, &place, order, tile, row);
-                    load_lanes(lane_sources, &lanes, anchors, origin, lane_tile);
+                    load(&sources[block.tensor], block, &place, (order, element), tile, row);
+                    load_lanes(lane_sources, &lanes, (anchors, element), origin, lane_tile, row);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
                     let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
@@ -73,17 +88,18 @@ pub fn wgrad(
                             .map(|i| (i / size.h, i % size.h))
                             .map(|(d, h)| {
                                 let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
-                                (row * ew * block.len, (d * size.h + h) * anchors[2] * width)
+                                (row * ew * block.len, (d * size.h + h) * steps * width)
                             })
                             .collect();
                         let job = Job {
                             x: tile,
-                            x_pitch: map.stride() * block.len,
+                            x_pitch: voxels * map.stride() * block.len,
                             group: ew * block.len,
                             dy: lane_tile,
                             width,
                             pairs: &pairs,
-                            voxels: anchors[2],
+                            steps,
+                            operands,
                             rows: floats,
                             groups,
                         };
@@ -107,8 +123,8 @@ pub fn wgrad(
     let taps = map.kernel().pow(3);
     let source_channels: usize = sources.iter().map(|s| s.channels).sum();
     let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
-    let mut dw: Vec<Vec<f32>> =
-        lane_sources.iter().map(|s| vec![0.0; s.channels * source_channels * taps]).collect();
+    let mut dw: Vec<Buffer> =
+        lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
     let targets: Vec<_> = dw
         .iter_mut()
         .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
@@ -140,28 +156,40 @@ pub fn wgrad(
     dw
 }
 
-/// Copies the lane side of a tile, mapped, to [voxel][lane block][16], zero beyond each tensor's channels.
+/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16], zero beyond each tensor's channels.
 fn load_lanes(
     sources: &[Source],
     lanes: &[super::plan::Block],
-    space: [usize; 3],
+    (space, element): ([usize; 3], Element),
     &(n, d0, h0, size): &(usize, usize, usize, Tile),
     out: &mut Vec<f32>,
+    row: &mut Vec<f32>,
 ) {
     let width = lanes.len() * LANES;
+    let row_floats = match element {
+        Element::Voxels => space[2].div_ceil(2) * width,
+        _ => space[2] * width,
+    };
     // Zeroed once: lanes beyond a tensor's channels are never written.
-    out.resize(size.d * size.h * space[2] * width, 0.0);
+    out.resize(size.d * size.h * row_floats, 0.0);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
         let pending = s.pending.map(|p| {
             let (scale, shift) = p.of_sample(n, s.channels);
             (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
         });
-        for (i, out) in out.chunks_exact_mut(space[2] * width).enumerate() {
+        for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
             let x = &s.data[voxel * s.channels + block.first..];
             let x = &x[..(space[2] - 1) * s.channels + block.len];
-            super::transform_row(&mut out[index * LANES..], width, x, s.channels, block.len, pending);
+            let out = &mut out[index * LANES..];
+            if element == Element::Voxels {
+                row.resize(space[2] * block.len, 0.0);
+                super::transform_row(row, block.len, x, s.channels, block.len, pending);
+                pair_neighbours(row, block.len, out, width);
+            } else {
+                super::transform_row(out, width, x, s.channels, block.len, pending);
+            }
         }
     }
 }
@@ -175,7 +203,9 @@ struct Job<'a> {
     dy: &'a [f32],
     width: usize,
     pairs: &'a [(usize, usize)],
-    voxels: usize,
+    /// Voxels, or pairs of them.
+    steps: usize,
+    operands: Operands,
     /// (kw, channel) pairs of a kh.
     rows: usize,
     /// Number of kh.
@@ -185,15 +215,30 @@ struct Job<'a> {
 impl Job<'_> {
     /// sum[row][lane] += the tile's outer products.
     fn run(&self, sum: &mut [f32]) {
-        match simd() {
+        match (self.operands, simd()) {
+            (Operands::Bf16, _) => self.run_pairs(sum),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512(sum) },
+            (_, Simd::Avx512) => unsafe { self.run_avx512(sum) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2(sum) },
+            (_, Simd::Avx2) => unsafe { self.run_avx2::<Avx2>(sum) },
             // SAFETY: plain Rust needs no feature.
             _ => unsafe { self.run_lanes::<Plain, 2>(sum) },
+        }
+    }
+
+    /// The same for elements that are pairs.
+    fn run_pairs(&self, sum: &mut [f32]) {
+        match simd_of_pairs() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512_bf16(sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>>(sum) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, 2>(sum) },
         }
     }
 
@@ -201,14 +246,21 @@ impl Job<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512(&self, sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512, 24>(sum) }
+        unsafe { self.run_lanes::<Avx512, 24>(sum) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>, 24>(sum) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, sum: &mut [f32]) {
+    unsafe fn run_avx2<V: Lanes>(&self, sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2, 6>(sum) }
+        unsafe { self.run_lanes::<V, 6>(sum) }
     }
 
     /// # Safety
@@ -272,7 +324,7 @@ impl Job<'_> {
                 (x, self.x_pitch, self.group),
                 (dy, self.width),
                 self.pairs,
-                self.voxels,
+                self.steps,
             )
         };
         for p in 0..RP {

@@ -2,6 +2,7 @@
 
 use super::TAPS;
 use crate::device::arena::Buffer;
+use crate::device::bf16::Operands;
 use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
@@ -12,35 +13,50 @@ fn starts<A: Borrow<Activation>>(inputs: &[A]) -> Vec<usize> {
 }
 
 /// y of `cat(inputs)`.
-pub fn fprop(inputs: &[&Activation], weight: &Param, bias: Option<&Param>) -> Tensor {
+pub fn fprop(inputs: &[&Activation], weight: &Param, bias: Option<&Param>, operands: Operands) -> Tensor {
     let (shape, o) = (inputs[0].shape(), weight.shape[1]);
     let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
     let starts = starts(inputs);
     let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
     let mut y = Buffer::dirty(out.len());
     let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
-    correlate(Map::Scatter, shape.n, shape.space(), out.space(), &sources, &mut [head], &|source, _| {
-        Weights {
+    correlate(
+        Map::Scatter,
+        operands,
+        shape.n,
+        shape.space(),
+        out.space(),
+        &sources,
+        &mut [head],
+        &|source, _| Weights {
             data: &weight.value,
             offset: starts[source] * o * TAPS,
             head_stride: TAPS,
             source_stride: o * TAPS,
             mirrored: false,
-        }
-    });
+        },
+    );
     Tensor::new(out, y)
 }
 
 /// The gradient of the weights, in their layout.
-pub fn wgrad(inputs: &[Activation], dy: &Tensor) -> Vec<f32> {
+pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
     let (shape, out) = (inputs[0].shape(), dy.shape());
     let lanes: Vec<Source> = inputs.iter().map(Source::from).collect();
     let map = Map::Gather { kernel: 3, stride: 2 };
-    conv::wgrad(map, out.n, out.space(), shape.space(), &[Source::from(dy)], &lanes).concat()
+    let dws = conv::wgrad(map, operands, out.n, out.space(), shape.space(), &[Source::from(dy)], &lanes);
+    let mut all = Buffer::dirty(dws.iter().map(|dw| dw.len()).sum());
+    let mut rest = &mut all[..];
+    for dw in &dws {
+        let (of_input, tail) = rest.split_at_mut(dw.len());
+        of_input.copy_from_slice(dw);
+        rest = tail;
+    }
+    all
 }
 
 /// One dx an input.
-pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param) -> Vec<Tensor> {
+pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Operands) -> Vec<Tensor> {
     let (shape, o, starts) = (inputs[0].shape(), weight.shape[1], starts(inputs));
     let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
     let mut heads: Vec<Head> = dxs
@@ -50,12 +66,21 @@ pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param) -> Vec<Tensor> 
         .collect();
     let map = Map::Gather { kernel: 3, stride: 2 };
     let out = dy.shape();
-    correlate(map, out.n, out.space(), shape.space(), &[Source::from(dy)], &mut heads, &|_, head| Weights {
-        data: &weight.value,
-        offset: starts[head] * o * TAPS,
-        head_stride: o * TAPS,
-        source_stride: TAPS,
-        mirrored: false,
-    });
+    correlate(
+        map,
+        operands,
+        out.n,
+        out.space(),
+        shape.space(),
+        &[Source::from(dy)],
+        &mut heads,
+        &|_, head| Weights {
+            data: &weight.value,
+            offset: starts[head] * o * TAPS,
+            head_stride: o * TAPS,
+            source_stride: TAPS,
+            mirrored: false,
+        },
+    );
     inputs.iter().zip(dxs).map(|(x, dx)| Tensor::new(x.shape(), dx)).collect()
 }
