@@ -250,16 +250,14 @@ fn compare(i: usize, case: &Case, operands: Operands) {
     let layer = Layer::new(case, i as u64);
     let got = layer.run(case, operands);
     let (y, dx, dw, db) = layer.reference(case, operands);
-    {
-        let check = |what: &str, got: &[f32], want: &[f64]| {
-            let error = relative_error(got, want);
-            assert!(error < CONV_TOLERANCE, "case {i}, {operands:?}, {what}: relative error {error:.2e}");
-        };
-        got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
-        got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
-        got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
-        got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
-    }
+    let check = |what: &str, got: &[f32], want: &[f64]| {
+        let error = relative_error(got, want);
+        assert!(error < CONV_TOLERANCE, "case {i}, {operands:?}, {what}: relative error {error:.2e}");
+    };
+    got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
+    got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
+    got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
+    got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
 }
 
 /// One training step of a small network: every logit and gradient.

@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn rounding_is_to_nearest_even_and_keeps_what_is_no_number() {
         let rounded = |v: f32| f32::from_bits(round(v));
-        for v in [0.0, 1.0, -2.5, 1.0e30, 3.1415927, f32::MAX, 1.00390625, 1.01171875, f32::INFINITY] {
+        for v in [0.0, 1.0, -2.5, 1.0e30, 0.1, f32::MAX, 257.0, 259.0, f32::INFINITY] {
             assert_eq!(rounded(v), half::bf16::from_f32(v).to_f32(), "{v}");
             assert_eq!(rounded(-v), half::bf16::from_f32(-v).to_f32(), "{v}");
         }

@@ -4,7 +4,7 @@ use super::micro::Reduction;
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Tile, lane_blocks, source_blocks};
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Source, Weights, run};
+use super::{Head, Problem, Source, Weights, run};
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
@@ -15,18 +15,13 @@ use rayon::prelude::*;
 const MIN_TASKS: usize = 32;
 
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias.
-///
-/// Sources and weights are multiplied as `operands`. `n` samples; `space` is the sources' (D, H, W), `out_space` the heads'.
 pub fn correlate<'a>(
-    map: Map,
-    operands: Operands,
-    n: usize,
-    space: [usize; 3],
-    out_space: [usize; 3],
+    problem: Problem,
     sources: &[Source],
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
+    let Problem { map, operands, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();
     let blocks = source_blocks(sources, CHANNEL_BLOCK);

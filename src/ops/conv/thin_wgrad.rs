@@ -7,6 +7,7 @@ use super::Source;
 use super::micro::lanes_of_products;
 use super::plan::{Block, LANES, Map, Tile};
 use super::tile::{Element, Order, Place, load};
+use super::transpose::transpose;
 use crate::device::bf16::Operands;
 use crate::device::cpu::{Lanes, Plain, Simd, simd};
 use rayon::prelude::*;
@@ -104,7 +105,7 @@ fn load_rows(
         if element == Element::Rounded {
             super::tile::round_row(row);
         }
-        super::tile::transpose(row, C, out, width);
+        transpose(row, C, out, width);
     }
 }
 

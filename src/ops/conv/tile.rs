@@ -2,6 +2,7 @@
 
 use super::Source;
 use super::plan::{Block, Map, Tile};
+use super::transpose::transpose;
 use crate::device::bf16::{self, pair};
 use multiversion::multiversion;
 
@@ -89,9 +90,9 @@ pub fn load(
         let (scale, shift) = p.of_sample(n, c);
         (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
     });
-    // A mapped row, then its pairs.
-    row.resize(ew * (len + elements), 0.0);
-    let (row, pairs) = row.split_at_mut(ew * len);
+    // A mapped row, and its channel rows.
+    row.resize(2 * ew * len, 0.0);
+    let (row, rows) = row.split_at_mut(ew * len);
     for (index, out) in tile.chunks_exact_mut(row_floats).take(ed * eh).enumerate() {
         // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
         let d = (d0 * stride + index / eh).wrapping_sub(pad);
@@ -130,9 +131,14 @@ pub fn load(
                     out[inside.end..].fill(0.0);
                 }
                 if element == Element::Channels {
-                    let pairs = &mut pairs[..inside_w * elements];
-                    pair_channels(row, len, pairs, elements);
-                    transpose(pairs, elements, &mut out[pad..], ew);
+                    // Channel rows first, then pairs of them.
+                    transpose(row, len, rows, ew);
+                    let rows = rows.chunks(2 * ew).take(elements);
+                    for ((i, out), rows) in out.chunks_exact_mut(ew).enumerate().zip(rows) {
+                        let (even, odd) = rows.split_at(ew);
+                        let odd = if 2 * i + 1 < len { &odd[..inside_w] } else { &[] };
+                        pair_voxels(&even[..inside_w], odd, &mut out[pad..]);
+                    }
                 } else {
                     if element == Element::Rounded {
                         round_row(row);
@@ -147,6 +153,10 @@ pub fn load(
 /// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
 fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    if len == 1 && pitch == 1 {
+        out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
+        return;
+    }
     if len == 2 * pitch {
         out.iter_mut().zip(x.chunks_exact(2)).for_each(|(o, x)| *o = pair(x[0], x[1]));
         return;
@@ -243,39 +253,6 @@ fn any_voxels(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len:
                     let z = x[i] * scale[i] + shift[i];
                     out[i] = if z > 0.0 { z } else { slope * z };
                 }
-            }
-        }
-    }
-}
-
-/// `out[c * pitch + v]` = `x[v * len + c]`: voxels to channel rows.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
-    match len {
-        1 => out[..x.len()].copy_from_slice(x),
-        2 => transpose_voxels::<2>(x, out, pitch),
-        8 => transpose_voxels::<8>(x, out, pitch),
-        16 => transpose_voxels::<16>(x, out, pitch),
-        _ => {
-            for (c, out) in out.chunks_mut(pitch).take(len).enumerate() {
-                out.iter_mut().zip(x[c..].iter().step_by(len)).for_each(|(o, &v)| *o = v);
-            }
-        }
-    }
-}
-
-/// [`transpose`] of L channels, 16 voxels at a time.
-#[inline(always)]
-fn transpose_voxels<const L: usize>(x: &[f32], out: &mut [f32], pitch: usize) {
-    for (i, x) in x.chunks(16 * L).enumerate() {
-        if x.len() == 16 * L {
-            for c in 0..L {
-                let column: [f32; 16] = std::array::from_fn(|v| x[v * L + c]);
-                out[c * pitch + 16 * i..][..16].copy_from_slice(&column);
-            }
-        } else {
-            for (v, x) in x.chunks_exact(L).enumerate() {
-                (0..L).for_each(|c| out[c * pitch + 16 * i + v] = x[c]);
             }
         }
     }

@@ -1,10 +1,10 @@
 //! The outer-product core: gradients of weights.
 
-use super::Source;
 use super::micro::outer_product;
-use super::plan::{LANES, Map, Tile, lane_blocks, source_blocks};
+use super::plan::{LANES, Tile, lane_blocks, source_blocks};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
+use super::{Problem, Source};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -27,15 +27,8 @@ const REDUCE_CHUNK: usize = 1 << 12;
 /// `sources` lie on `space` and are read with a halo; `lane_sources` lie on the anchors (stride 1 or 2 coarser).
 /// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
 /// one (dy, x) its (I, O, k, k, k).
-pub fn wgrad(
-    map: Map,
-    operands: Operands,
-    n: usize,
-    space: [usize; 3],
-    anchors: [usize; 3],
-    sources: &[Source],
-    lane_sources: &[Source],
-) -> Vec<Buffer> {
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+    let Problem { map, operands, n, space, out_space: anchors } = problem;
     if thin_wgrad::fits(map, sources, lane_sources) {
         return vec![Buffer::from_slice(&thin_wgrad::wgrad(
             operands,

@@ -3,7 +3,7 @@
 use super::Filter;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
+use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 
 /// One raw output a filter.
@@ -23,14 +23,13 @@ pub fn fprop(x: &Activation, filters: &[Filter], stride: usize, operands: Operan
         .collect();
     let taps = kernel.pow(3);
     let map = Map::Gather { kernel, stride };
-    correlate(map, operands, shape.n, shape.space(), out_space, &[x.into()], &mut heads, &|_, head| {
-        Weights {
-            data: &filters[head].weight.value,
-            offset: 0,
-            head_stride: shape.c * taps,
-            source_stride: taps,
-            mirrored: false,
-        }
+    let problem = Problem { map, operands, n: shape.n, space: shape.space(), out_space };
+    correlate(problem, &[x.into()], &mut heads, &|_, head| Weights {
+        data: &filters[head].weight.value,
+        offset: 0,
+        head_stride: shape.c * taps,
+        source_stride: taps,
+        mirrored: false,
     });
     outs.into_iter().map(|(s, b)| Tensor::new(s, b)).collect()
 }
@@ -46,7 +45,8 @@ pub fn wgrad(
     let (shape, out_space) = (x.shape(), dys[0].shape().space());
     let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
     let map = Map::Gather { kernel, stride };
-    conv::wgrad(map, operands, shape.n, shape.space(), out_space, &[Source::from(x)], &lanes)
+    let problem = Problem { map, operands, n: shape.n, space: shape.space(), out_space };
+    conv::wgrad(problem, &[Source::from(x)], &lanes)
 }
 
 /// dx = sum over the filters of their dy convolved backwards.
@@ -61,12 +61,9 @@ pub fn dgrad(
     let sources: Vec<Source> = dys.iter().map(Source::from).collect();
     let taps = kernel.pow(3);
     let back = if stride == 1 { Map::Gather { kernel, stride } } else { Map::Scatter };
+    let (space, out_space) = (dys[0].shape().space(), shape.space());
     correlate(
-        back,
-        operands,
-        shape.n,
-        dys[0].shape().space(),
-        shape.space(),
+        Problem { map: back, operands, n: shape.n, space, out_space },
         &sources,
         &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
         &|source, _| Weights {

@@ -3,7 +3,7 @@
 use super::TAPS;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
+use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
 
@@ -20,31 +20,29 @@ pub fn fprop(inputs: &[&Activation], weight: &Param, bias: Option<&Param>, opera
     let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
     let mut y = Buffer::dirty(out.len());
     let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
-    correlate(
-        Map::Scatter,
-        operands,
-        shape.n,
-        shape.space(),
-        out.space(),
-        &sources,
-        &mut [head],
-        &|source, _| Weights {
-            data: &weight.value,
-            offset: starts[source] * o * TAPS,
-            head_stride: TAPS,
-            source_stride: o * TAPS,
-            mirrored: false,
-        },
-    );
+    let (space, out_space) = (shape.space(), out.space());
+    let problem = Problem { map: Map::Scatter, operands, n: shape.n, space, out_space };
+    correlate(problem, &sources, &mut [head], &|source, _| Weights {
+        data: &weight.value,
+        offset: starts[source] * o * TAPS,
+        head_stride: TAPS,
+        source_stride: o * TAPS,
+        mirrored: false,
+    });
     Tensor::new(out, y)
+}
+
+/// From dy, of shape `out`, to the inputs.
+fn backwards(out: Shape, input: Shape, operands: Operands) -> Problem {
+    let map = Map::Gather { kernel: 3, stride: 2 };
+    Problem { map, operands, n: out.n, space: out.space(), out_space: input.space() }
 }
 
 /// The gradient of the weights, in their layout.
 pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
     let (shape, out) = (inputs[0].shape(), dy.shape());
     let lanes: Vec<Source> = inputs.iter().map(Source::from).collect();
-    let map = Map::Gather { kernel: 3, stride: 2 };
-    let dws = conv::wgrad(map, operands, out.n, out.space(), shape.space(), &[Source::from(dy)], &lanes);
+    let dws = conv::wgrad(backwards(out, shape, operands), &[Source::from(dy)], &lanes);
     let mut all = Buffer::dirty(dws.iter().map(|dw| dw.len()).sum());
     let mut rest = &mut all[..];
     for dw in &dws {
@@ -64,23 +62,13 @@ pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Opera
         .zip(inputs)
         .map(|(dx, x)| Head { out: dx, channels: x.shape().c, bias: None })
         .collect();
-    let map = Map::Gather { kernel: 3, stride: 2 };
-    let out = dy.shape();
-    correlate(
-        map,
-        operands,
-        out.n,
-        out.space(),
-        shape.space(),
-        &[Source::from(dy)],
-        &mut heads,
-        &|_, head| Weights {
-            data: &weight.value,
-            offset: starts[head] * o * TAPS,
-            head_stride: o * TAPS,
-            source_stride: TAPS,
-            mirrored: false,
-        },
-    );
+    let problem = backwards(dy.shape(), shape, operands);
+    correlate(problem, &[Source::from(dy)], &mut heads, &|_, head| Weights {
+        data: &weight.value,
+        offset: starts[head] * o * TAPS,
+        head_stride: o * TAPS,
+        source_stride: TAPS,
+        mirrored: false,
+    });
     inputs.iter().zip(dxs).map(|(x, dx)| Tensor::new(x.shape(), dx)).collect()
 }
