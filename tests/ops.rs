@@ -2,6 +2,7 @@
 //! vector unit and number of threads.
 
 use spleen_hpc::config::{Net, Norm};
+use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::nn::{Mode, UNet};
 use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
@@ -75,6 +76,9 @@ const CASES: &[Case] = &[
     conv([2, 1, 3], &[2], &[2], 3, 2),
     conv([4, 3, 37], &[2], &[2], 3, 1),
     conv([3, 2, 50], &[1], &[3], 3, 1),
+    conv([2, 3, 100], &[2], &[2], 3, 1),
+    conv([2, 2, 45], &[16], &[16], 3, 1),
+    conv([2, 3, 27], &[32], &[48], 3, 1),
     conv([4, 4, 16], &[33], &[20], 3, 1),
     conv([3, 4, 13], &[16], &[16, 16], 3, 2),
     conv([9, 10, 12], &[1], &[16, 16], 3, 2),
@@ -83,6 +87,8 @@ const CASES: &[Case] = &[
     transposed([3, 4, 5], &[4], &[3]),
     transposed([2, 3, 4], &[5, 3], &[16]),
     transposed([2, 2, 20], &[16, 16], &[2]),
+    transposed([1, 2, 35], &[16, 16], &[2]),
+    transposed([2, 1, 17], &[3], &[3]),
     transposed([1, 1, 1], &[34], &[33]),
 ];
 
@@ -146,8 +152,9 @@ impl Layer {
         layer
     }
 
-    fn run(&self, case: &Case) -> Results {
+    fn run(&self, case: &Case, operands: Operands) -> Results {
         let mut tape = Tape::recording();
+        tape.operands = operands;
         let y = if case.transposed {
             let inputs: Vec<_> = self.inputs.iter().collect();
             vec![conv_transpose3d(&mut tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
@@ -170,16 +177,26 @@ impl Layer {
 
     /// The same from the definition, in f64: (y of each filter, dx of each input, dw and db of each filter).
     #[allow(clippy::type_complexity)]
-    fn reference(&self, case: &Case) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+    fn reference(
+        &self,
+        case: &Case,
+        operands: Operands,
+    ) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+        // Every factor as it is multiplied.
+        let factor = |v: f32| match operands {
+            Operands::Single => f64::from(v),
+            Operands::Bf16 => half::bf16::from_f32(v).to_f64(),
+        };
         let x: Vec<Vec<f64>> = self
             .inputs
             .iter()
             .map(|x| {
                 let p = x.pending().expect("inputs are lazy");
+                // Mapped in f32, as it is stored.
                 let value = |(i, &v): (usize, &f32)| {
                     let c = i % x.shape().c;
-                    let z = f64::from(v) * f64::from(p.scale[c]) + f64::from(p.shift[c]);
-                    if z > 0.0 { z } else { f64::from(p.slope) * z }
+                    let z = v * p.scale[c] + p.shift[c];
+                    factor(if z > 0.0 { z } else { p.slope * z })
                 };
                 x.raw().data().iter().enumerate().map(value).collect()
             })
@@ -203,9 +220,9 @@ impl Layer {
                             let wi = pair * taps + tap;
                             let xi = at(input.shape(), n, xv, ci).expect("inside");
                             let yi = at(shape, n, yv, co).expect("inside");
-                            y[yi] += x[xi] * f64::from(w.value[wi]);
-                            dw[wi] += x[xi] * f64::from(dy.data()[yi]);
-                            dx[xi] += f64::from(dy.data()[yi]) * f64::from(w.value[wi]);
+                            y[yi] += x[xi] * factor(w.value[wi]);
+                            dw[wi] += x[xi] * factor(dy.data()[yi]);
+                            dx[xi] += factor(dy.data()[yi]) * factor(w.value[wi]);
                         }
                     }
                     first += input.shape().c;
@@ -222,23 +239,31 @@ impl Layer {
 #[test]
 fn convolutions_match_their_definition() {
     for (i, case) in CASES.iter().enumerate() {
-        let layer = Layer::new(case, i as u64);
-        let got = layer.run(case);
-        let (y, dx, dw, db) = layer.reference(case);
-        let check = |what: &str, got: &[f32], want: &[f64]| {
-            let error = relative_error(got, want);
-            assert!(error < CONV_TOLERANCE, "case {i}, {what}: relative error {error:.2e}");
-        };
-        got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
-        got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
-        got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
-        got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
+        for operands in [Operands::Single, Operands::Bf16] {
+            compare(i, case, operands);
+        }
     }
 }
 
+/// Products of bfloat16 are exact in f32, so sums of either operands are off by as much.
+fn compare(i: usize, case: &Case, operands: Operands) {
+    let layer = Layer::new(case, i as u64);
+    let got = layer.run(case, operands);
+    let (y, dx, dw, db) = layer.reference(case, operands);
+    let check = |what: &str, got: &[f32], want: &[f64]| {
+        let error = relative_error(got, want);
+        assert!(error < CONV_TOLERANCE, "case {i}, {operands:?}, {what}: relative error {error:.2e}");
+    };
+    got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
+    got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
+    got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
+    got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
+}
+
 /// One training step of a small network: every logit and gradient.
-fn network_bits(norm: Norm) -> Vec<u32> {
-    let net = UNet::new(&Net { norm, channels: vec![4, 18, 33] }, 5).expect("a valid network");
+fn network_bits(norm: Norm, operands: Operands) -> Vec<u32> {
+    let mut net = UNet::new(&Net { norm, channels: vec![4, 18, 33] }, 5).expect("a valid network");
+    net.set_operands(operands);
     let shape = Shape::new(2, [8, 12, 20], 1);
     let x = Tensor::from_slice(shape, &uniform(&mut Philox::new(1, 1), shape.len()));
     let mut tape = Tape::recording();
@@ -250,23 +275,49 @@ fn network_bits(norm: Norm) -> Vec<u32> {
     logits.data().iter().chain(params).map(|v| v.to_bits()).collect()
 }
 
+/// Every bit of a layer's outputs and gradients.
+fn layer_bits(case: &Case, operands: Operands) -> Vec<u32> {
+    let r = Layer::new(case, 3).run(case, operands);
+    let tensors = r.y.iter().chain(&r.dx).map(Tensor::data);
+    let params = r.dw.iter().chain(&r.db).map(Vec::as_slice);
+    tensors.chain(params).flatten().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn bits_of_layers_do_not_depend_on_the_vector_unit() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    for (i, case) in CASES.iter().enumerate() {
+        for operands in [Operands::Single, Operands::Bf16] {
+            let want = layer_bits(case, operands);
+            for unit in [Simd::Avx2, Simd::Portable] {
+                use_simd(unit);
+                let got = layer_bits(case, operands);
+                use_simd(Simd::Avx512);
+                assert!(got == want, "case {i}, {operands:?}: {unit:?} changes the result");
+            }
+        }
+    }
+}
+
 #[test]
 fn bits_do_not_depend_on_threads_or_vector_unit() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
-    for norm in [Norm::Batch, Norm::Instance] {
-        let want = network_bits(norm);
-        for threads in [1, 3] {
+    for (norm, operands) in
+        [(Norm::Batch, Operands::Single), (Norm::Instance, Operands::Single), (Norm::Batch, Operands::Bf16)]
+    {
+        let want = network_bits(norm, operands);
+        for threads in [1, 2, 4] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             assert!(
-                pool.install(|| network_bits(norm)) == want,
-                "{norm:?}: {threads} threads change the result"
+                pool.install(|| network_bits(norm, operands)) == want,
+                "{norm:?}, {operands:?}: {threads} threads change the result"
             );
         }
         for unit in [Simd::Avx2, Simd::Portable] {
             use_simd(unit);
-            let got = network_bits(norm);
+            let got = network_bits(norm, operands);
             use_simd(Simd::Avx512);
-            assert!(got == want, "{norm:?}: {unit:?} changes the result");
+            assert!(got == want, "{norm:?}, {operands:?}: {unit:?} changes the result");
         }
     }
 }

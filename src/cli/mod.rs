@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::Result;
+use crate::device::cpu;
 
 /// The exit code of a shell's command that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
@@ -55,7 +56,8 @@ pub fn run() -> ExitCode {
     let mut command = settings::hide_foreign_flags(Cli::command());
     let matches = command.get_matches_mut();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|err| err.exit());
-    let done = settings::refuse_foreign_flags(&matches, &command).and_then(|()| match cli.verb {
+    let ready = settings::refuse_foreign_flags(&matches, &command).and_then(|()| cpu::obey_environment());
+    let done = ready.and_then(|_| match cli.verb {
         Verb::Train(args) => train::run(&args),
         Verb::Evaluate(args) => evaluate::run(&args),
         Verb::Infer(args) => infer::run(&args),

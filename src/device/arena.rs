@@ -23,6 +23,13 @@ impl Buffer {
         Buffer { data: reused.unwrap_or_else(|| vec![0.0; len]) }
     }
 
+    /// A buffer of zeros.
+    pub fn zeroed(len: usize) -> Self {
+        let mut buffer = Self::dirty(len);
+        buffer.fill(0.0);
+        buffer
+    }
+
     /// A copy of `values`.
     pub fn from_slice(values: &[f32]) -> Self {
         let mut buffer = Self::dirty(values.len());

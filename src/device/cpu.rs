@@ -4,6 +4,7 @@
 //! instantiation does the same operations in the same order, a fused multiply-add each, so results do not depend
 //! on the machine.
 
+use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -47,10 +48,41 @@ static IN_USE: AtomicU8 = AtomicU8::new(UNSET);
 const UNSET: u8 = u8::MAX;
 const UNITS: [Simd; 3] = [Simd::Avx512, Simd::Avx2, Simd::Portable];
 
-/// The vector unit kernels run on.
+/// The environment variable that forces a vector unit: avx512, avx2 or portable.
+const VARIABLE: &str = "SPLEEN_SIMD";
+
+/// The vector unit kernels run on: the best one, or the one that `SPLEEN_SIMD` names.
+///
+/// # Panics
+/// When `SPLEEN_SIMD` cannot be obeyed: a program asks [`obey_environment`] first.
 pub fn simd() -> Simd {
-    let unit = IN_USE.load(Ordering::Relaxed);
-    if unit == UNSET { use_simd(Simd::Avx512) } else { UNITS[usize::from(unit)] }
+    match IN_USE.load(Ordering::Relaxed) {
+        UNSET => obey_environment().unwrap_or_else(|err| panic!("{err}")),
+        unit => UNITS[usize::from(unit)],
+    }
+}
+
+/// Runs kernels on the unit that the environment variable `SPLEEN_SIMD` names (avx512, avx2, portable), or on the best
+/// one where it is not set; returns which.
+///
+/// # Errors
+/// [`Error::Usage`] when it names none of these or one that this machine has not.
+pub fn obey_environment() -> Result<Simd> {
+    let Some(value) = std::env::var_os(VARIABLE) else { return Ok(use_simd(Simd::Avx512)) };
+    let unit = match value.to_str() {
+        Some("avx512") => Simd::Avx512,
+        Some("avx2") => Simd::Avx2,
+        Some("portable") => Simd::Portable,
+        _ => {
+            let text = format!("{VARIABLE}={}: it is avx512, avx2 or portable", value.display());
+            return Err(Error::Usage(text));
+        }
+    };
+    if unit < detect() {
+        let text = format!("{VARIABLE}={}: this machine has {}", value.display(), detect());
+        return Err(Error::Usage(text));
+    }
+    Ok(use_simd(unit))
 }
 
 /// Runs kernels on `unit`, or on the best one this machine has where that is narrower; returns which. Results do
@@ -59,6 +91,15 @@ pub fn use_simd(unit: Simd) -> Simd {
     let chosen = unit.max(detect());
     IN_USE.store(chosen as u8, Ordering::Relaxed);
     chosen
+}
+
+/// The unit that products of bfloat16 pairs run on: AVX-512 only where it has the instruction for them.
+pub fn simd_of_pairs() -> Simd {
+    #[cfg(target_arch = "x86_64")]
+    if simd() == Simd::Avx512 && !is_x86_feature_detected!("avx512bf16") {
+        return Simd::Avx2;
+    }
+    simd()
 }
 
 /// Sixteen f32 lanes.
@@ -85,7 +126,7 @@ pub trait Lanes: Copy {
 
 /// Plain Rust lanes.
 #[derive(Clone, Copy)]
-pub struct Plain([f32; 16]);
+pub struct Plain(pub(super) [f32; 16]);
 
 impl Lanes for Plain {
     #[inline(always)]
@@ -126,11 +167,11 @@ pub(crate) mod x86 {
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
+    pub struct Avx512(pub(in crate::device) __m512);
 
     /// Two 256-bit registers.
     #[derive(Clone, Copy)]
-    pub struct Avx2(__m256, __m256);
+    pub struct Avx2(pub(in crate::device) __m256, pub(in crate::device) __m256);
 
     // SAFETY (all blocks below): AVX-512F is present because only entries chosen by `simd()` instantiate this
     // type; pointers are readable or writable for 16 floats by the trait's contract.
@@ -202,7 +243,7 @@ pub struct Disjoint<'a> {
     slice: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: `Disjoint` is a `&mut [f32]` whose accesses are unsafe and, by the contract of `get`, never overlap.
+// SAFETY: `Disjoint` is a `&mut [f32]` whose accesses are unsafe and, by their authors' promise, never overlap.
 unsafe impl Send for Disjoint<'_> {}
 unsafe impl Sync for Disjoint<'_> {}
 
@@ -212,14 +253,10 @@ impl<'a> Disjoint<'a> {
         Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
-    /// The `len` floats from `offset`.
-    ///
-    /// # Safety
-    /// No two live results may overlap, on any thread.
-    #[allow(clippy::mut_from_ref)]
-    pub unsafe fn get(&self, offset: usize, len: usize) -> &'a mut [f32] {
+    /// Where the `len` floats from `offset` begin, for writes that the caller keeps apart.
+    pub fn at(&self, offset: usize, len: usize) -> *mut f32 {
         assert!(offset <= self.len && len <= self.len - offset, "{len} floats at {offset} of {}", self.len);
-        // SAFETY: in bounds by the assertion, unaliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.start.add(offset) }
     }
 }

@@ -1,6 +1,7 @@
 //! What computes: threads and vector units of the CPU and the memory they write, or a CUDA device.
 
 pub mod arena;
+pub mod bf16;
 pub mod choice;
 pub mod cpu;
 pub mod cuda;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 /// What computes.
 #[derive(Clone, Debug)]
 pub enum Device {
-    /// The processor, in f32.
+    /// The processor.
     Cpu,
     /// A CUDA device, in its precision.
     Cuda(Arc<cuda::Cuda>),

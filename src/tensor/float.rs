@@ -24,8 +24,6 @@ pub trait Float:
     fn sqrt(self) -> Self;
     /// e^self.
     fn exp(self) -> Self;
-    /// ln(1 + self).
-    fn ln_1p(self) -> Self;
 }
 
 macro_rules! float {
@@ -42,9 +40,6 @@ macro_rules! float {
             }
             fn exp(self) -> Self {
                 <$t>::exp(self)
-            }
-            fn ln_1p(self) -> Self {
-                <$t>::ln_1p(self)
             }
         }
     };

@@ -6,6 +6,8 @@
 //! its parameters with [`Grads::add_param`], or on a device in `DeviceParam::grad`.
 
 use super::{Tensor, ValueId};
+use crate::device::arena::Buffer;
+use crate::device::bf16::Operands;
 use crate::device::nvtx::range;
 use crate::error::Result;
 use std::collections::HashMap;
@@ -22,6 +24,8 @@ type Backward = Box<dyn FnOnce(&mut Grads) -> Result<()> + Send>;
 pub struct Tape {
     backward: Option<Vec<(Arc<str>, Backward)>>,
     layer: Arc<str>,
+    /// What convolutions on the CPU multiply, forwards and backwards.
+    pub operands: Operands,
 }
 
 impl Tape {
@@ -69,13 +73,13 @@ impl Tape {
 #[derive(Default)]
 pub struct Grads {
     values: HashMap<ValueId, Tensor>,
-    params: Vec<Vec<f32>>,
+    params: Vec<Buffer>,
 }
 
 impl Grads {
     /// Zero gradients for parameters of the given sizes.
     pub fn new(param_lens: impl IntoIterator<Item = usize>) -> Self {
-        Grads { values: HashMap::new(), params: param_lens.into_iter().map(|len| vec![0.0; len]).collect() }
+        Grads { values: HashMap::new(), params: param_lens.into_iter().map(Buffer::zeroed).collect() }
     }
 
     /// Takes the gradient of a value out, if one arrived.

@@ -3,6 +3,7 @@
 //! `cargo test --test parity [-- GROUP]`. `SPLEEN_GOLDEN` names another folder of the same layout,
 //! `SPLEEN_PARITY_OUT` a folder that receives every recomputed tensor.
 
+mod autocast;
 mod case;
 mod convergence;
 mod crop;
@@ -59,6 +60,7 @@ const GROUPS: &[Group] = &[
     Group { name: "metrics", files: &["metrics"], run: metrics::run },
     Group { name: "optim", files: &["optim"], run: optim::run },
     Group { name: "unet", files: &["unet_*"], run: unet::run },
+    Group { name: "autocast", files: &[], run: autocast::bf16 },
     Group { name: "sw", files: &["sw"], run: sw::run },
     Group { name: "inverse", files: &["inverse_*"], run: inverse::run },
     Group { name: "weights", files: &["weights"], run: weights::run },

@@ -45,6 +45,7 @@ impl UNet {
                 got: shape.to_string(),
             });
         }
+        tape.operands = self.operands;
         let mut run = Run { net: self, tape, mode, probe, statistics: Vec::new() };
         let logits = run.level(0, Activation::constant(x))?;
         Ok((logits, run.statistics))

@@ -16,6 +16,7 @@ pub use forward::{BatchStatistics, Mode, Probe};
 
 use super::state_dict::{Array, StateDict, infer_net, names};
 use crate::config::Net;
+use crate::device::bf16::Operands;
 use crate::device::cuda::{Buf, Cuda};
 use crate::error::{Error, Result};
 use crate::ops::norm_prelu::Running;
@@ -88,6 +89,7 @@ pub struct UNet {
     downs: Vec<Down>,
     bottom: Down,
     ups: Vec<Up>,
+    operands: Operands,
 }
 
 impl UNet {
@@ -148,7 +150,16 @@ impl UNet {
         let downs = (0..levels).map(|i| b.down(&format!("{}0", prefix(i)))).collect();
         let bottom = b.down(prefix(levels).trim_end_matches('.'));
         let ups = (0..levels).map(|i| b.up(&format!("{}2", prefix(i)), i == 0)).collect();
-        UNet { net: net.clone(), params: b.params, names: b.names, norms: b.norms, downs, bottom, ups }
+        UNet {
+            net: net.clone(),
+            params: b.params,
+            names: b.names,
+            norms: b.norms,
+            downs,
+            bottom,
+            ups,
+            operands: Operands::Single,
+        }
     }
 
     /// Replaces every value by the one of the same name.
@@ -202,6 +213,12 @@ impl UNet {
     /// What was built.
     pub fn net(&self) -> &Net {
         &self.net
+    }
+
+    /// What its convolutions multiply while it is in host memory, in inference and training. A device has a precision
+    /// of its own.
+    pub fn set_operands(&mut self, operands: Operands) {
+        self.operands = operands;
     }
 
     /// Parameters in `named_parameters()` order.

@@ -1,30 +1,35 @@
 //! The register tiles. P x Q accumulators of 16 lanes stay in registers over the whole reduction.
 //!
-//! AVX-512: 24 accumulators + Q weights + 1 broadcast of 32 registers; a reduction step is P broadcasts and Q loads
-//! for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. AVX2 holds 6 of these 16-lane
+//! AVX-512: up to 24 accumulators, Q weights and a broadcast of 32 registers; a reduction step is P broadcasts and Q
+//! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. AVX2 holds 6 of these 16-lane
 //! accumulators in 12 of its 16 registers.
+//!
+//! What is done with the accumulators afterwards must be loops of constant length and one store each: an index that
+//! is not a constant would put them all into memory, in the reduction too.
 
+use super::plan::LANES;
 use crate::device::cpu::Lanes;
 
-/// How an anchor's input rows lie in a tile of order "channel rows".
+/// The input of an output row's anchors, in the tile.
 pub struct Reduction<'a> {
-    /// Offset of each input row from the anchor's.
-    pub rows: &'a [usize],
-    /// Channels of the block.
-    pub channels: usize,
-    /// Floats from a channel's row to the next one's.
-    pub pitch: usize,
+    /// (offset from the anchor's first input row, channels there) of every block and input row.
+    pub rows: &'a [(usize, usize)],
     /// Taps along w.
     pub taps: usize,
+    /// Floats between taps along w: a voxel's pitch (order "voxels").
+    pub tap_pitch: usize,
+    /// Floats between channels: a row's length (order "channel rows").
+    pub channel_pitch: usize,
 }
 
-/// acc[p][q] = sum over rows, channels, taps of tile[p * S + tap] * weights[q]: P voxels by Q lane blocks.
+/// acc[p][q] = sum over rows, taps, channels of `tile[p * STEP + tap * tap_pitch + channel] * weights[q]`: P voxels by Q
+/// lane blocks, from a tile of order "voxels".
 ///
 /// # Safety
-/// `tile` and every row offset, channel and tap from it must lie in one tile buffer; `weights` must hold Q lane
-/// blocks of `q_stride` floats; V's vector unit must exist.
+/// Every row, tap and channel of P voxels must lie in one tile buffer; `weights` must hold Q lane blocks of `q_stride`
+/// floats; V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S: usize>(
+pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const STEP: usize>(
     tile: *const f32,
     weights: *const f32,
     q_stride: usize,
@@ -32,34 +37,36 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
 ) -> [[V; Q]; P] {
     let mut acc = [[V::zero(); Q]; P];
     let mut w = weights;
-    for &row in r.rows {
+    for &(row, channels) in r.rows {
+        // A voxel that fills its pitch is followed by the next tap's: one long run.
+        let (runs, run) = if channels == r.tap_pitch { (1, r.taps * channels) } else { (r.taps, channels) };
         // SAFETY: in the tile and the packed weights by the caller's promise.
         unsafe {
             let mut x = tile.add(row);
-            for _ in 0..r.channels {
-                for tap in 0..r.taps {
+            for _ in 0..runs {
+                for c in 0..run {
                     let mut b = [V::zero(); Q];
                     for q in 0..Q {
                         b[q] = V::load(w.add(q * q_stride));
                     }
-                    let x = x.add(tap);
+                    let x = x.add(c);
                     for p in 0..P {
-                        let a = V::splat(x.add(p * S));
+                        let a = V::splat(x.add(p * STEP));
                         for q in 0..Q {
                             acc[p][q] = acc[p][q].fma(a, b[q]);
                         }
                     }
-                    w = w.add(super::plan::LANES);
+                    w = w.add(LANES);
                 }
-                x = x.add(r.pitch);
+                x = x.add(r.tap_pitch);
             }
         }
     }
     acc
 }
 
-/// acc[p][c] = sum over rows, channels, taps of tile[16 p + lane + tap] * weights[c]: 16 P voxels by C channels,
-/// for outputs too thin to fill lanes with channels. Stride 1 only.
+/// acc[p][c] = sum over rows, taps, channels of `tile[16 p + lane + tap + channel * channel_pitch] * weights[c]`: 16 P
+/// voxels by C channels, from a tile of order "channel rows". Stride 1 only.
 ///
 /// # Safety
 /// As [`broadcast_voxels`], with 16 P + taps floats readable from every row's position.
@@ -71,15 +78,15 @@ pub unsafe fn lanes_of_voxels<V: Lanes, const P: usize, const C: usize>(
 ) -> [[V; C]; P] {
     let mut acc = [[V::zero(); C]; P];
     let mut w = weights;
-    for &row in r.rows {
+    for &(row, channels) in r.rows {
         // SAFETY: in the tile and the packed weights by the caller's promise.
         unsafe {
-            let mut x = tile.add(row);
-            for _ in 0..r.channels {
-                for tap in 0..r.taps {
+            for tap in 0..r.taps {
+                let mut x = tile.add(row + tap);
+                for _ in 0..channels {
                     let mut a = [V::zero(); P];
                     for p in 0..P {
-                        a[p] = V::load(x.add(tap + 16 * p));
+                        a[p] = V::load(x.add(16 * p));
                     }
                     for c in 0..C {
                         let b = V::splat(w.add(c));
@@ -87,30 +94,109 @@ pub unsafe fn lanes_of_voxels<V: Lanes, const P: usize, const C: usize>(
                             acc[p][c] = acc[p][c].fma(a[p], b);
                         }
                     }
-                    w = w.add(super::plan::LANES);
+                    w = w.add(LANES);
+                    x = x.add(r.channel_pitch);
                 }
-                x = x.add(r.pitch);
             }
         }
     }
     acc
 }
 
-/// acc[p][q] = sum over tile rows and their voxels of x[p] * dy[q]: P (tap, channel) pairs by Q lane blocks.
+/// The same for a scatter along w: acc[p][c] of the outputs 2a, acc[p][C + c] of the outputs 2a + 1 of anchors a. An
+/// output 2a reads input a, by `even`; an output 2a + 1 reads inputs a and a + 1, by `odd`'s taps 0 and 1.
+///
+/// # Safety
+/// As [`lanes_of_voxels`]; `J` is 2 C.
+#[inline(always)]
+pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J: usize>(
+    tile: *const f32,
+    [even, odd]: [*const f32; 2],
+    r: &Reduction,
+) -> [[V; J]; P] {
+    let mut acc = [[V::zero(); J]; P];
+    let (mut even, mut odd) = (even, odd);
+    for &(row, channels) in r.rows {
+        // SAFETY: in the tile and the packed weights by the caller's promise.
+        unsafe {
+            let mut x = tile.add(row);
+            for _ in 0..channels {
+                let next = odd.add(channels * LANES);
+                let mut a = [[V::zero(); 2]; P];
+                for p in 0..P {
+                    a[p] = [V::load(x.add(16 * p)), V::load(x.add(16 * p + 1))];
+                }
+                for c in 0..C {
+                    let w = [V::splat(even.add(c)), V::splat(odd.add(c)), V::splat(next.add(c))];
+                    for p in 0..P {
+                        acc[p][c] = acc[p][c].fma(a[p][0], w[0]);
+                        acc[p][C + c] = acc[p][C + c].fma(a[p][0], w[1]).fma(a[p][1], w[2]);
+                    }
+                }
+                even = even.add(LANES);
+                odd = odd.add(LANES);
+                x = x.add(r.channel_pitch);
+            }
+            // Past the taps of input a + 1, already used.
+            odd = odd.add(channels * LANES);
+        }
+    }
+    acc
+}
+
+/// Sums of products of 16 neighbouring voxels along w, lane by lane: acc[i][tap][j] = sum over rows and their vectors of
+/// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for C channels i of x and C channels j of dy.
+///
+/// # Safety
+/// For every pair of `rows` (offset in x, offset in dy), `vectors` times 16 floats of each dy channel and two more of
+/// each x channel must be readable; V's vector unit must exist.
+#[inline(always)]
+pub unsafe fn lanes_of_products<V: Lanes, const C: usize>(
+    (x, x_pitch): (*const f32, usize),
+    (dy, dy_pitch): (*const f32, usize),
+    rows: &[(usize, usize)],
+    vectors: usize,
+) -> [[[V; C]; 3]; C] {
+    let mut acc = [[[V::zero(); C]; 3]; C];
+    for &(x_row, dy_row) in rows {
+        for v in 0..vectors {
+            // SAFETY: readable by the caller's promise.
+            unsafe {
+                let (x, dy) = (x.add(x_row + 16 * v), dy.add(dy_row + 16 * v));
+                let mut b = [V::zero(); C];
+                for j in 0..C {
+                    b[j] = V::load(dy.add(j * dy_pitch));
+                }
+                for i in 0..C {
+                    for tap in 0..3 {
+                        let a = V::load(x.add(i * x_pitch + tap));
+                        for j in 0..C {
+                            acc[i][tap][j] = acc[i][tap][j].fma(a, b[j]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    acc
+}
+
+/// acc[r P + p][q] = sum over tile rows and their voxels of `x[r * group + p] * dy[q]`: R groups of P neighbouring (tap,
+/// channel) pairs by Q lane blocks; `RP` is R P.
 ///
 /// `rows` are pairs of offsets: of the voxel 0 in `x`, and of voxel 0 in `dy`.
 ///
 /// # Safety
-/// For every pair and every v < `voxels`: `x + offset + v * x_pitch` has P readable floats, `dy + offset +
+/// For every pair and every v < `voxels`: `x + offset + v * x_pitch` has P readable floats in each group, `dy + offset +
 /// v * dy_pitch` 16 Q; V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn outer_product<V: Lanes, const P: usize, const Q: usize>(
-    (x, x_pitch): (*const f32, usize),
+pub unsafe fn outer_product<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
+    (x, x_pitch, group): (*const f32, usize, usize),
     (dy, dy_pitch): (*const f32, usize),
     rows: &[(usize, usize)],
     voxels: usize,
-) -> [[V; Q]; P] {
-    let mut acc = [[V::zero(); Q]; P];
+) -> [[V; Q]; RP] {
+    let mut acc = [[V::zero(); Q]; RP];
     for &(x_row, dy_row) in rows {
         // SAFETY: readable by the caller's promise.
         unsafe {
@@ -118,10 +204,10 @@ pub unsafe fn outer_product<V: Lanes, const P: usize, const Q: usize>(
             for _ in 0..voxels {
                 let mut b = [V::zero(); Q];
                 for q in 0..Q {
-                    b[q] = V::load(dy.add(q * super::plan::LANES));
+                    b[q] = V::load(dy.add(q * LANES));
                 }
-                for p in 0..P {
-                    let a = V::splat(x.add(p));
+                for p in 0..RP {
+                    let a = V::splat(x.add(p / P * group + p % P));
                     for q in 0..Q {
                         acc[p][q] = acc[p][q].fma(a, b[q]);
                     }

@@ -19,7 +19,10 @@ mod correlate;
 mod micro;
 mod pack;
 mod plan;
+mod run;
+mod thin_wgrad;
 mod tile;
+mod transpose;
 mod wgrad;
 
 pub use correlate::correlate;
@@ -27,7 +30,23 @@ pub use plan::Map;
 pub use tile::transform_row;
 pub use wgrad::wgrad;
 
+use crate::device::bf16::Operands;
 use crate::tensor::{Activation, Pending, Tensor};
+
+/// The shape and arithmetic of a pass.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem {
+    /// Which input voxels feed an output voxel.
+    pub map: Map,
+    /// What is multiplied.
+    pub operands: Operands,
+    /// Samples.
+    pub n: usize,
+    /// (D, H, W) of the sources.
+    pub space: [usize; 3],
+    /// (D, H, W) of what the map leads to: heads, or lane sources.
+    pub out_space: [usize; 3],
+}
 
 /// One input of a pass: floats in NDHWC with a map still to be applied.
 #[derive(Clone, Copy)]

@@ -2,67 +2,72 @@
 
 use super::Weights;
 use super::plan::{Block, Class, LANES, Map};
+use super::tile::Element;
+use crate::device::arena::Buffer;
+use crate::device::bf16::round;
 use rayon::prelude::*;
 
-/// Packed weights: [source block][class][lane block][row][source channel][tap along w][16 lanes].
+/// Packed weights: [group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes].
 pub struct Packed {
-    data: Vec<f32>,
-    /// Start of (source block, class), classes fastest.
+    data: Buffer,
+    /// Start of (group, class), classes fastest.
     starts: Vec<usize>,
     classes: usize,
 }
 
 impl Packed {
-    /// Weights of one source block and class: lane blocks follow each other.
-    pub fn of(&self, source_block: usize, class: usize) -> &[f32] {
-        let i = source_block * self.classes + class;
+    /// Weights of one group of source blocks and one class: lane blocks follow each other.
+    pub fn of(&self, group: usize, class: usize) -> &[f32] {
+        let i = group * self.classes + class;
         &self.data[self.starts[i]..self.starts[i + 1]]
     }
 }
 
 /// Floats of one lane block of one class.
-pub fn lane_block_floats(class: &Class, channels: usize) -> usize {
-    class.rows.len() * channels * class.taps_w.len() * LANES
+pub fn lane_block_floats(class: &Class, group: &[Block], element: Element) -> usize {
+    class.rows.len() * class.taps_w.len() * group.iter().map(|b| element.of(b.len)).sum::<usize>() * LANES
 }
 
 /// Packs; `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
 pub fn pack<'a>(
     map: Map,
     classes: &[Class],
-    sources: &[Block],
+    groups: &[&[Block]],
     lanes: &[Block],
+    element: Element,
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
     let kernel = map.kernel();
     let mut starts = vec![0];
-    for source in sources {
+    for group in groups {
         for class in classes {
-            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, source.len));
+            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, element));
         }
     }
-    let mut data = vec![0.0; starts[starts.len() - 1]];
-    let mut rest = data.as_mut_slice();
+    let mut data = Buffer::zeroed(starts[starts.len() - 1]);
+    let mut rest = &mut data[..];
     let mut jobs = Vec::new();
-    for source in sources {
+    for group in groups {
         for class in classes {
             for lane in lanes {
-                let (head, tail) = rest.split_at_mut(lane_block_floats(class, source.len));
-                jobs.push((head, source, class, lane));
-                rest = tail;
+                for source in *group {
+                    let (head, tail) = rest.split_at_mut(lane_block_floats(class, &[*source], element));
+                    jobs.push((head, source, class, lane));
+                    rest = tail;
+                }
             }
         }
     }
     jobs.into_par_iter().for_each(|(out, source, class, lane)| {
         let w = weights(source.tensor, lane.tensor);
         let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
-        let columns = class.taps_w.len();
         // (tap in the tensor, where its lanes of channel 0 go)
-        let mut taps = Vec::with_capacity(class.rows.len() * columns);
-        for (row, &(_, _, kd, kh)) in class.rows.iter().enumerate() {
-            for (column, &kw) in class.taps_w.iter().enumerate() {
+        let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
+        for &(_, _, kd, kh) in &class.rows {
+            for &kw in &class.taps_w {
                 let tap = (kd * kernel + kh) * kernel + kw;
                 let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-                taps.push((tap, (row * source.len * columns + column) * LANES));
+                taps.push((tap, taps.len() * element.of(source.len) * LANES));
             }
         }
         // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all
@@ -70,8 +75,14 @@ pub fn pack<'a>(
         for channel in 0..source.len {
             for l in 0..lane.len {
                 let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
-                let to = &mut out[channel * columns * LANES + l..];
-                taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
+                if element == Element::Channels {
+                    let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut out[channel / 2 * LANES + l..]);
+                    let half = &mut halves[channel % 2..];
+                    taps.iter().for_each(|&(tap, at)| half[2 * at] = (round(from[tap]) >> 16) as u16);
+                } else {
+                    let to = &mut out[channel * LANES + l..];
+                    taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
+                }
             }
         }
     });

@@ -5,8 +5,13 @@ use super::Source;
 /// Output lanes of a block: one [`crate::device::cpu::Lanes`].
 pub const LANES: usize = 16;
 
-/// Input channels of a block. 32 channels x 27 taps x 32 lanes of weights are 110 KB: they stay in L2 beside a tile.
-const CHANNEL_BLOCK: usize = 32;
+/// Input channels of a block of the gather core: the voxels of a tile are this many floats apart, a constant of the
+/// micro-kernels' addresses.
+pub const CHANNEL_BLOCK: usize = 16;
+
+/// Blocks that a tile of the gather core holds: sums over them stay in registers. 32 channels x 27 taps x 32 lanes
+/// of weights are 110 KB: they stay in L2 beside a tile.
+pub const GROUP: usize = 2;
 
 /// Floats of a tile buffer: 192 KB, a fifth of a 1 MB L2, a third of a 512 KB one.
 const TILE_FLOATS: usize = 48 << 10;
@@ -122,9 +127,9 @@ fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> 
     channels.into_iter().enumerate().flat_map(cut).collect()
 }
 
-/// Input channel blocks of `sources`.
-pub fn source_blocks(sources: &[Source]) -> Vec<Block> {
-    blocks(sources.iter().map(|s| s.channels), CHANNEL_BLOCK)
+/// Blocks of at most `size` channels of `sources`.
+pub fn source_blocks(sources: &[Source], size: usize) -> Vec<Block> {
+    blocks(sources.iter().map(|s| s.channels), size)
 }
 
 /// Lane blocks of tensors with these channels.
@@ -142,10 +147,10 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// The largest tile of at most 8 rows whose buffer holds `channels` input channels in [`TILE_FLOATS`]. Up to
+    /// The largest tile of at most 8 rows whose buffer holds `voxel` floats an input voxel in [`TILE_FLOATS`]. Up to
     /// eight rows cost less halo than eight planes of one row, and W is never cut.
-    pub fn choose(map: Map, anchors: [usize; 3], channels: usize) -> Self {
-        let floats = |d, h| map.extent(d) * map.extent(h) * map.extent(anchors[2]) * channels;
+    pub fn choose(map: Map, anchors: [usize; 3], voxel: usize) -> Self {
+        let floats = |d, h| map.extent(d) * map.extent(h) * map.extent(anchors[2]) * voxel;
         let h = (1..=anchors[1].min(8)).rev().find(|&h| floats(1, h) <= TILE_FLOATS).unwrap_or(1);
         let d = (1..=anchors[0].min(8)).rev().find(|&d| floats(d, h) <= TILE_FLOATS).unwrap_or(1);
         Tile { d, h }

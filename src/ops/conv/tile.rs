@@ -2,15 +2,54 @@
 
 use super::Source;
 use super::plan::{Block, Map, Tile};
+use super::transpose::transpose;
+use crate::device::bf16::{self, pair};
 use multiversion::multiversion;
 
-/// Order of a tile's floats.
+/// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// row, channel, w: neighbours along w are neighbours in memory. For [`super::correlate()`].
+    /// row, w, channel: a voxel's elements are neighbours, voxels are `pitch` elements apart.
+    Voxels {
+        /// Elements a voxel.
+        pitch: usize,
+    },
+    /// row, channel, w: neighbours along w are neighbours in memory. For outputs too thin to fill lanes with channels.
     ChannelRows,
-    /// row, w, channel. For [`super::wgrad()`].
+}
+
+impl Order {
+    /// Elements of a row of `extent` voxels of `len` elements.
+    pub fn row_floats(self, extent: usize, len: usize) -> usize {
+        extent
+            * match self {
+                Order::Voxels { pitch } => pitch,
+                Order::ChannelRows => len,
+            }
+    }
+}
+
+/// What an element of a tile is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// An f32.
+    Single,
+    /// An f32 rounded to bfloat16.
+    Rounded,
+    /// Two neighbouring channels of a voxel, the second 0 if there is none.
+    Channels,
+    /// One channel of two voxels that neighbouring anchors read, the second 0 where the row has ended.
     Voxels,
+}
+
+impl Element {
+    /// Elements of `channels` channels.
+    pub fn of(self, channels: usize) -> usize {
+        match self {
+            Element::Channels => channels.div_ceil(2),
+            Element::Single | Element::Rounded | Element::Voxels => channels,
+        }
+    }
 }
 
 /// Where a tile lies in its source.
@@ -25,16 +64,18 @@ pub struct Place<'a> {
     pub origin: &'a (usize, usize, usize, Tile),
 }
 
+/// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
+pub type Affine<'a> = Option<(&'a [f32], &'a [f32], f32)>;
+
 /// Copies one channel block of a tile into `tile`, mapped by the source's pending norm and PReLU.
 ///
-/// Voxels outside the volume become 0 *after* the map: PReLU(norm(0)) is not 0. A row has `pitch` floats a channel
-/// (channel rows) or `extent(W) * len` floats (voxels); `row` is scratch.
+/// Voxels outside the volume become 0 *after* the map: PReLU(norm(0)) is not 0. Floats between a voxel's channels and
+/// its pitch are left as they are: nobody reads them. `row` is scratch.
 pub fn load(
     source: &Source,
     block: Block,
     place: &Place,
-    order: Order,
-    pitch: usize,
+    (order, element): (Order, Element),
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
@@ -43,15 +84,15 @@ pub fn load(
     let (ed, eh, ew) = (map.extent(size.d), map.extent(size.h), map.extent(anchors_w));
     let (c, len) = (source.channels, block.len);
     let inside_w = sw.min(ew - pad);
-    let row_floats = match order {
-        Order::ChannelRows => len * pitch,
-        Order::Voxels => ew * len,
-    };
+    let elements = element.of(len);
+    let row_floats = order.row_floats(ew, elements);
     let pending = source.pending.map(|p| {
         let (scale, shift) = p.of_sample(n, c);
         (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
     });
-    row.resize(inside_w * len, 0.0);
+    // A mapped row, and its channel rows.
+    row.resize(2 * ew * len, 0.0);
+    let (row, rows) = row.split_at_mut(ew * len);
     for (index, out) in tile.chunks_exact_mut(row_floats).take(ed * eh).enumerate() {
         // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
         let d = (d0 * stride + index / eh).wrapping_sub(pad);
@@ -61,47 +102,153 @@ pub fn load(
             continue;
         }
         let start = (((n * sd + d) * sh + h) * sw) * c + block.first;
-        match order {
-            Order::ChannelRows => {
-                transform_row(row, &source.data[start..], len, c, pending);
-                for (channel, out) in out.chunks_exact_mut(pitch).enumerate() {
-                    out[..pad].fill(0.0);
-                    out[pad + inside_w..].fill(0.0);
-                    let values = row[channel..].iter().step_by(len);
-                    out[pad..pad + inside_w].iter_mut().zip(values).for_each(|(o, &v)| *o = v);
-                }
+        let x = &source.data[start..start + (inside_w - 1) * c + len];
+        let inside = pad..pad + inside_w;
+        match (order, element) {
+            (Order::Voxels { pitch }, Element::Single) => {
+                out[..pad * pitch].fill(0.0);
+                out[inside.end * pitch..].fill(0.0);
+                let out = &mut out[pad * pitch..inside.end * pitch];
+                transform_row(out, pitch, x, c, len, pending);
             }
-            Order::Voxels => {
-                out[..pad * len].fill(0.0);
-                out[(pad + inside_w) * len..].fill(0.0);
-                transform_row(
-                    &mut out[pad * len..(pad + inside_w) * len],
-                    &source.data[start..],
-                    len,
-                    c,
-                    pending,
-                );
+            (Order::Voxels { pitch }, Element::Channels) => {
+                out[..pad * pitch].fill(0.0);
+                out[inside.end * pitch..].fill(0.0);
+                transform_row(&mut row[..inside_w * len], len, x, c, len, pending);
+                pair_channels(&row[..inside_w * len], len, &mut out[pad * pitch..inside.end * pitch], pitch);
+            }
+            (Order::Voxels { .. }, _) => {
+                row[..pad * len].fill(0.0);
+                row[inside.end * len..].fill(0.0);
+                transform_row(&mut row[pad * len..inside.end * len], len, x, c, len, pending);
+                pair_voxels(row, &row[(stride * len).min(row.len())..], out);
+            }
+            (Order::ChannelRows, _) => {
+                let row = &mut row[..inside_w * len];
+                transform_row(row, len, x, c, len, pending);
+                for out in out.chunks_exact_mut(ew) {
+                    out[..pad].fill(0.0);
+                    out[inside.end..].fill(0.0);
+                }
+                if element == Element::Channels {
+                    // Channel rows first, then pairs of them.
+                    transpose(row, len, rows, ew);
+                    let rows = rows.chunks(2 * ew).take(elements);
+                    for ((i, out), rows) in out.chunks_exact_mut(ew).enumerate().zip(rows) {
+                        let (even, odd) = rows.split_at(ew);
+                        let odd = if 2 * i + 1 < len { &odd[..inside_w] } else { &[] };
+                        pair_voxels(&even[..inside_w], odd, &mut out[pad..]);
+                    }
+                } else {
+                    if element == Element::Rounded {
+                        round_row(row);
+                    }
+                    transpose(row, len, &mut out[pad..], ew);
+                }
             }
         }
     }
 }
 
-/// `out` = voxels of `len` channels, taken from `x` every `pitch` floats, mapped by (scale, shift, slope) if given.
+/// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
 #[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn transform_row(
-    out: &mut [f32],
-    x: &[f32],
-    len: usize,
-    pitch: usize,
-    map: Option<(&[f32], &[f32], f32)>,
-) {
-    let voxels = out.chunks_exact_mut(len).zip(x.chunks(pitch));
+fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    if len == 1 && pitch == 1 {
+        out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
+        return;
+    }
+    if len == 2 * pitch {
+        out.iter_mut().zip(x.chunks_exact(2)).for_each(|(o, x)| *o = pair(x[0], x[1]));
+        return;
+    }
+    for (out, x) in out.chunks_mut(pitch).zip(x.chunks_exact(len)) {
+        out.iter_mut().zip(x.chunks(2)).for_each(|(o, x)| *o = pair(x[0], x.get(1).map_or(0.0, |&x| x)));
+    }
+}
+
+/// `out[i]` = `first[i]` and `second[i]`, or 0 where `second` has ended.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn pair_voxels(first: &[f32], second: &[f32], out: &mut [f32]) {
+    for ((o, &first), &second) in out.iter_mut().zip(first).zip(second) {
+        *o = pair(first, second);
+    }
+    let rest = second.len()..first.len();
+    out[rest.clone()].iter_mut().zip(&first[rest]).for_each(|(o, &first)| *o = pair(first, 0.0));
+}
+
+/// `out[v * pitch + c]` = channel c of voxels 2 v and 2 v + 1 of `x`, or 0 where `x` has ended.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn pair_neighbours(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    for (out, x) in out.chunks_mut(pitch).zip(x.chunks(2 * len)) {
+        match (x.len(), len) {
+            (32, 16) => (0..16).for_each(|c| out[c] = pair(x[c], x[16 + c])),
+            (whole, _) if whole == 2 * len => (0..len).for_each(|c| out[c] = pair(x[c], x[len + c])),
+            _ => (0..len).for_each(|c| out[c] = pair(x[c], 0.0)),
+        }
+    }
+}
+
+/// Rounds to bfloat16, in f32.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn round_row(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
+}
+
+/// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there is
+/// a map.
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+pub fn transform_row(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
+    match len {
+        16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
+        32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
+        // A whole number of voxels fills 16 lanes.
+        1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
+            let repeated = map.map(|(scale, shift, slope)| {
+                let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i % len]);
+                (repeat(scale), repeat(shift), slope)
+            });
+            let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
+            let whole = x.len() - x.len() % 16;
+            voxels::<16>(&mut out[..whole], 16, &x[..whole], 16, map);
+            any_voxels(&mut out[whole..], len, &x[whole..], len, len, map);
+        }
+        _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
+    }
+}
+
+/// [`transform_row`] of L channels.
+#[inline(always)]
+fn voxels<const L: usize>(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, map: Affine) {
+    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch)).map(|(out, x)| {
+        let out: &mut [f32; L] = (&mut out[..L]).try_into().expect("L floats");
+        let x: &[f32; L] = x[..L].try_into().expect("L floats");
+        (out, x)
+    });
     match map {
-        None => voxels.for_each(|(out, x)| out.copy_from_slice(&x[..len])),
+        None => pairs.for_each(|(out, x)| *out = *x),
+        Some((scale, shift, slope)) => {
+            let scale: [f32; L] = scale[..L].try_into().expect("L floats");
+            let shift: [f32; L] = shift[..L].try_into().expect("L floats");
+            for (out, x) in pairs {
+                for i in 0..L {
+                    let z = x[i] * scale[i] + shift[i];
+                    out[i] = if z > 0.0 { z } else { slope * z };
+                }
+            }
+        }
+    }
+}
+
+/// [`transform_row`] of any number of channels.
+#[inline(always)]
+fn any_voxels(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
+    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch));
+    match map {
+        None => pairs.for_each(|(out, x)| out[..len].copy_from_slice(&x[..len])),
         Some((scale, shift, slope)) => {
             let (scale, shift) = (&scale[..len], &shift[..len]);
-            for (out, x) in voxels {
-                let x = &x[..len];
+            for (out, x) in pairs {
+                let (out, x) = (&mut out[..len], &x[..len]);
                 for i in 0..len {
                     let z = x[i] * scale[i] + shift[i];
                     out[i] = if z > 0.0 { z } else { slope * z };

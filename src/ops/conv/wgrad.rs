@@ -1,11 +1,19 @@
 //! The outer-product core: gradients of weights.
 
-use super::Source;
 use super::micro::outer_product;
-use super::plan::{LANES, Map, Tile, lane_blocks, source_blocks};
-use super::tile::{Order, Place, load};
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use super::plan::{LANES, Tile, lane_blocks, source_blocks};
+use super::thin_wgrad;
+use super::tile::{Element, Order, Place, load, pair_neighbours};
+use super::{Problem, Source};
+use crate::device::arena::Buffer;
+use crate::device::bf16::{Operands, Pairs};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
+
+/// Source channels that a task takes at once.
+const CHANNELS: usize = 32;
 
 /// Floats of all partial sums together, at most about this many: 8 MB, so that they stay in L3.
 const PARTIAL_FLOATS: usize = 2 << 20;
@@ -19,16 +27,25 @@ const REDUCE_CHUNK: usize = 1 << 12;
 /// `sources` lie on `space` and are read with a halo; `lane_sources` lie on the anchors (stride 1 or 2 coarser).
 /// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
 /// one (dy, x) its (I, O, k, k, k).
-pub fn wgrad(
-    map: Map,
-    n: usize,
-    space: [usize; 3],
-    anchors: [usize; 3],
-    sources: &[Source],
-    lane_sources: &[Source],
-) -> Vec<Vec<f32>> {
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+    let Problem { map, operands, n, space, out_space: anchors } = problem;
+    if thin_wgrad::fits(map, sources, lane_sources) {
+        return vec![Buffer::from_slice(&thin_wgrad::wgrad(
+            operands,
+            n,
+            space,
+            &sources[0],
+            &lane_sources[0],
+        ))];
+    }
+    // The sums run over voxels: so do pairs.
+    let (element, voxels) = match operands {
+        Operands::Single => (Element::Single, 1),
+        Operands::Bf16 => (Element::Voxels, 2),
+    };
+    let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
-    let channels = source_blocks(sources);
+    let channels = source_blocks(sources, CHANNELS);
     let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
     let width = lanes.len() * LANES;
     let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
@@ -39,40 +56,48 @@ pub fn wgrad(
     // blocks alone do not make enough tasks.
     let splits = (PARTIAL_FLOATS / dw_floats).max(32 / channels.len()).clamp(1, 64).min(tiles.len());
     let per_split = tiles.len().div_ceil(splits);
-    let mut partials: Vec<Vec<f32>> = Vec::new();
+    let mut partials: Vec<Buffer> = Vec::new();
     (0..channels.len() * splits)
         .into_par_iter()
         .map_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(tile, lane_tile, row), task| {
                 let (block, split) = (channels[task / splits], task % splits);
-                let mut sum = vec![0.0; rows_of(block.len) * width];
+                let mut sum = Buffer::zeroed(rows_of(block.len) * width);
                 for origin in tiles.iter().skip(split * per_split).take(per_split) {
                     let size = origin.3;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
                     tile.resize(map.extent(size.d) * eh * ew * block.len, 0.0);
                     let place = Place { map, space, anchors_w: anchors[2], origin };
-                    load(&sources[block.tensor], block, &place, Order::Voxels, 0, tile, row);
-                    load_lanes(lane_sources, &lanes, anchors, origin, lane_tile, row);
-                    for (index, &(dd, hh, _, _)) in class.rows.iter().enumerate() {
-                        let floats = class.taps_w.len() * block.len;
+                    let order = Order::Voxels { pitch: block.len };
+                    load(&sources[block.tensor], block, &place, (order, element), tile, row);
+                    load_lanes(lane_sources, &lanes, (anchors, element), origin, lane_tile, row);
+                    // Rows too short to fill registers are taken three at a time: all kh of a kd.
+                    let floats = class.taps_w.len() * block.len;
+                    let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
+                    for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
+                        let (dd, hh, _, _) = rows[0];
                         let pairs: Vec<_> = (0..size.d * size.h)
                             .map(|i| (i / size.h, i % size.h))
                             .map(|(d, h)| {
                                 let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
-                                (row * ew * block.len, (d * size.h + h) * anchors[2] * width)
+                                (row * ew * block.len, (d * size.h + h) * steps * width)
                             })
                             .collect();
                         let job = Job {
                             x: tile,
-                            x_pitch: map.stride() * block.len,
+                            x_pitch: voxels * map.stride() * block.len,
+                            group: ew * block.len,
                             dy: lane_tile,
                             width,
                             pairs: &pairs,
-                            voxels: anchors[2],
+                            steps,
+                            operands,
                             rows: floats,
+                            groups,
                         };
-                        job.run(&mut sum[index * floats * width..][..floats * width]);
+                        let floats = groups * floats * width;
+                        job.run(&mut sum[index * floats..][..floats]);
                     }
                 }
                 sum
@@ -91,8 +116,8 @@ pub fn wgrad(
     let taps = map.kernel().pow(3);
     let source_channels: usize = sources.iter().map(|s| s.channels).sum();
     let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
-    let mut dw: Vec<Vec<f32>> =
-        lane_sources.iter().map(|s| vec![0.0; s.channels * source_channels * taps]).collect();
+    let mut dw: Vec<Buffer> =
+        lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
     let targets: Vec<_> = dw
         .iter_mut()
         .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
@@ -103,16 +128,20 @@ pub fn wgrad(
         for (block_index, block) in channels.iter().enumerate() {
             let sum = &partials[block_index * splits];
             let start = (first_channel(block.tensor) + block.first) * taps;
-            let mut from = lane_index * LANES;
+            // (tap in the tensor, where its sums of channel 0 begin)
+            let mut offsets = Vec::with_capacity(taps);
             for &(_, _, kd, kh) in &class.rows {
                 for &kw in &class.taps_w {
                     let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
-                    for channel in 0..block.len {
-                        for l in 0..lane.len {
-                            dw[l * source_channels * taps + start + channel * taps + tap] = sum[from + l];
-                        }
-                        from += width;
-                    }
+                    offsets.push((tap, offsets.len() * block.len * width + lane_index * LANES));
+                }
+            }
+            // Taps innermost: they are neighbours in the tensor, and the lines read stay in L1 for all lanes.
+            for channel in 0..block.len {
+                for l in 0..lane.len {
+                    let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
+                    let from = &sum[channel * width + l..];
+                    offsets.iter().for_each(|&(tap, at)| to[tap] = from[at]);
                 }
             }
         }
@@ -120,64 +149,89 @@ pub fn wgrad(
     dw
 }
 
-/// Copies the lane side of a tile, mapped, to [voxel][lane block][16], zero beyond each tensor's channels.
+/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16], zero beyond each tensor's channels.
 fn load_lanes(
     sources: &[Source],
     lanes: &[super::plan::Block],
-    space: [usize; 3],
+    (space, element): ([usize; 3], Element),
     &(n, d0, h0, size): &(usize, usize, usize, Tile),
     out: &mut Vec<f32>,
     row: &mut Vec<f32>,
 ) {
     let width = lanes.len() * LANES;
-    out.clear();
-    out.resize(size.d * size.h * space[2] * width, 0.0);
+    let row_floats = match element {
+        Element::Voxels => space[2].div_ceil(2) * width,
+        _ => space[2] * width,
+    };
+    // Zeroed once: lanes beyond a tensor's channels are never written.
+    out.resize(size.d * size.h * row_floats, 0.0);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
         let pending = s.pending.map(|p| {
             let (scale, shift) = p.of_sample(n, s.channels);
             (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
         });
-        row.resize(space[2] * block.len, 0.0);
-        for (i, out) in out.chunks_exact_mut(space[2] * width).enumerate() {
+        for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
-            super::transform_row(
-                row,
-                &s.data[voxel * s.channels + block.first..],
-                block.len,
-                s.channels,
-                pending,
-            );
-            for (out, v) in out.chunks_exact_mut(width).zip(row.chunks_exact(block.len)) {
-                out[index * LANES..][..block.len].copy_from_slice(v);
+            let x = &s.data[voxel * s.channels + block.first..];
+            let x = &x[..(space[2] - 1) * s.channels + block.len];
+            let out = &mut out[index * LANES..];
+            if element == Element::Voxels {
+                row.resize(space[2] * block.len, 0.0);
+                super::transform_row(row, block.len, x, s.channels, block.len, pending);
+                pair_neighbours(row, block.len, out, width);
+            } else {
+                super::transform_row(out, width, x, s.channels, block.len, pending);
             }
         }
     }
 }
 
-/// One (kd, kh) of one tile: rows (kw, channel) by all lanes.
+/// One (kd, kh) of one tile, or all kh of one kd: rows (kw, channel) by all lanes.
 struct Job<'a> {
     x: &'a [f32],
     x_pitch: usize,
+    /// Floats between the input rows of neighbouring kh.
+    group: usize,
     dy: &'a [f32],
     width: usize,
     pairs: &'a [(usize, usize)],
-    voxels: usize,
+    /// Voxels, or pairs of them.
+    steps: usize,
+    operands: Operands,
+    /// (kw, channel) pairs of a kh.
     rows: usize,
+    /// Number of kh.
+    groups: usize,
 }
 
 impl Job<'_> {
     /// sum[row][lane] += the tile's outer products.
     fn run(&self, sum: &mut [f32]) {
-        match simd() {
+        match (self.operands, simd()) {
+            (Operands::Bf16, _) => self.run_pairs(sum),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512(sum) },
+            (_, Simd::Avx512) => unsafe { self.run_avx512(sum) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2(sum) },
+            (_, Simd::Avx2) => unsafe { self.run_avx2::<Avx2>(sum) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, 4>(sum) },
+            _ => unsafe { self.run_lanes::<Plain, 2>(sum) },
+        }
+    }
+
+    /// The same for elements that are pairs.
+    fn run_pairs(&self, sum: &mut [f32]) {
+        match simd_of_pairs() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512_bf16(sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>>(sum) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, 2>(sum) },
         }
     }
 
@@ -185,14 +239,21 @@ impl Job<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512(&self, sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512, 24>(sum) }
+        unsafe { self.run_lanes::<Avx512, 24>(sum) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>, 24>(sum) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, sum: &mut [f32]) {
+    unsafe fn run_avx2<V: Lanes>(&self, sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2, 6>(sum) }
+        unsafe { self.run_lanes::<V, 6>(sum) }
     }
 
     /// # Safety
@@ -206,12 +267,14 @@ impl Job<'_> {
             while row < self.rows {
                 // SAFETY: rows and lanes are clipped to the tile and to `sum`.
                 row += unsafe {
-                    if two {
-                        self.run_rows::<V, 12, 2>(row, lane, sum)
-                    } else if ACCUMULATORS >= 24 {
-                        self.run_rows::<V, 12, 1>(row, lane, sum)
-                    } else {
-                        self.run_rows::<V, 6, 1>(row, lane, sum)
+                    match (self.groups, two) {
+                        (3, true) if ACCUMULATORS >= 24 => self.add::<V, 3, 9, 2>(row, lane, sum),
+                        (3, _) if ACCUMULATORS >= 6 => self.add::<V, 3, 9, 1>(row, lane, sum),
+                        (3, _) => self.add::<V, 1, 3, 1>(row, lane, sum),
+                        (_, true) if ACCUMULATORS >= 24 => self.run_rows::<V, 12, 2>(row, lane, sum),
+                        _ if ACCUMULATORS >= 24 => self.run_rows::<V, 24, 1>(row, lane, sum),
+                        _ if ACCUMULATORS >= 6 => self.run_rows::<V, 6, 1>(row, lane, sum),
+                        _ => self.run_rows::<V, 2, 1>(row, lane, sum),
                     }
                 };
             }
@@ -227,31 +290,44 @@ impl Job<'_> {
         lane: usize,
         sum: &mut [f32],
     ) -> usize {
-        macro_rules! run {
-            ($p:literal) => {{
-                let (x, dy) = (self.x[row..].as_ptr(), self.dy[lane..].as_ptr());
-                // SAFETY: every voxel of the tile has `rows` floats from its own on and 16 Q lanes.
-                let acc = unsafe {
-                    outer_product::<V, $p, Q>((x, self.x_pitch), (dy, self.width), self.pairs, self.voxels)
-                };
-                for p in 0..$p {
-                    for q in 0..Q {
-                        let to = &mut sum[(row + p) * self.width + lane + q * LANES..][..LANES];
-                        // SAFETY: `to` has 16 floats.
-                        unsafe { acc[p][q].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
-                    }
-                }
-                return $p;
-            }};
+        // SAFETY: handed on from the caller.
+        unsafe {
+            match (self.rows - row).min(MAX) {
+                24.. if MAX >= 24 => self.add::<V, 24, 24, Q>(row, lane, sum),
+                12.. if MAX >= 12 => self.add::<V, 12, 12, Q>(row, lane, sum),
+                6.. if MAX >= 6 => self.add::<V, 6, 6, Q>(row, lane, sum),
+                2.. => self.add::<V, 2, 2, Q>(row, lane, sum),
+                _ => self.add::<V, 1, 1, Q>(row, lane, sum),
+            }
         }
-        match (self.rows - row).min(MAX) {
-            12.. if MAX >= 12 => run!(12),
-            8.. if MAX >= 8 => run!(8),
-            6.. => run!(6),
-            4.. => run!(4),
-            3 => run!(3),
-            2 => run!(2),
-            _ => run!(1),
+    }
+
+    /// Adds P rows of every group, RP in all, for Q lane blocks; returns P.
+    #[inline(always)]
+    unsafe fn add<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
+        &self,
+        row: usize,
+        lane: usize,
+        sum: &mut [f32],
+    ) -> usize {
+        let (x, dy) = (self.x[row..].as_ptr(), self.dy[lane..].as_ptr());
+        // SAFETY: every voxel of the tile has `rows` floats from its own on in every group, and 16 Q lanes.
+        let acc = unsafe {
+            outer_product::<V, P, RP, Q>(
+                (x, self.x_pitch, self.group),
+                (dy, self.width),
+                self.pairs,
+                self.steps,
+            )
+        };
+        for p in 0..RP {
+            for q in 0..Q {
+                let to =
+                    &mut sum[(p / P * self.rows + row + p % P) * self.width + lane + q * LANES..][..LANES];
+                // SAFETY: `to` has 16 floats.
+                unsafe { acc[p][q].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+            }
         }
+        P
     }
 }

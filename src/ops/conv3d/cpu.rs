@@ -2,11 +2,12 @@
 
 use super::Filter;
 use crate::device::arena::Buffer;
-use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
+use crate::device::bf16::Operands;
+use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 
 /// One raw output a filter.
-pub fn fprop(x: &Activation, filters: &[Filter], stride: usize) -> Vec<Tensor> {
+pub fn fprop(x: &Activation, filters: &[Filter], stride: usize, operands: Operands) -> Vec<Tensor> {
     let shape = x.shape();
     let kernel = filters[0].weight.shape[2];
     let out_space = shape.space().map(|s| s.div_ceil(stride));
@@ -22,7 +23,8 @@ pub fn fprop(x: &Activation, filters: &[Filter], stride: usize) -> Vec<Tensor> {
         .collect();
     let taps = kernel.pow(3);
     let map = Map::Gather { kernel, stride };
-    correlate(map, shape.n, shape.space(), out_space, &[x.into()], &mut heads, &|_, head| Weights {
+    let problem = Problem { map, operands, n: shape.n, space: shape.space(), out_space };
+    correlate(problem, &[x.into()], &mut heads, &|_, head| Weights {
         data: &filters[head].weight.value,
         offset: 0,
         head_stride: shape.c * taps,
@@ -33,24 +35,35 @@ pub fn fprop(x: &Activation, filters: &[Filter], stride: usize) -> Vec<Tensor> {
 }
 
 /// The gradient of each filter's weights, in their layout.
-pub fn wgrad(x: &Activation, dys: &[Tensor], kernel: usize, stride: usize) -> Vec<Vec<f32>> {
+pub fn wgrad(
+    x: &Activation,
+    dys: &[Tensor],
+    kernel: usize,
+    stride: usize,
+    operands: Operands,
+) -> Vec<Buffer> {
     let (shape, out_space) = (x.shape(), dys[0].shape().space());
     let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
     let map = Map::Gather { kernel, stride };
-    conv::wgrad(map, shape.n, shape.space(), out_space, &[Source::from(x)], &lanes)
+    let problem = Problem { map, operands, n: shape.n, space: shape.space(), out_space };
+    conv::wgrad(problem, &[Source::from(x)], &lanes)
 }
 
 /// dx = sum over the filters of their dy convolved backwards.
-pub fn dgrad(shape: Shape, dys: &[Tensor], weights: &[Param], kernel: usize, stride: usize) -> Tensor {
+pub fn dgrad(
+    shape: Shape,
+    dys: &[Tensor],
+    weights: &[Param],
+    (kernel, stride): (usize, usize),
+    operands: Operands,
+) -> Tensor {
     let mut dx = Buffer::dirty(shape.len());
     let sources: Vec<Source> = dys.iter().map(Source::from).collect();
     let taps = kernel.pow(3);
     let back = if stride == 1 { Map::Gather { kernel, stride } } else { Map::Scatter };
+    let (space, out_space) = (dys[0].shape().space(), shape.space());
     correlate(
-        back,
-        shape.n,
-        dys[0].shape().space(),
-        shape.space(),
+        Problem { map: back, operands, n: shape.n, space, out_space },
         &sources,
         &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
         &|source, _| Weights {

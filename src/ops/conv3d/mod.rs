@@ -21,6 +21,7 @@ pub mod plan;
 pub(super) mod tiled;
 mod wgrad_args;
 
+use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -64,7 +65,7 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             let outs = cuda::fprop(&view, &on_device(filters), stride, &stats)?;
             outs.into_iter().map(|o| Tensor::on_device(o.shape, o.data, o.partials)).collect()
         }
-        None => cpu::fprop(x, filters, stride),
+        None => cpu::fprop(x, filters, stride, tape.operands),
     };
     if tape.is_recording() {
         let pass = Pass {
@@ -73,6 +74,7 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             biases: filters.iter().map(|f| f.bias.cloned()).collect(),
             kernel,
             stride,
+            operands: tape.operands,
         };
         let ids: Vec<_> = outs.iter().map(Tensor::id).collect();
         tape.record(move |grads| {
@@ -107,6 +109,7 @@ struct Pass {
     biases: Vec<Option<Param>>,
     kernel: usize,
     stride: usize,
+    operands: Operands,
 }
 
 impl Pass {
@@ -124,7 +127,7 @@ impl Pass {
             }
             return Ok(());
         }
-        let dws = cpu::wgrad(&self.x, dys, self.kernel, self.stride);
+        let dws = cpu::wgrad(&self.x, dys, self.kernel, self.stride, self.operands);
         for ((dw, weight), (bias, dy)) in dws.iter().zip(&self.weights).zip(self.biases.iter().zip(dys)) {
             grads.add_param(weight.id, dw);
             if let Some(bias) = bias {
@@ -139,7 +142,7 @@ impl Pass {
         let shape: Shape = self.x.shape();
         let views: Vec<_> = dys.iter().filter_map(Tensor::view).collect();
         if views.is_empty() {
-            return Ok(cpu::dgrad(shape, dys, &self.weights, self.kernel, self.stride));
+            return Ok(cpu::dgrad(shape, dys, &self.weights, (self.kernel, self.stride), self.operands));
         }
         let _range = range("conv3d dgrad");
         let filters: Vec<_> = self.weights.iter().map(|w| device_filter(w, None)).collect();

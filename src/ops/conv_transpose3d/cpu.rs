@@ -2,7 +2,8 @@
 
 use super::TAPS;
 use crate::device::arena::Buffer;
-use crate::ops::conv::{self, Head, Map, Source, Weights, correlate};
+use crate::device::bf16::Operands;
+use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
 
@@ -12,35 +13,48 @@ fn starts<A: Borrow<Activation>>(inputs: &[A]) -> Vec<usize> {
 }
 
 /// y of `cat(inputs)`.
-pub fn fprop(inputs: &[&Activation], weight: &Param, bias: Option<&Param>) -> Tensor {
+pub fn fprop(inputs: &[&Activation], weight: &Param, bias: Option<&Param>, operands: Operands) -> Tensor {
     let (shape, o) = (inputs[0].shape(), weight.shape[1]);
     let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
     let starts = starts(inputs);
     let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
     let mut y = Buffer::dirty(out.len());
     let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
-    correlate(Map::Scatter, shape.n, shape.space(), out.space(), &sources, &mut [head], &|source, _| {
-        Weights {
-            data: &weight.value,
-            offset: starts[source] * o * TAPS,
-            head_stride: TAPS,
-            source_stride: o * TAPS,
-            mirrored: false,
-        }
+    let (space, out_space) = (shape.space(), out.space());
+    let problem = Problem { map: Map::Scatter, operands, n: shape.n, space, out_space };
+    correlate(problem, &sources, &mut [head], &|source, _| Weights {
+        data: &weight.value,
+        offset: starts[source] * o * TAPS,
+        head_stride: TAPS,
+        source_stride: o * TAPS,
+        mirrored: false,
     });
     Tensor::new(out, y)
 }
 
+/// From dy, of shape `out`, to the inputs.
+fn backwards(out: Shape, input: Shape, operands: Operands) -> Problem {
+    let map = Map::Gather { kernel: 3, stride: 2 };
+    Problem { map, operands, n: out.n, space: out.space(), out_space: input.space() }
+}
+
 /// The gradient of the weights, in their layout.
-pub fn wgrad(inputs: &[Activation], dy: &Tensor) -> Vec<f32> {
+pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
     let (shape, out) = (inputs[0].shape(), dy.shape());
     let lanes: Vec<Source> = inputs.iter().map(Source::from).collect();
-    let map = Map::Gather { kernel: 3, stride: 2 };
-    conv::wgrad(map, out.n, out.space(), shape.space(), &[Source::from(dy)], &lanes).concat()
+    let dws = conv::wgrad(backwards(out, shape, operands), &[Source::from(dy)], &lanes);
+    let mut all = Buffer::dirty(dws.iter().map(|dw| dw.len()).sum());
+    let mut rest = &mut all[..];
+    for dw in &dws {
+        let (of_input, tail) = rest.split_at_mut(dw.len());
+        of_input.copy_from_slice(dw);
+        rest = tail;
+    }
+    all
 }
 
 /// One dx an input.
-pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param) -> Vec<Tensor> {
+pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Operands) -> Vec<Tensor> {
     let (shape, o, starts) = (inputs[0].shape(), weight.shape[1], starts(inputs));
     let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
     let mut heads: Vec<Head> = dxs
@@ -48,9 +62,8 @@ pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param) -> Vec<Tensor> 
         .zip(inputs)
         .map(|(dx, x)| Head { out: dx, channels: x.shape().c, bias: None })
         .collect();
-    let map = Map::Gather { kernel: 3, stride: 2 };
-    let out = dy.shape();
-    correlate(map, out.n, out.space(), shape.space(), &[Source::from(dy)], &mut heads, &|_, head| Weights {
+    let problem = backwards(dy.shape(), shape, operands);
+    correlate(problem, &[Source::from(dy)], &mut heads, &|_, head| Weights {
         data: &weight.value,
         offset: starts[head] * o * TAPS,
         head_stride: o * TAPS,

@@ -12,6 +12,7 @@ mod cpu;
 pub mod cuda;
 pub mod cuda_wgrad;
 
+use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -53,7 +54,7 @@ pub fn conv_transpose3d(
     }
     let views: Vec<View> = inputs.iter().filter_map(|x| x.view()).collect();
     let y = if views.is_empty() {
-        cpu::fprop(inputs, weight, bias)
+        cpu::fprop(inputs, weight, bias, tape.operands)
     } else {
         let _range = range("conv_transpose3d fprop");
         let views: Vec<&View> = views.iter().collect();
@@ -67,6 +68,7 @@ pub fn conv_transpose3d(
             inputs: inputs.iter().map(|&x| x.clone()).collect(),
             weight: weight.clone(),
             bias: bias.cloned(),
+            operands: tape.operands,
         };
         let id = y.id();
         tape.record(move |grads| {
@@ -88,6 +90,7 @@ struct Pass {
     inputs: Vec<Activation>,
     weight: Param,
     bias: Option<Param>,
+    operands: Operands,
 }
 
 impl Pass {
@@ -100,7 +103,7 @@ impl Pass {
             cuda_wgrad::wgrad(&views, &dy, self.weight.device().grad())?;
             return self.bias.as_ref().map_or(Ok(()), |bias| bias_grad(&dy, bias.device().grad()));
         }
-        grads.add_param(self.weight.id, &cpu::wgrad(&self.inputs, dy));
+        grads.add_param(self.weight.id, &cpu::wgrad(&self.inputs, dy, self.operands));
         if let Some(bias) = &self.bias {
             grads.add_param(bias.id, &channel_sums(dy));
         }
@@ -110,7 +113,7 @@ impl Pass {
     /// One dx an input.
     fn dgrad(&self, dy: &Tensor) -> Result<Vec<Tensor>> {
         let Some(view) = dy.view() else {
-            return Ok(cpu::dgrad(&self.inputs, dy, &self.weight));
+            return Ok(cpu::dgrad(&self.inputs, dy, &self.weight, self.operands));
         };
         let _range = range("conv_transpose3d dgrad");
         let dims = self.weight.shape[..].try_into().expect("checked to have five sides");

@@ -43,9 +43,9 @@ pub struct DiceCe {
     sums: Vec<[(f64, f64); 2]>,
 }
 
-/// (softmax of two logits, -ln p[label]), with the transcendental functions in the logits' own precision.
+/// (softmax of two logits, f, m) with -ln p[label] = ln f + m; the exponential in the logits' own precision.
 #[inline(always)]
-fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64) {
+fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64, f64) {
     // p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both
     // from e = exp(-|x|), which cannot overflow.
     let x = (l[1] - l[0]).to_f64();
@@ -53,8 +53,11 @@ fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64) {
     let one = T::new(1.0);
     let (small, large) = ((e / (one + e)).to_f64(), (one / (one + e)).to_f64());
     let margin = if label == 1 { x } else { -x };
-    (if x >= 0.0 { [small, large] } else { [large, small] }, e.ln_1p().to_f64() + (-margin).max(0.0))
+    (if x >= 0.0 { [small, large] } else { [large, small] }, 1.0 + e.to_f64(), (-margin).max(0.0))
 }
+
+/// Factors of at most 2 whose product is far from f64's largest number: one logarithm for all of them.
+const FACTORS: usize = 256;
 
 /// The loss of logits (N, V, 2) against labels (N, V), values 0 and 1; `samples` = N.
 pub fn dice_ce<T: Float>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -> DiceCe {
@@ -69,16 +72,22 @@ pub fn dice_ce<T: Float>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) 
                 .zip(labels.par_chunks(CHUNK))
                 .map(|(logits, labels)| {
                     let (mut sums, mut ce) = ([(0.0, 0.0); 2], 0.0);
-                    for (l, &label) in logits.chunks_exact(2).zip(labels) {
-                        let (prob, nll) = softmax(l, label);
-                        ce += nll;
+                    let mut product = 1.0;
+                    for (i, (l, &label)) in logits.chunks_exact(2).zip(labels).enumerate() {
+                        let (prob, factor, summand) = softmax(l, label);
+                        product *= factor;
+                        if i % FACTORS == FACTORS - 1 {
+                            ce += product.ln();
+                            product = 1.0;
+                        }
+                        ce += summand;
                         for c in 0..2 {
                             let g = f64::from(u8::from(label == c as u8));
                             sums[c].0 += prob[c] * g;
                             sums[c].1 += if p.squared_pred { prob[c] * prob[c] } else { prob[c] } + g;
                         }
                     }
-                    (sums, ce)
+                    (sums, ce + product.ln())
                 })
                 .collect();
             partials.iter().fold([(0.0, 0.0); 2], |mut total, (part, part_ce)| {
@@ -122,7 +131,7 @@ pub fn dice_ce_backward<T: Float>(
             .zip(logits.par_chunks(2 * CHUNK).zip(labels.par_chunks(CHUNK)))
             .for_each(|(out, (logits, labels))| {
                 for ((out, l), &label) in out.chunks_exact_mut(2).zip(logits.chunks_exact(2)).zip(labels) {
-                    let (prob, _) = softmax(l, label);
+                    let (prob, ..) = softmax(l, label);
                     let g = [f64::from(u8::from(label == 0)), f64::from(u8::from(label == 1))];
                     let dp: [f64; 2] = std::array::from_fn(|c| {
                         a[c] * g[c] + b[c] * if p.squared_pred { prob[c] } else { 1.0 }

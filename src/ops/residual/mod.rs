@@ -43,7 +43,7 @@ fn add_on_host(a: &Activation, b: &Activation) -> Tensor {
     let c = a.shape().c;
     for_chunks(y.make_mut(), b, |y, x, map| {
         let mut mapped = vec![0.0; y.len()];
-        transform_row(&mut mapped, x, c, c, map);
+        transform_row(&mut mapped, c, x, c, c, map);
         y.iter_mut().zip(mapped).for_each(|(y, m)| *y += m);
     });
     y
@@ -66,7 +66,7 @@ pub fn materialize(x: &Activation) -> Result<Tensor> {
 fn materialize_on_host(x: &Activation) -> Tensor {
     let mut y = Tensor::new(x.shape(), Buffer::dirty(x.shape().len()));
     let c = x.shape().c;
-    for_chunks(y.make_mut(), x, |y, x, map| transform_row(y, x, c, c, map));
+    for_chunks(y.make_mut(), x, |y, x, map| transform_row(y, c, x, c, c, map));
     y
 }
 

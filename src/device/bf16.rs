@@ -1,0 +1,158 @@
+//! bfloat16 operands: rounding, pairs in 32 bits, and the sums of products of pairs on every vector unit.
+//!
+//! AVX-512's VDPBF16PS adds two products to a float: `acc + a.odd b.odd`, rounded once, `+ a.even b.even`, rounded once,
+//! a denormal operand or result counting as 0. A product of bfloat16 is exact in f32, so two fused multiply-adds and
+//! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here.
+
+use super::cpu::{Lanes, Plain};
+
+/// What the CPU's convolutions multiply. Sums are f32 in both, and so is everything that is not a convolution.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Operands {
+    /// f32, as stored.
+    #[default]
+    Single,
+    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed: torch's CPU autocast.
+    Bf16,
+}
+
+/// `v` rounded to bfloat16, in the upper half of the bits; denormals become 0.
+#[inline(always)]
+pub fn round(v: f32) -> u32 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) & 0xffff_0000;
+    let finite = if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { rounded };
+    // A payload in the lower half alone must not round to infinity.
+    if v.is_nan() { bits & 0xffff_0000 | 0x0040_0000 } else { finite }
+}
+
+/// Two values, `even` in the lower half. An f32 only by its size: it is moved, never computed with.
+#[inline(always)]
+pub fn pair(even: f32, odd: f32) -> f32 {
+    f32::from_bits(round(even) >> 16 | round(odd))
+}
+
+/// A vector unit's f32 lanes that can also add products of pairs.
+pub trait Dot: Lanes {
+    /// `self` plus the products of the pairs in `a` and `b`.
+    fn dot(self, a: Self, b: Self) -> Self;
+}
+
+/// Lanes whose operands are pairs: [`Lanes::fma`] adds both products of each lane.
+#[derive(Clone, Copy)]
+pub struct Pairs<V>(V);
+
+impl<V: Dot> Lanes for Pairs<V> {
+    #[inline(always)]
+    fn zero() -> Self {
+        Pairs(V::zero())
+    }
+    #[inline(always)]
+    unsafe fn splat(p: *const f32) -> Self {
+        // SAFETY: handed on from the caller.
+        Pairs(unsafe { V::splat(p) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: handed on from the caller.
+        Pairs(unsafe { V::load(p) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.0.store(p) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        Pairs(self.0.dot(a.0, b.0))
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Pairs(self.0.add(other.0))
+    }
+}
+
+impl Dot for Plain {
+    #[inline(always)]
+    fn dot(self, a: Self, b: Self) -> Self {
+        let flush = |v: f32| if v.abs() < f32::MIN_POSITIVE { 0.0f32.copysign(v) } else { v };
+        let odd = |v: f32| f32::from_bits(v.to_bits() & 0xffff_0000);
+        let even = |v: f32| f32::from_bits(v.to_bits() << 16);
+        Plain(std::array::from_fn(|i| {
+            let sum = flush(odd(a.0[i]).mul_add(odd(b.0[i]), self.0[i]));
+            flush(even(a.0[i]).mul_add(even(b.0[i]), sum))
+        }))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Dot;
+    use crate::device::cpu::x86::{Avx2, Avx512};
+    use std::arch::x86_64::*;
+
+    impl Dot for Avx512 {
+        #[inline(always)]
+        fn dot(self, a: Self, b: Self) -> Self {
+            // SAFETY: only entries that found AVX512_BF16 instantiate this; a __m512bh is 512 bits like any other.
+            unsafe {
+                let halves = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
+                Avx512(_mm512_dpbf16_ps(self.0, halves(a.0), halves(b.0)))
+            }
+        }
+    }
+
+    impl Dot for Avx2 {
+        #[inline(always)]
+        fn dot(self, a: Self, b: Self) -> Self {
+            // SAFETY: AVX2 and FMA are present wherever Avx2 is instantiated.
+            unsafe { Avx2(dot(self.0, a.0, b.0), dot(self.1, a.1, b.1)) }
+        }
+    }
+
+    /// Eight lanes.
+    ///
+    /// # Safety
+    /// AVX2 and FMA must be present.
+    #[inline(always)]
+    unsafe fn dot(acc: __m256, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let odd = |v| _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0xffff_0000_u32 as i32)));
+            let even = |v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(v)));
+            let sum = flush(_mm256_fmadd_ps(odd(a), odd(b), acc));
+            flush(_mm256_fmadd_ps(even(a), even(b), sum))
+        }
+    }
+
+    /// Denormals to 0, signs kept.
+    ///
+    /// # Safety
+    /// AVX2 must be present.
+    #[inline(always)]
+    unsafe fn flush(v: __m256) -> __m256 {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            let small =
+                _mm256_cmp_ps::<_CMP_LT_OQ>(_mm256_andnot_ps(sign, v), _mm256_set1_ps(f32::MIN_POSITIVE));
+            _mm256_andnot_ps(_mm256_andnot_ps(sign, small), v)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_to_nearest_even_and_keeps_what_is_no_number() {
+        let rounded = |v: f32| f32::from_bits(round(v));
+        for v in [0.0, 1.0, -2.5, 1.0e30, 0.1, f32::MAX, 257.0, 259.0, f32::INFINITY] {
+            assert_eq!(rounded(v), half::bf16::from_f32(v).to_f32(), "{v}");
+            assert_eq!(rounded(-v), half::bf16::from_f32(-v).to_f32(), "{v}");
+        }
+        assert!(rounded(f32::from_bits(0x7f80_0001)).is_nan() && rounded(f32::NAN).is_nan());
+        assert_eq!(rounded(-f32::MIN_POSITIVE / 2.0).to_bits(), (-0.0f32).to_bits());
+    }
+}

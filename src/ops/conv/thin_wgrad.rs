@@ -1,0 +1,167 @@
+//! Gradients of weights between tensors of two channels each: sixteen neighbouring voxels fill the lanes.
+//!
+//! The network's last convolution is such a layer: two channels would leave seven eighths of the lanes empty. Lane by
+//! lane sums of a tile are added up per split, splits in order, and at last the sixteen lanes in order.
+
+use super::Source;
+use super::micro::lanes_of_products;
+use super::plan::{Block, LANES, Map, Tile};
+use super::tile::{Element, Order, Place, load};
+use super::transpose::transpose;
+use crate::device::bf16::Operands;
+use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use rayon::prelude::*;
+
+/// Channels of both tensors.
+const C: usize = 2;
+
+/// Floats of the sums of one (kd, kh): (source channel, kw, lane channel, lane).
+const ROW_SUMS: usize = C * 3 * C * LANES;
+
+/// The only map that the network has such a layer for.
+const MAP: Map = Map::Gather { kernel: 3, stride: 1 };
+
+/// A floor for the number of tasks.
+const SPLITS: usize = 32;
+
+/// Whether [`wgrad`] computes this layer.
+pub fn fits(map: Map, sources: &[Source], lane_sources: &[Source]) -> bool {
+    let two = |s: &[Source]| s.len() == 1 && s[0].channels == C;
+    map == MAP && two(sources) && two(lane_sources)
+}
+
+/// dw (lane channel, source channel, 3, 3, 3) of `n` samples of (D, H, W) `space`; see [`super::wgrad()`].
+pub fn wgrad(
+    operands: Operands,
+    n: usize,
+    space: [usize; 3],
+    source: &Source,
+    lane_source: &Source,
+) -> Vec<f32> {
+    let tiles = Tile::choose(MAP, space, C).origins(n, space);
+    let element = match operands {
+        Operands::Single => Element::Single,
+        Operands::Bf16 => Element::Rounded,
+    };
+    let per_split = tiles.len().div_ceil(SPLITS);
+    let block = Block { tensor: 0, first: 0, len: C };
+    let (width, extent) = (space[2].next_multiple_of(LANES), MAP.extent(space[2]));
+    let partials: Vec<Vec<f32>> = tiles
+        .par_chunks(per_split)
+        .map(|tiles| {
+            let mut sum = vec![0.0; 9 * ROW_SUMS];
+            let (mut x, mut dy, mut row) = (Vec::new(), Vec::new(), Vec::new());
+            for origin in tiles {
+                let size = origin.3;
+                // Vectors past a row's end meet zeros of dy.
+                x.resize(MAP.extent(size.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
+                let place = Place { map: MAP, space, anchors_w: space[2], origin };
+                load(source, block, &place, (Order::ChannelRows, element), &mut x, &mut row);
+                load_rows(lane_source, (space, width, element), origin, &mut dy, &mut row);
+                for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
+                    let rows: Vec<_> = (0..size.d * size.h)
+                        .map(|i| {
+                            let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
+                            ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
+                        })
+                        .collect();
+                    Job { x: &x, extent, dy: &dy, width, rows: &rows }.run(sum);
+                }
+            }
+            sum
+        })
+        .collect();
+    let mut dw = vec![0.0; C * C * 27];
+    for (i, j) in (0..C).flat_map(|i| (0..C).map(move |j| (i, j))) {
+        for tap in 0..27 {
+            let at = tap / 3 * ROW_SUMS + ((i * 3 + tap % 3) * C + j) * LANES;
+            let mut lanes = [0.0; LANES];
+            for sum in &partials {
+                lanes.iter_mut().zip(&sum[at..]).for_each(|(l, s)| *l += s);
+            }
+            dw[(j * C + i) * 27 + tap] = lanes.iter().sum();
+        }
+    }
+    dw
+}
+
+/// Copies the rows of a tile, mapped, to [row][channel][w], zero from `space[2]` to `width`.
+fn load_rows(
+    source: &Source,
+    (space, width, element): ([usize; 3], usize, Element),
+    &(n, d0, h0, size): &(usize, usize, usize, Tile),
+    out: &mut Vec<f32>,
+    row: &mut Vec<f32>,
+) {
+    let pending = source.pending.map(|p| {
+        let (scale, shift) = p.of_sample(n, C);
+        (scale, shift, p.slope)
+    });
+    out.resize(size.d * size.h * C * width, 0.0);
+    row.resize(space[2] * C, 0.0);
+    for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
+        let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
+        super::transform_row(row, C, &source.data[voxel * C..][..space[2] * C], C, C, pending);
+        if element == Element::Rounded {
+            super::tile::round_row(row);
+        }
+        transpose(row, C, out, width);
+    }
+}
+
+/// One (kd, kh) of one tile.
+struct Job<'a> {
+    x: &'a [f32],
+    extent: usize,
+    dy: &'a [f32],
+    width: usize,
+    rows: &'a [(usize, usize)],
+}
+
+impl Job<'_> {
+    /// Adds the tile's products to `sum`.
+    fn run(&self, sum: &mut [f32]) {
+        match simd() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512(sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2(sum) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Plain>(sum) },
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn run_avx512(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512>(sum) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&self, sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2>(sum) }
+    }
+
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes>(&self, sum: &mut [f32]) {
+        let (x, dy) = ((self.x.as_ptr(), self.extent), (self.dy.as_ptr(), self.width));
+        // SAFETY: rows lie in their tiles, which `wgrad` made long enough for the last vector.
+        let acc = unsafe { lanes_of_products::<V, C>(x, dy, self.rows, self.width / LANES) };
+        for i in 0..C {
+            for tap in 0..3 {
+                for j in 0..C {
+                    let to = &mut sum[((i * 3 + tap) * C + j) * LANES..][..LANES];
+                    // SAFETY: `to` has 16 floats.
+                    unsafe { acc[i][tap][j].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! `SPLEEN_SIMD` forces a vector unit, and what it cannot force is refused in one sentence.
+
+use spleen_hpc::device::cpu::simd;
+use std::process::{Command, Output};
+
+fn doctor(unit: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_spleen-hpc"));
+    command.args(["doctor"]).env("SPLEEN_SIMD", unit).output().expect("the binary starts")
+}
+
+#[test]
+fn a_forced_unit_is_the_one_in_use() {
+    let stdout = String::from_utf8(doctor("portable").stdout).expect("text");
+    assert!(stdout.contains("no AVX2"), "{stdout}");
+    // In this process nothing is forced: the best unit is in use, and it can be forced too.
+    let name = match simd().to_string().as_str() {
+        "AVX-512" => "avx512",
+        "AVX2" => "avx2",
+        _ => "portable",
+    };
+    let stdout = String::from_utf8(doctor(name).stdout).expect("text");
+    assert!(stdout.contains(&simd().to_string()), "{stdout}");
+}
+
+#[test]
+fn an_unknown_unit_is_refused() {
+    let output = doctor("sse9");
+    assert_eq!(output.status.code(), Some(2));
+    let stderr = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(stderr.trim(), "error: SPLEEN_SIMD=sse9: it is avx512, avx2 or portable");
+}
