@@ -2,15 +2,23 @@
 
 use spleen_hpc::config::{Amp, DeviceChoice};
 use spleen_hpc::device::Device;
+use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::choice::resolve;
 use spleen_hpc::device::cuda::libcuda::{self, Presence};
 use spleen_hpc::device::cuda::{Compared, Precision, agree};
 
 #[test]
 fn the_cpu_can_always_be_had() {
-    let (device, why) = resolve(DeviceChoice::Cpu, Precision::Half).unwrap();
-    assert!(matches!(device, Device::Cpu));
-    assert!(why.starts_with("cpu (") && why.ends_with("threads), as asked"), "{why}");
+    for (amp, operands, arithmetic) in [
+        (Amp::Auto, Operands::Single, "f32"),
+        (Amp::Off, Operands::Single, "f32"),
+        (Amp::On, Operands::Bf16, "mixed precision (bfloat16)"),
+    ] {
+        let (device, why) = resolve(DeviceChoice::Cpu, amp).unwrap();
+        assert!(matches!(device, Device::Cpu(got) if got == operands), "{device:?}");
+        let end = format!("threads) in {arithmetic}, as asked");
+        assert!(why.starts_with("cpu (") && why.ends_with(&end), "{why}");
+    }
 }
 
 #[test]
@@ -19,10 +27,10 @@ fn without_a_driver_auto_is_the_cpu_and_cuda_is_refused() {
         println!("skipped: this machine has an NVIDIA driver");
         return;
     }
-    let (device, why) = resolve(DeviceChoice::Auto, Precision::Half).unwrap();
-    assert!(matches!(device, Device::Cpu));
+    let (device, why) = resolve(DeviceChoice::Auto, Amp::Auto).unwrap();
+    assert!(matches!(device, Device::Cpu(Operands::Single)));
     assert!(why.ends_with("for there is no NVIDIA driver (libcuda.so.1)"), "{why}");
-    let err = resolve(DeviceChoice::Cuda(1), Precision::Half).unwrap_err();
+    let err = resolve(DeviceChoice::Cuda(1), Amp::Auto).unwrap_err();
     assert_eq!(
         err.to_string(),
         "--device cuda:1: there is no NVIDIA driver (libcuda.so.1): use --device cpu, `spleen-hpc doctor` says more"
@@ -36,7 +44,7 @@ fn the_emulator_can_be_chosen_where_it_is_built() {
     for (text, name) in [("emulated", "emulated:0"), ("emulated:7", "emulated:7")] {
         let choice: DeviceChoice = text.parse().unwrap();
         assert_eq!(choice.to_string(), name);
-        let (device, why) = resolve(choice, Amp::Off.into()).unwrap();
+        let (device, why) = resolve(choice, Amp::Off).unwrap();
         let Device::Cuda(cuda) = device else { panic!("{why}") };
         assert_eq!(cuda.precision(), Precision::Single);
         assert_eq!(why, "emulated GPU in f32, as asked");
@@ -46,6 +54,7 @@ fn the_emulator_can_be_chosen_where_it_is_built() {
 
 #[test]
 fn mixed_precision_is_fp16() {
+    assert_eq!(Precision::from(Amp::Auto), Precision::Half);
     assert_eq!(Precision::from(Amp::On), Precision::Half);
     assert_eq!(Precision::from(Amp::Off), Precision::Single);
 }

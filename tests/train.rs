@@ -1,13 +1,14 @@
 //! Whole runs of a small network on a few phantoms: stopping and resuming anywhere leaves the same bytes, training
 //! lowers the loss, and a loss that is not a number stops with the last good checkpoint named.
 
-use spleen_hpc::config::{CacheDtype, Config, Recipe};
+use spleen_hpc::config::{Amp, CacheDtype, Config, Recipe};
 use spleen_hpc::data::cache::{CacheParams, build_all};
 use spleen_hpc::data::cache_file::CachedCase;
 use spleen_hpc::data::dataset::training_cases;
 use spleen_hpc::data::phantom::{PhantomConfig, generate};
+use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::nn::checkpoint;
-use spleen_hpc::train::run::{BEST, Event, HISTORY, LAST, Run, Summary};
+use spleen_hpc::train::run::{BEST, Event, HISTORY, LAST, Place, Run, Summary};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,7 +51,15 @@ fn run(
     let resume = last.exists().then(|| checkpoint::load(&last).expect("a checkpoint"));
     let stop = AtomicBool::new(false);
     let mut losses = vec![];
-    let run = Run { config: c, dir, train: Arc::clone(train), val, resume, stop: &stop, device: None };
+    let run = Run {
+        config: c,
+        dir,
+        train: Arc::clone(train),
+        val,
+        resume,
+        stop: &stop,
+        place: Place::Cpu(c.amp.into()),
+    };
     let summary = run.train(&mut |event| {
         if let Event::Step { loss, .. } = event {
             losses.push(*loss);
@@ -85,6 +94,25 @@ fn a_run_stopped_anywhere_resumes_to_the_same_bytes() {
             assert!(read(&parts, name) == read(&whole, name), "stopped at {at}: {name} differs");
         }
     }
+}
+
+/// `--amp on` on the CPU: other bits than f32, near it, and the same ones from a run that was stopped.
+#[test]
+fn a_run_in_bfloat16_is_near_f32_and_resumes_to_the_same_bytes() {
+    let (dir, train, val) = cases(CacheDtype::F16);
+    let (single, train) = (config(), Arc::new(train));
+    let mixed = Config { amp: Amp::On, ..single.clone() };
+    let folder = |name: &str| dir.path().join(name);
+    let (_, want) = run(&single, &folder("f32"), &train, &val, usize::MAX);
+    let (_, whole) = run(&mixed, &folder("whole"), &train, &val, usize::MAX);
+    let (_, mut seen) = run(&mixed, &folder("parts"), &train, &val, 3);
+    seen.extend(run(&mixed, &folder("parts"), &train, &val, usize::MAX).1);
+    assert_eq!(seen, whole);
+    let last = |name: &str| std::fs::read(folder(name).join(LAST)).expect("a checkpoint");
+    assert!(last("parts") == last("whole"));
+    assert_ne!(want[0], whole[0]);
+    // An operand is off by 2^-9 of itself at most: a loss of order 1 by a few 1e-3 in the first step.
+    assert!((want[0] - whole[0]).abs() < 5e-3, "{} in f32, {} in bfloat16", want[0], whole[0]);
 }
 
 #[test]
@@ -126,7 +154,7 @@ fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
         val: &val,
         resume,
         stop: &stop,
-        device: None,
+        place: Place::Cpu(Operands::Single),
     };
     let error = run.train(&mut |_| {}).expect_err("weights that are infinite").to_string();
     assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
@@ -149,7 +177,7 @@ fn weights_that_left_the_numbers_are_never_saved() {
         val: &val,
         resume: None,
         stop: &stop,
-        device: None,
+        place: Place::Cpu(Operands::Single),
     };
     let error = run.train(&mut |_| {}).expect_err("weights beyond f32").to_string();
     assert!(error.contains("last good checkpoint is"), "{error}");

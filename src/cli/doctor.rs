@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use super::{Outcome, say};
-use crate::config::DeviceChoice;
+use crate::config::{Amp, DeviceChoice};
 use crate::device::cuda::kernel_cache::{KernelCache, in_parallel};
 use crate::device::cuda::libcuda::{self, Presence};
 use crate::device::cuda::nvrtc::{Entry, Module, Nvrtc, OLDEST_CAPABILITY, Target};
@@ -204,8 +204,8 @@ fn compile(findings: &mut Findings, nvrtc: &Nvrtc, target: &Target, chosen: &[So
 
 /// Runs the ops' small cases on the device, where there is one.
 fn try_device(findings: &mut Findings, choice: DeviceChoice, gpus: &[Info]) {
-    for precision in PRECISIONS {
-        let (device, why) = match choice::resolve(choice, precision) {
+    for amp in [Amp::On, Amp::Off] {
+        let (device, why) = match choice::resolve(choice, amp) {
             Ok(resolved) => resolved,
             Err(err) => return findings.broken("device", err),
         };

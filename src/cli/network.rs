@@ -71,8 +71,9 @@ impl Trained {
     /// When the device has not enough memory.
     pub fn network(&self, device: &Device) -> Result<Ready> {
         let mut net = UNet::from_state_dict(&self.weights)?;
-        if let Device::Cuda(cuda) = device {
-            net.place_for_inference(cuda)?;
+        match device {
+            Device::Cpu(operands) => net.set_operands(*operands),
+            Device::Cuda(cuda) => net.place_for_inference(cuda)?,
         }
         Ok(Ready { net })
     }

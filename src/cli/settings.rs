@@ -69,7 +69,7 @@ pub fn read_toml(path: &Path) -> Result<Overrides> {
 /// # Errors
 /// [`Error::Usage`] where one was asked for that cannot be had, and kernels that do not compile.
 pub fn choose_device(config: &Config) -> Result<Device> {
-    let (device, why) = choice::resolve(config.device, config.amp.into())?;
+    let (device, why) = choice::resolve(config.device, config.amp)?;
     tell(format_args!("device: {why}"));
     if let Device::Cuda(cuda) = &device {
         // All at once and in parallel: one after another, as they are first used, they would take minutes.

@@ -20,7 +20,7 @@ use crate::device::cuda::Cuda;
 use crate::device::{Device, arena};
 use crate::nn::checkpoint;
 use crate::train::memory_plan::MemoryPlan;
-use crate::train::run::{self as train, OnDevice};
+use crate::train::run::{self as train, Place};
 use crate::{Error, Result};
 
 /// Train the network; without --data on phantoms it makes itself
@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Outcome {
     let cases = training_cases(&data)?;
     let (train, val) = split(&config.run).apply(cases.len())?;
     memory::check_window(&config)?;
-    if let Device::Cpu = device {
+    if let Device::Cpu(_) = device {
         memory::check_step(&config, train.len())?;
     }
     publish::folder(&args.run)?;
@@ -99,9 +99,9 @@ pub fn run(args: &Args) -> Outcome {
         val.len(),
         args.run.display()
     ));
-    let on_device = match &device {
-        Device::Cpu => None,
-        Device::Cuda(cuda) => Some(plan_memory(cuda, &config, &train)?),
+    let place = match &device {
+        Device::Cpu(operands) => Place::Cpu(*operands),
+        Device::Cuda(cuda) => plan_memory(cuda, &config, &train)?,
     };
     let run = train::Run {
         config: &config,
@@ -110,7 +110,7 @@ pub fn run(args: &Args) -> Outcome {
         val: &val,
         resume,
         stop,
-        device: on_device,
+        place,
     };
     let mut screen = Screen::new(config.run.epochs);
     let summary = run.train(&mut |event| screen.show(event))?;
@@ -132,13 +132,13 @@ pub fn run(args: &Args) -> Outcome {
 }
 
 /// Where the training cases will be, by a plan of the device's memory that is told on stderr.
-fn plan_memory(cuda: &Arc<Cuda>, config: &Config, train: &[CachedCase]) -> Result<OnDevice> {
+fn plan_memory(cuda: &Arc<Cuda>, config: &Config, train: &[CachedCase]) -> Result<Place> {
     let shapes: Vec<[usize; 3]> = train.iter().map(CachedCase::shape).collect();
     let cases = (&shapes[..], config.run.cache_dtype);
     let free = cuda.driver().free_memory()?;
     let plan = MemoryPlan::new(&config.net, &config.sampling, cuda.precision(), cases, free);
     tell(plan);
-    Ok(OnDevice { cuda: cuda.clone(), resident: plan.resident })
+    Ok(Place::Cuda { cuda: cuda.clone(), resident: plan.resident })
 }
 
 /// Refuses what would make the checkpoint another run's: its state fits one optimizer and its place in the epoch one

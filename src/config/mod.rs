@@ -126,11 +126,13 @@ impl fmt::Display for DeviceChoice {
     }
 }
 
-/// Automatic mixed precision. The CPU computes in f32 whatever this is.
+/// Automatic mixed precision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Amp {
-    /// fp16 storage and tensor cores, f32 sums.
+    /// On for a CUDA device, off for the CPU, as PyTorch's autocast is used.
+    Auto,
+    /// A CUDA device: fp16 storage and tensor cores. The CPU: bfloat16 products. Sums are f32 in both.
     On,
     /// f32 storage and arithmetic.
     Off,

@@ -22,8 +22,8 @@ pub struct Overrides {
     /// What computes: auto, cpu, cuda or cuda:N [default: auto]
     #[arg(long, help_heading = "General")]
     pub device: Option<DeviceChoice>,
-    /// Mixed precision of a CUDA device: fp16 storage and tensor cores, f32 sums; the CPU computes in f32 always
-    /// [default: on]
+    /// Mixed precision: fp16 on a CUDA device, bfloat16 products on the CPU, f32 sums; auto is on for CUDA, off for the
+    /// CPU [default: auto]
     #[arg(long, value_enum, help_heading = "General")]
     pub amp: Option<Amp>,
     /// CPU threads, 0 for one a core; never changes a result [default: 0]

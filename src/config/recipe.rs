@@ -13,7 +13,7 @@ impl Config {
             recipe,
             seed: 123,
             device: DeviceChoice::Auto,
-            amp: Amp::On,
+            amp: Amp::Auto,
             threads: 0,
             preprocess: Preprocess {
                 spacing_mm: [1.5, 1.5, 2.0],

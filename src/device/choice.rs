@@ -1,6 +1,7 @@
 //! Which device computes, and why that one.
 
 use super::Device;
+use super::bf16::Operands;
 use super::cpu::simd;
 use super::cuda::native::Native;
 use super::cuda::nvrtc::{Nvrtc, OLDEST_CAPABILITY, Target};
@@ -12,8 +13,17 @@ use std::sync::Arc;
 impl From<Amp> for Precision {
     fn from(amp: Amp) -> Self {
         match amp {
-            Amp::On => Precision::Half,
+            Amp::Auto | Amp::On => Precision::Half,
             Amp::Off => Precision::Single,
+        }
+    }
+}
+
+impl From<Amp> for Operands {
+    fn from(amp: Amp) -> Self {
+        match amp {
+            Amp::On => Operands::Bf16,
+            Amp::Auto | Amp::Off => Operands::Single,
         }
     }
 }
@@ -24,12 +34,13 @@ impl From<Amp> for Precision {
 ///
 /// # Errors
 /// [`Error::Usage`] where a device was asked for by name and cannot be had.
-pub fn resolve(choice: DeviceChoice, precision: Precision) -> Result<(Device, String)> {
+pub fn resolve(choice: DeviceChoice, amp: Amp) -> Result<(Device, String)> {
+    let (precision, operands) = (amp.into(), amp.into());
     let cannot = |why: Error| {
         Error::Usage(format!("--device {choice}: {why}: use --device cpu, `spleen-hpc doctor` says more"))
     };
     match choice {
-        DeviceChoice::Cpu => Ok((Device::Cpu, format!("{}, as asked", cpu()))),
+        DeviceChoice::Cpu => Ok((Device::Cpu(operands), format!("{}, as asked", cpu(operands)))),
         DeviceChoice::Cuda(ordinal) => {
             let cuda = gpu(ordinal, precision).map_err(cannot)?;
             let why = format!("cuda:{ordinal}, {}, as asked", describe(&cuda));
@@ -40,7 +51,7 @@ pub fn resolve(choice: DeviceChoice, precision: Precision) -> Result<(Device, St
                 let why = format!("cuda:{ordinal}, {}, the first GPU that can", describe(&cuda));
                 (Device::Cuda(cuda), why)
             }
-            Err(why) => (Device::Cpu, format!("{}, for {why}", cpu())),
+            Err(why) => (Device::Cpu(operands), format!("{}, for {why}", cpu(operands))),
         }),
         #[cfg(emulated)]
         DeviceChoice::Emulated(seed) => {
@@ -86,6 +97,10 @@ fn describe(cuda: &Cuda) -> String {
     format!("{} in {precision}", cuda.info().name)
 }
 
-fn cpu() -> String {
-    format!("cpu ({}, {} threads)", simd(), rayon::current_num_threads())
+fn cpu(operands: Operands) -> String {
+    let arithmetic = match operands {
+        Operands::Single => "f32",
+        Operands::Bf16 => "mixed precision (bfloat16)",
+    };
+    format!("cpu ({}, {} threads) in {arithmetic}", simd(), rayon::current_num_threads())
 }

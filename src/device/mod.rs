@@ -12,8 +12,8 @@ use std::sync::Arc;
 /// What computes.
 #[derive(Clone, Debug)]
 pub enum Device {
-    /// The processor.
-    Cpu,
+    /// The processor, and what its convolutions multiply.
+    Cpu(bf16::Operands),
     /// A CUDA device, in its precision.
     Cuda(Arc<cuda::Cuda>),
 }

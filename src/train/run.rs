@@ -10,6 +10,7 @@ use crate::config::Config;
 use crate::data::cache_file::CachedCase;
 use crate::data::publish::publish;
 use crate::data::sampler::steps_per_epoch;
+use crate::device::bf16::Operands;
 use crate::device::cuda::Cuda;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -40,17 +41,22 @@ pub struct Run<'a> {
     pub resume: Option<Checkpoint>,
     /// Becomes true when the run is to save and end.
     pub stop: &'a AtomicBool,
-    /// The device that trains; `None` is the CPU.
-    pub device: Option<OnDevice>,
+    /// What trains.
+    pub place: Place,
 }
 
-/// A CUDA device that trains.
+/// What trains.
 #[derive(Clone, Debug)]
-pub struct OnDevice {
-    /// The device.
-    pub cuda: Arc<Cuda>,
-    /// Whether the training cases are to be kept in its memory, or patches cut on the host for every step.
-    pub resident: bool,
+pub enum Place {
+    /// The CPU, whose convolutions multiply these.
+    Cpu(Operands),
+    /// A CUDA device.
+    Cuda {
+        /// The device.
+        cuda: Arc<Cuda>,
+        /// Whether the training cases are to be kept in its memory, or patches cut on the host for every step.
+        resident: bool,
+    },
 }
 
 /// What happened, for whoever watches.
@@ -118,10 +124,13 @@ impl Run<'_> {
     pub fn train(mut self, watch: &mut dyn FnMut(&Event)) -> Result<Summary> {
         let c = self.config;
         let mut trainer = Trainer::new(&c.net, c.loss, c.optim, c.seed)?;
-        if let Some(OnDevice { cuda, resident }) = &self.device {
-            trainer = trainer.on_device(cuda)?;
-            if *resident {
-                trainer.make_resident(&self.train)?;
+        match &self.place {
+            Place::Cpu(operands) => trainer.net.set_operands(*operands),
+            Place::Cuda { cuda, resident } => {
+                trainer = trainer.on_device(cuda)?;
+                if *resident {
+                    trainer.make_resident(&self.train)?;
+                }
             }
         }
         let mut meta = CheckpointMeta {
@@ -164,7 +173,7 @@ impl Run<'_> {
             self.save(&mut trainer, &mut meta)?;
         }
         let start = (meta.epoch, meta.epoch_losses.len());
-        let resident = self.device.as_ref().is_some_and(|device| device.resident);
+        let resident = matches!(self.place, Place::Cuda { resident: true, .. });
         let mut feed = Feed::new(&self.train, &c.sampling, c.seed, start, resident)?;
         while (meta.epoch as usize) < c.run.epochs {
             let _epoch = range("epoch");

@@ -1,6 +1,6 @@
 //! The device that tests of the CUDA engine run on.
 
-use spleen_hpc::config::DeviceChoice;
+use spleen_hpc::config::{Amp, DeviceChoice};
 use spleen_hpc::device::cuda::{Cuda, Precision};
 use spleen_hpc::device::{Device, choice};
 use std::sync::Arc;
@@ -18,9 +18,10 @@ pub fn native() -> bool {
 /// `SPLEEN_REQUIRE_NVRTC=1` makes that a failure.
 pub fn device(precision: Precision, seed: u64) -> Option<Arc<Cuda>> {
     if native() {
-        return match choice::resolve(DeviceChoice::Cuda(0), precision) {
+        let amp = if precision == Precision::Half { Amp::On } else { Amp::Off };
+        return match choice::resolve(DeviceChoice::Cuda(0), amp) {
             Ok((Device::Cuda(cuda), _)) => Some(cuda),
-            Ok((Device::Cpu, why)) => panic!("{why}"),
+            Ok((Device::Cpu(_), why)) => panic!("{why}"),
             Err(err) => panic!("{err}"),
         };
     }
