@@ -70,6 +70,19 @@ fn only_takes_patterns() {
     assert!(rows[1]["share_of_peak"].as_f64().unwrap() > 0.0);
 }
 
+/// Every row of the network's convolutions is there, and `--only` chooses here, too.
+#[test]
+fn rows_can_be_listed() {
+    let list = |args: &[&str]| String::from_utf8(bench(args).stdout).unwrap();
+    let all = list(&["--list"]);
+    let names: Vec<&str> = all.lines().collect();
+    assert_eq!(names[..2], ["peak_fma_f32", "copy_bandwidth"], "the machine's own come first");
+    // Four levels of 2 + 2 convolutions or pairs, a bottom of 3, three passes each; the image has no gradient.
+    assert_eq!(names.iter().filter(|name| name.starts_with("layer_")).count(), 3 * (4 * 4 + 3) - 1);
+    assert!(names.contains(&"layer_down0_conv0_residual_wgrad") && names.contains(&START));
+    assert_eq!(list(&["--list", "--only", "step_*_f32"]), "step_b2_96_f32\n");
+}
+
 #[test]
 fn a_table_for_people() {
     let out = bench(&["--only", LAYER]);

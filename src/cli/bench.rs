@@ -41,6 +41,9 @@ pub struct Args {
     /// Time only these rows; `*` and `?` stand for any characters
     #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
     only: Vec<String>,
+    /// Print the names of the rows and time nothing
+    #[arg(long)]
+    list: bool,
     /// CPU threads; 0 means one a core
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -94,6 +97,10 @@ pub fn run(args: &Args) -> Outcome {
         )));
     }
     let chosen = choose(&all, &args.only)?;
+    if args.list {
+        chosen.iter().for_each(|bench| say(&bench.name));
+        return Ok(ExitCode::SUCCESS);
+    }
     use_threads(args.threads)?;
     let stop = interrupt::watch("the row under way is given up")?;
     let temporary = match &args.inputs {

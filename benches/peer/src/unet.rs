@@ -106,10 +106,11 @@ pub fn dice_ce(logits: &Tensor, label: &Tensor) -> Tensor {
     const PER_CHANNEL: [i64; 4] = [0, 2, 3, 4];
     let logits = logits.to_kind(Kind::Float);
     let p = logits.softmax(1, Kind::Float);
-    let g = Tensor::cat(&[1.0 - label, label.shallow_clone()], 1);
+    let g = Tensor::cat(&[label * -1.0 + 1.0, label.shallow_clone()], 1);
     let sum = |x: Tensor| x.sum_dim_intlist(&PER_CHANNEL[..], false, Kind::Float);
-    let dice = (2.0 * sum(&p * &g) + SMOOTH) / (sum(&p * &p) + sum(&g * &g) + SMOOTH);
+    let dice: Tensor = (sum(&p * &g) * 2.0 + SMOOTH) / (sum(&p * &p) + sum(&g * &g) + SMOOTH);
     let classes = label.squeeze_dim(1).to_kind(Kind::Int64);
-    (1.0 - dice).mean(Kind::Float)
+    dice.mean(Kind::Float) * -1.0
+        + 1.0
         + logits.cross_entropy_loss::<Tensor>(&classes, None, tch::Reduction::Mean, -100, 0.0)
 }
