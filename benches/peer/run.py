@@ -1,12 +1,14 @@
 """Times spleen-hpc beside libtorch and MONAI and prints the tables for benches/RESULTS.md.
 
-    python benches/peer/run.py [--threads 1 2] [--rounds 3] [--skip-layers] [--raw FILE] > tables.md
+    python benches/peer/run.py [--threads 1 2] [--rounds 3] [--only NAME ..] [--raw FILE] > tables.md
+    python benches/peer/run.py --render FILE > tables.md
 
 Run it with a Python that has torch 2.11, monai 1.6 and nibabel; cargo builds both programs first. The network's rows
 come from the program in this folder, which does a run of ours and a run of libtorch's in turn; the others from
 processes in turn, ours and MONAI's, --rounds times. Each side warms up before it is timed, process starts excepted. A
-figure is the median of all runs of a row (of a round's medians where ours gives only that), a ratio is theirs / ours.
-What runs beside it on the machine distorts the figures and, since both sides are in turn, less so the ratios.
+figure is the median of all runs of a row (of the rounds' medians where ours gives only those), a ratio is theirs / ours.
+What runs beside it on the machine distorts the figures and, since both sides are in turn, less so the ratios; libtorch's
+threads wait for each other at every op and suffer more from it, so the ratio of the fastest runs stands beside.
 """
 
 import argparse
@@ -43,6 +45,7 @@ SCAN = [
     ("process start to first window", "start_to_first_window", "", 20.0),
 ]
 START = "start_to_first_window"
+ROOFS = ["peak_fma_f32", "copy_bandwidth"]
 # Timed runs of MONAI's side in a round; long ones are left to the rounds.
 RUNS = {"preprocess_512x512x90": 3, "postprocess_512x512x90": 5}
 
@@ -73,30 +76,29 @@ def build():
 
 
 class Runner:
-    """Runs single rows of either side, and keeps what they said."""
+    """Runs single rows of either side; `rows` is what they said."""
 
     def __init__(self, spleen, peer, inputs, raw):
         self.spleen, self.peer, self.inputs, self.raw = spleen, peer, inputs, raw
         self.env = {**os.environ, "PYTHONWARNINGS": "ignore"}
         self.known = set(output([spleen, "bench", "--list"]).split())
+        self.rows = []
 
-    def keep(self, row):
+    def keep(self, **row):
+        self.rows.append(row)
         if self.raw:
             print(json.dumps(row), file=self.raw, flush=True)
 
     def ours(self, names, threads):
-        """Rows of `spleen-hpc bench` by name; without those that it does not know."""
-        known = [name for name in names if name in self.known]
-        if not known:
-            return {}
-        text = output([self.spleen, "bench", "--json", "--threads", threads, "--inputs", self.inputs, "--only", *known])
-        rows = {row["name"]: row for row in map(json.loads, text.splitlines())}
-        for row in rows.values():
-            self.keep({"side": "ours", "threads": threads, **row})
-        return rows
+        """Rows of `spleen-hpc bench` by name; those that it does not know are left out."""
+        names = [name for name in names if name in self.known]
+        if names:
+            command = [self.spleen, "bench", "--json", "--threads", threads, "--inputs", self.inputs, "--only", *names]
+            for line in output(command).splitlines():
+                self.keep(side="ours", threads=threads, **json.loads(line))
 
     def theirs(self, name, threads):
-        """(seconds of the runs, peak MiB) of MONAI."""
+        """A row of MONAI."""
         command = [sys.executable, HERE / "monai_side.py", name, "--inputs", self.inputs, "--threads", threads,
                    "--runs", RUNS.get(name, 1)]
         env = {**self.env, "OMP_NUM_THREADS": str(threads)}
@@ -106,29 +108,87 @@ class Runner:
             wall = time.perf_counter() - begin
         if name == START:
             said["seconds"] = [wall]
-        self.keep({"side": "theirs", "threads": threads, "name": name, **said})
-        return said["seconds"], said["peak_rss_mib"]
+        self.keep(side="theirs", threads=threads, name=name, **said)
 
     def in_turn(self, threads, only):
         """Rows of the network, both sides in one process."""
-        command = [self.peer, "--threads", threads, "--only", *only]
         env = {**self.env, "OMP_NUM_THREADS": str(threads)}
-        rows = [json.loads(line) for line in output(command, env=env).splitlines()]
+        for line in output([self.peer, "--threads", threads, "--only", *only], env=env).splitlines():
+            self.keep(side="both", **json.loads(line))
+
+
+def measure(args):
+    """All rows, and what to know about the run."""
+    def wanted(name):
+        return not args.only or any(name.startswith(only) for only in args.only)
+
+    spleen, peer = build()
+    begin, load = datetime.datetime.now(), os.getloadavg()
+    with tempfile.TemporaryDirectory() as inputs:
+        runner = Runner(spleen, peer, inputs, args.raw)
+        say("inputs")
+        output([spleen, "bench", "--json", "--only", START, "--inputs", inputs])
+        output([spleen, "export", f"{inputs}/network.safetensors", "--out", f"{inputs}/network.pt"])
+        for threads in args.threads:
+            say(f"network, {threads} threads")
+            runner.ours(ROOFS, threads)
+            network = [name for _, name, _ in NETWORK if wanted(name)]
+            if network:
+                runner.in_turn(threads, network)
+            for label, name, variant, _ in filter(lambda row: wanted(row[1]), SCAN):
+                say(f"{label}, {threads} threads")
+                for _ in range(args.rounds):
+                    if not variant:
+                        runner.ours([name], threads)
+                    runner.theirs(name + variant, threads)
+        if wanted("layer_"):
+            say("layers")
+            runner.in_turn(max(args.threads), ["layer_"])
+    import monai
+    import torch
+    commit = output(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
+    command = " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:]])
+    runner.keep(side="about", text=(
+        f"{begin:%Y-%m-%d %H:%M} to {datetime.datetime.now():%H:%M}, {cpu_model()}, {os.cpu_count()} cores; load average "
+        f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end (2 of it would be ours). spleen-hpc {commit}, torch "
+        f"{torch.__version__}, monai {monai.__version__}. `python {command}`"))
+    return runner.rows
+
+
+def cpu_model():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+class Figures:
+    """Medians, minima and peaks of one side, by row and threads."""
+
+    def __init__(self, rows, side):
+        self.median, self.min, self.peak = {}, {}, {}
+        middles = {}
         for row in rows:
-            self.keep({"side": "both", **row})
-        return rows
+            seconds = row.get(side) if row["side"] == "both" else row.get("seconds")
+            if row["side"] == side and "seconds_median" in row:
+                middle, least = [row["seconds_median"]], row["seconds_min"]
+            elif row["side"] in (side, "both") and seconds:
+                middle, least = seconds, min(seconds)
+            else:
+                continue
+            key = (row["name"], row["threads"])
+            middles.setdefault(key, []).extend(middle)
+            self.min[key] = min(least, self.min.get(key, least))
+            self.peak[key] = max(row.get("peak_rss_mib") or 0, self.peak.get(key, 0))
+        self.median = {key: statistics.median(values) for key, values in middles.items()}
 
 
-def number(value, digits=3):
-    return "" if value is None else f"{value:.{digits}g}" if value < 100 else f"{value:.0f}"
+def number(value):
+    return "" if not value else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(ours, theirs):
-    return "" if ours is None or theirs is None else f"{theirs / ours:.2f}"
-
-
-def median(values):
-    return statistics.median(values) if values else None
+    return f"{theirs / ours:.2f}" if ours and theirs else ""
 
 
 def table(head, rows):
@@ -139,92 +199,55 @@ def table(head, rows):
     print()
 
 
-def network_rows(runner, threads):
-    rows = {row["name"]: row for row in runner.in_turn(threads, [name for _, name, _ in NETWORK])}
-    for label, name, aim in NETWORK:
-        ours, theirs = (median(rows[name][side]) for side in ("ours", "theirs"))
-        yield label, threads, ours, theirs, aim
+def render(rows):
+    """Prints the tables."""
+    ours, theirs = Figures(rows, "ours"), Figures(rows, "theirs")
+    threads = sorted({row["threads"] for row in rows if "threads" in row})
+    for row in rows:
+        if row["side"] == "about":
+            print(row["text"] + "\n")
+        elif row.get("name") == ROOFS[0]:
+            print(f"{row['threads']} threads: {row['gflops']:.0f} GFLOP/s f32 FMA;", end=" ")
+        elif row.get("name") == ROOFS[1]:
+            print(f"{row['gbytes_per_second']:.1f} GB/s copy (read and written).\n")
+
+    def pair(figures, name, variant, n):
+        return getattr(ours, figures).get((name, n)), getattr(theirs, figures).get((name + variant, n))
+
+    work = [(label, name, "", aim) for label, name, aim in NETWORK] + SCAN
+    lines = [(label, name, variant, n, aim) for n in threads for label, name, variant, aim in work
+             if any(pair("median", name, variant, n))]
+    table(["work", "threads", "ours, s", "theirs, s", "theirs / ours", "of the fastest", "aim"],
+          [[label, str(n), *map(number, pair("median", name, variant, n)), ratio(*pair("median", name, variant, n)),
+            ratio(*pair("min", name, variant, n)), f"≥ {aim:g}" if aim else ""]
+           for label, name, variant, n, aim in lines])
+    table(["peak memory", "threads", "ours, MiB", "theirs, MiB", "theirs / ours", "aim"],
+          [[label, str(n), *map(number, pair("peak", name, "", n)), ratio(*pair("peak", name, "", n)), "≥ 2"]
+           for label, name, _, n, _ in lines if name.startswith("infer")])
+    layers = [row for row in rows if row.get("name", "").startswith("layer_")]
+    if layers:
+        print(f"Each convolution by itself, 4 patches of 96^3, f32, {layers[0]['threads']} threads:\n")
+        table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "of the fastest", "ours, GFLOP/s",
+               "theirs, GFLOP/s"], map(lambda row: layer(row, pair), layers))
 
 
-def scan_rows(runner, threads, rounds):
-    """Figures of the scan's rows, and (label, threads, ours, theirs) of the memory of a CT end to end."""
-    figures, memory = [], []
-    for label, name, variant, aim in SCAN:
-        say(f"{label}, {threads} threads")
-        ours, theirs, our_peak, their_peak = [], [], [], []
-        for _ in range(rounds):
-            row = runner.ours([name], threads).get(name)
-            if row:
-                ours.append(row["seconds_median"])
-                our_peak.append(row["peak_rss_mib"])
-            seconds, peak = runner.theirs(name + variant, threads)
-            theirs += seconds
-            their_peak.append(peak)
-        figures.append((label, threads, median(ours), median(theirs), aim))
-        if name.startswith("infer"):
-            memory.append((label, threads, max(our_peak, default=None), max(their_peak)))
-    return figures, memory
-
-
-def layer_rows(runner, threads):
-    for row in runner.in_turn(threads, ["layer_"]):
-        ours, theirs = median(row["ours"]), median(row["theirs"])
-        layer, _, name = row["name"].removeprefix("layer_").rpartition("_")
-        speed = [number(row["flop"] / seconds / 1e9) for seconds in (ours, theirs)]
-        yield layer, name, number(1e3 * ours), number(1e3 * theirs), ratio(ours, theirs), *speed
-
-
-def cpu_model():
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+def layer(row, pair):
+    """A line of the table of layers."""
+    name, _, which = row["name"].removeprefix("layer_").rpartition("_")
+    medians, least = (pair(figures, row["name"], "", row["threads"]) for figures in ("median", "min"))
+    speeds = [number(row["flop"] / seconds / 1e9) for seconds in medians]
+    return [name, which, *(number(1e3 * seconds) for seconds in medians), ratio(*medians), ratio(*least), *speeds]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side of the rows of a scan")
-    parser.add_argument("--skip-layers", action="store_true")
+    parser.add_argument("--only", nargs="+", help="beginnings of names of rows, such as step_ or layer_")
     parser.add_argument("--raw", type=argparse.FileType("w"), help="file for every row as JSON lines")
+    parser.add_argument("--render", type=argparse.FileType(), help="print the tables of such a file, time nothing")
     args = parser.parse_args()
-
-    spleen, peer = build()
-    begin, load = datetime.datetime.now(), os.getloadavg()
-    with tempfile.TemporaryDirectory() as inputs:
-        runner = Runner(spleen, peer, inputs, args.raw)
-        # Makes the inputs, and the network as torch reads it.
-        runner.ours([START], max(args.threads))
-        output([spleen, "export", f"{inputs}/network.safetensors", "--out", f"{inputs}/network.pt"])
-        figures, memory, roofs = [], [], []
-        for threads in args.threads:
-            say(f"network, {threads} threads")
-            roofs.append((threads, runner.ours(["peak_fma_f32", "copy_bandwidth"], threads)))
-            figures += network_rows(runner, threads)
-            scans, peaks = scan_rows(runner, threads, args.rounds)
-            figures += scans
-            memory += peaks
-        say("layers")
-        layers = [] if args.skip_layers else list(layer_rows(runner, max(args.threads)))
-
-    import monai
-    import torch
-    commit = output(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
-    print(f"{begin:%Y-%m-%d %H:%M} to {datetime.datetime.now():%H:%M}, {cpu_model()}, {os.cpu_count()} cores; load average "
-          f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end. spleen-hpc {commit}, torch {torch.__version__}, "
-          f"monai {monai.__version__}. `python {' '.join([os.path.relpath(__file__, ROOT), *sys.argv[1:]])}`\n")
-    for threads, rows in roofs:
-        print(f"{threads} threads: {rows['peak_fma_f32']['gflops']:.0f} GFLOP/s f32 FMA, "
-              f"{rows['copy_bandwidth']['gbytes_per_second']:.1f} GB/s copy (read + written).\n")
-    table(["work", "threads", "ours, s", "theirs, s", "theirs / ours", "aim"],
-          [[label, str(threads), number(ours), number(theirs), ratio(ours, theirs), f"≥ {aim:g}" if aim else ""]
-           for label, threads, ours, theirs, aim in sorted(figures, key=lambda f: f[1])])
-    table(["peak memory", "threads", "ours, MiB", "theirs, MiB", "theirs / ours", "aim"],
-          [[label, str(threads), number(ours), number(theirs), ratio(ours, theirs), "≥ 2"]
-           for label, threads, ours, theirs in memory])
-    if layers:
-        print(f"Each convolution by itself, 4 patches of 96^3, f32, {max(args.threads)} threads:\n")
-        table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "ours, GFLOP/s", "theirs, GFLOP/s"], layers)
+    render([json.loads(line) for line in args.render] if args.render else measure(args))
 
 
 if __name__ == "__main__":
