@@ -141,9 +141,9 @@ def measure(args):
                     if not variant:
                         runner.ours([name], threads)
                     runner.theirs(name + variant, threads)
-        if wanted("layer_"):
-            say("layers")
-            runner.in_turn(max(args.threads), ["layer_"])
+            if wanted("layer_"):
+                say(f"layers, {threads} threads")
+                runner.in_turn(threads, ["layer_"])
     import monai
     import torch
     commit = output(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
@@ -207,7 +207,7 @@ def render(rows):
         if row["side"] == "about":
             print(row["text"] + "\n")
         elif row.get("name") == ROOFS[0]:
-            print(f"{row['threads']} threads: {row['gflops']:.0f} GFLOP/s f32 FMA;", end=" ")
+            print(f"Threads: {row['threads']}; {row['gflops']:.0f} GFLOP/s f32 FMA;", end=" ")
         elif row.get("name") == ROOFS[1]:
             print(f"{row['gbytes_per_second']:.1f} GB/s copy (read and written).\n")
 
@@ -224,11 +224,12 @@ def render(rows):
     table(["peak memory", "threads", "ours, MiB", "theirs, MiB", "theirs / ours", "aim"],
           [[label, str(n), *map(number, pair("peak", name, "", n)), ratio(*pair("peak", name, "", n)), "≥ 2"]
            for label, name, _, n, _ in lines if name.startswith("infer")])
-    layers = [row for row in rows if row.get("name", "").startswith("layer_")]
-    if layers:
-        print(f"Each convolution by itself, 4 patches of 96^3, f32, {layers[0]['threads']} threads:\n")
-        table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "of the fastest", "ours, GFLOP/s",
-               "theirs, GFLOP/s"], map(lambda row: layer(row, pair), layers))
+    for n in threads:
+        layers = [row for row in rows if row.get("name", "").startswith("layer_") and row["threads"] == n]
+        if layers:
+            print(f"Each convolution by itself, 4 patches of 96^3, f32; threads: {n}\n")
+            table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "of the fastest", "ours, GFLOP/s",
+                   "theirs, GFLOP/s"], [layer(row, pair) for row in layers])
 
 
 def layer(row, pair):
