@@ -26,6 +26,8 @@ pub mod report;
 
 pub mod train;
 
+pub mod bench;
+
 pub mod cli;
 
 pub use error::{Error, Result};

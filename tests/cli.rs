@@ -7,7 +7,8 @@ use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::nn::state_dict::{Array, StateDict, names};
 use spleen_hpc::nn::weights::{Metadata, read_any, write_safetensors};
 
-const VERBS: [&str; 8] = ["train", "evaluate", "infer", "phantom", "cache", "import", "export", "doctor"];
+const VERBS: [&str; 9] =
+    ["train", "evaluate", "infer", "phantom", "cache", "import", "export", "bench", "doctor"];
 
 fn spleen(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_spleen-hpc"))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// Modules in the order in which data flows.
 const FLOW: &[&str] = &[
     "error", "rng", "config", "data", "device", "tensor", "ops", "nn", "metrics", "infer", "report", "train",
-    "cli",
+    "bench", "cli",
 ];
 
 /// A file this long is probably two things.

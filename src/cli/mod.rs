@@ -1,5 +1,6 @@
 //! The command line: flags in, exit code out, every failure one sentence on stderr.
 
+mod bench;
 mod cache;
 mod doctor;
 mod evaluate;
@@ -48,6 +49,7 @@ enum Verb {
     Cache(cache::Args),
     Import(weights::ImportArgs),
     Export(weights::ExportArgs),
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -65,6 +67,7 @@ pub fn run() -> ExitCode {
         Verb::Cache(args) => cache::run(&args),
         Verb::Import(args) => weights::import(&args),
         Verb::Export(args) => weights::export(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     });
     done.unwrap_or_else(|err| {

@@ -40,13 +40,19 @@ pub fn resolve(base: &Overrides, given: &Overrides, fixed: &Overrides) -> Result
     let other = given.recipe.is_some() && base.recipe.is_some() && given.recipe != base.recipe;
     let base = if other { &nothing } else { base };
     let config = Config::resolve(&[base, given, fixed])?;
-    if config.threads > 0 {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(config.threads)
-            .build_global()
-            .map_err(|err| Error::Internal(format!("cannot start {} threads: {err}", config.threads)))?;
-    }
+    use_threads(config.threads)?;
     Ok(config)
+}
+
+/// Sets the number of threads of the process; 0 means one a core.
+pub fn use_threads(threads: usize) -> Result<()> {
+    if threads == 0 {
+        return Ok(());
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|err| Error::Internal(format!("cannot start {threads} threads: {err}")))
 }
 
 /// The data set of a verb that cannot do without.

@@ -10,7 +10,7 @@
 //! Several filters over one input (a unit's convolution and its residual sibling) load the input once.
 
 pub(super) mod args;
-mod cpu;
+pub mod cpu;
 pub mod cuda;
 pub mod cuda_biasgrad;
 pub mod cuda_thinwgrad;

@@ -8,7 +8,7 @@
 //! ```
 //! In fprop each output parity has its own taps, so nothing is scattered and no zero is multiplied.
 
-mod cpu;
+pub mod cpu;
 pub mod cuda;
 pub mod cuda_wgrad;
 
