@@ -5,6 +5,7 @@
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use spleen_hpc::config::{Config, Recipe};
+use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::nn::UNet;
 use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
 use spleen_hpc::ops::conv3d::{Filter, conv3d};
@@ -38,32 +39,40 @@ fn layers(c: &mut Criterion) {
         let shape = if transposed { vec![input, output, k, k, k] } else { vec![output, input, k, k, k] };
         let value = uniform(shape.iter().product());
         let weight = Param::new(ParamId(0), shape, value);
-        let run = |tape: &mut Tape| -> Tensor {
+        let run = |tape: &mut Tape, operands: Operands| -> Tensor {
+            tape.operands = operands;
             if transposed {
                 conv_transpose3d(tape, &[&x], &weight, None).expect("fits")
             } else {
                 conv3d(tape, &x, &[Filter { weight: &weight, bias: None }], stride).expect("fits").remove(0)
             }
         };
-        let y = run(&mut Tape::off());
+        let y = run(&mut Tape::off(), Operands::Single);
         let coarse = if transposed { x.shape() } else { y.shape() };
         let macs = (coarse.n * coarse.voxels() * weight.value.len()) as u64;
         let mut group = c.benchmark_group(name);
         group.sample_size(20).throughput(Throughput::Elements(macs));
-        group.bench_function("fprop", |b| b.iter(|| black_box(run(&mut Tape::off()))));
-        let record = || {
-            let mut tape = Tape::recording();
-            let y = run(&mut tape);
-            let mut grads = Grads::new([weight.value.len()]);
-            grads.set(y.id(), y.clone());
-            (tape, grads)
-        };
-        let backward = |(tape, mut grads): (Tape, Grads)| {
-            tape.backward(&mut grads).expect("fits");
-            grads
-        };
-        group.throughput(Throughput::Elements(2 * macs));
-        group.bench_function("dgrad + wgrad", |b| b.iter_batched(record, backward, BatchSize::PerIteration));
+        for (operands, kind) in [(Operands::Single, "f32"), (Operands::Bf16, "bf16")] {
+            group.throughput(Throughput::Elements(macs));
+            group.bench_function(format!("fprop, {kind}"), |b| {
+                b.iter(|| black_box(run(&mut Tape::off(), operands)));
+            });
+            let record = || {
+                let mut tape = Tape::recording();
+                let y = run(&mut tape, operands);
+                let mut grads = Grads::new([weight.value.len()]);
+                grads.set(y.id(), y.clone());
+                (tape, grads)
+            };
+            let backward = |(tape, mut grads): (Tape, Grads)| {
+                tape.backward(&mut grads).expect("fits");
+                grads
+            };
+            group.throughput(Throughput::Elements(2 * macs));
+            group.bench_function(format!("dgrad + wgrad, {kind}"), |b| {
+                b.iter_batched(record, backward, BatchSize::PerIteration);
+            });
+        }
     }
 }
 
@@ -71,17 +80,21 @@ fn network(c: &mut Criterion) {
     let config = Config::for_recipe(Recipe::Seed);
     let mut group = c.benchmark_group("network");
     group.sample_size(10);
-    for (side, n) in [(48, 8), (96, 2)] {
+    for (side, n, operands, name) in
+        [(48, 8, Operands::Single, "f32"), (96, 2, Operands::Single, "f32"), (96, 2, Operands::Bf16, "bf16")]
+    {
         let voxels: usize = side * side * side;
-        let net = UNet::new(&config.net, 1).expect("a valid network");
+        let mut net = UNet::new(&config.net, 1).expect("a valid network");
+        net.set_operands(operands);
         let images = uniform(4 * voxels);
-        group.bench_function(format!("forward, 4 x {side}^3"), |b| {
+        group.bench_function(format!("forward, 4 x {side}^3, {name}"), |b| {
             b.iter(|| net.infer(&images, [4, side, side, side]).expect("fits"));
         });
         let mut trainer = Trainer::new(&config.net, config.loss, config.optim, 1).expect("a valid network");
+        trainer.net.set_operands(operands);
         let images = uniform(n * voxels);
         let labels: Vec<u8> = images.iter().map(|&v| u8::from(v > 0.9)).collect();
-        group.bench_function(format!("training step, {n} x {side}^3"), |b| {
+        group.bench_function(format!("training step, {n} x {side}^3, {name}"), |b| {
             b.iter(|| trainer.step(&images, &labels, [n, side, side, side]).expect("a finite loss"));
         });
     }

@@ -7,10 +7,13 @@ use std::fmt;
 
 use super::{Work, inputs::uniform};
 use crate::config::Net;
+use crate::device::bf16::Operands;
 use crate::nn::state_dict::names;
 use crate::ops::conv_transpose3d::{self, conv_transpose3d};
 use crate::ops::conv3d::{self, Filter, conv3d};
 use crate::tensor::{Activation, Param, ParamId, Pending, Shape, Tape, Tensor};
+
+const SINGLE: Operands = Operands::Single;
 
 /// One of the three things that are computed of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +154,7 @@ impl Layer {
         2.0 * (n * coarse.iter().product::<usize>() * weights) as f64
     }
 
-    /// One pass on `n` patches of random numbers.
+    /// One pass in f32 on `n` patches of random numbers.
     pub fn work(&self, pass: Pass, n: usize, patch: [usize; 3]) -> Work {
         let random = |space, channels| {
             let shape = Shape::new(n, space, channels);
@@ -191,16 +194,18 @@ impl Layer {
                 let inputs: Vec<&Activation> = xs.iter().collect();
                 conv_transpose3d(&mut Tape::off(), &inputs, &weights[0], None)
             }),
-            (Pass::Dgrad, false) => {
-                Work::new(flop, move || Ok(conv3d::cpu::dgrad(xs[0].shape(), &dys, &weights, kernel, stride)))
-            }
+            (Pass::Dgrad, false) => Work::new(flop, move || {
+                Ok(conv3d::cpu::dgrad(xs[0].shape(), &dys, &weights, (kernel, stride), SINGLE))
+            }),
             (Pass::Dgrad, true) => {
-                Work::new(flop, move || Ok(conv_transpose3d::cpu::dgrad(&xs, &dys[0], &weights[0])))
+                Work::new(flop, move || Ok(conv_transpose3d::cpu::dgrad(&xs, &dys[0], &weights[0], SINGLE)))
             }
             (Pass::Wgrad, false) => {
-                Work::new(flop, move || Ok(conv3d::cpu::wgrad(&xs[0], &dys, kernel, stride)))
+                Work::new(flop, move || Ok(conv3d::cpu::wgrad(&xs[0], &dys, kernel, stride, SINGLE)))
             }
-            (Pass::Wgrad, true) => Work::new(flop, move || Ok(conv_transpose3d::cpu::wgrad(&xs, &dys[0]))),
+            (Pass::Wgrad, true) => {
+                Work::new(flop, move || Ok(conv_transpose3d::cpu::wgrad(&xs, &dys[0], SINGLE)))
+            }
         }
     }
 }

@@ -21,6 +21,7 @@ use layers::{PASSES, Pass, layers};
 
 use crate::Result;
 use crate::config::{Config, Recipe};
+use crate::device::bf16::Operands::{Bf16, Single};
 
 /// Patches of a forward pass, and of each layer's passes.
 pub const FORWARD_BATCH: usize = 4;
@@ -76,12 +77,16 @@ pub fn benches() -> Vec<Bench> {
     let mut rows = vec![
         Bench::new(PEAK, |_| Ok(peaks::fma())),
         Bench::new(COPY, |_| Ok(peaks::copy())),
-        Bench::new("forward_b4_96_f32", |_| network::forward()),
-        Bench::new("step_b2_96_f32", |_| network::step()),
-        Bench::new("sliding_window_256x256x128_f32", |_| network::sliding_window()),
+        Bench::new("forward_b4_96_f32", |_| network::forward(Single)),
+        Bench::new("forward_b4_96_bf16", |_| network::forward(Bf16)),
+        Bench::new("step_b2_96_f32", |_| network::step(Single)),
+        Bench::new("step_b2_96_bf16", |_| network::step(Bf16)),
+        Bench::new("sliding_window_256x256x128_f32", |_| network::sliding_window(Single)),
+        Bench::new("sliding_window_256x256x128_bf16", |_| network::sliding_window(Bf16)),
         Bench::with_files("preprocess_512x512x90", scan::preprocess),
         Bench::with_files("postprocess_512x512x90", scan::postprocess),
-        Bench::with_files("infer_512x512x90_f32", scan::infer),
+        Bench::with_files("infer_512x512x90_f32", |inputs| scan::infer(inputs, Single)),
+        Bench::with_files("infer_512x512x90_bf16", |inputs| scan::infer(inputs, Bf16)),
         Bench { fresh_process: true, ..Bench::with_files("start_to_first_window", network::first_window) },
     ];
     for layer in layers(&config().net) {

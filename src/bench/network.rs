@@ -4,6 +4,7 @@ use super::inputs::{Inputs, uniform};
 use super::layers::{forward_flop, step_flop};
 use super::{FORWARD_BATCH, SIDE, STEP_BATCH, VOLUME, Work, config};
 use crate::Result;
+use crate::device::bf16::Operands;
 use crate::infer::predict::CLASSES;
 use crate::infer::sliding_window::{self, Windows};
 use crate::nn::UNet;
@@ -14,18 +15,20 @@ use crate::train::trainer::Trainer;
 const PATCH: usize = SIDE * SIDE * SIDE;
 
 /// Logits of a batch of patches.
-pub fn forward() -> Result<Work> {
+pub fn forward(operands: Operands) -> Result<Work> {
     let config = config();
-    let net = UNet::new(&config.net, 1)?;
+    let mut net = UNet::new(&config.net, 1)?;
+    net.set_operands(operands);
     let images = uniform(FORWARD_BATCH * PATCH);
     let flop = forward_flop(&config.net, FORWARD_BATCH, SIDE);
     Ok(Work::new(Some(flop), move || net.infer(&images, [FORWARD_BATCH, SIDE, SIDE, SIDE])))
 }
 
 /// Forward, DiceCE, backward and Adam.
-pub fn step() -> Result<Work> {
+pub fn step(operands: Operands) -> Result<Work> {
     let config = config();
     let mut trainer = Trainer::new(&config.net, config.loss, config.optim, 1)?;
+    trainer.net.set_operands(operands);
     let images = uniform(STEP_BATCH * PATCH);
     let labels: Vec<u8> = images.iter().map(|&v| u8::from(v > 0.9)).collect();
     let flop = step_flop(&config.net, STEP_BATCH, SIDE);
@@ -33,9 +36,10 @@ pub fn step() -> Result<Work> {
 }
 
 /// Blended logits of a volume.
-pub fn sliding_window() -> Result<Work> {
+pub fn sliding_window(operands: Operands) -> Result<Work> {
     let config = config();
-    let net = UNet::new(&config.net, 1)?;
+    let mut net = UNet::new(&config.net, 1)?;
+    net.set_operands(operands);
     let volume = uniform(VOLUME.iter().product());
     let windows = Windows::new(VOLUME, &config.window).corners().len();
     let flop = forward_flop(&config.net, windows, SIDE);

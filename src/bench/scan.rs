@@ -6,6 +6,7 @@ use super::inputs::Inputs;
 use super::layers::forward_flop;
 use super::{SIDE, Work, config};
 use crate::data::{nifti, nifti_write, preprocess as transforms, scan};
+use crate::device::bf16::Operands;
 use crate::infer::jobs::{Style, jobs};
 use crate::infer::pipeline::segment;
 use crate::infer::predict::softmax;
@@ -43,9 +44,10 @@ pub fn postprocess(inputs: &Inputs) -> Result<Work> {
 }
 
 /// .nii.gz to mask as `spleen-hpc infer` does it, the network already in memory.
-pub fn infer(inputs: &Inputs) -> Result<Work> {
+pub fn infer(inputs: &Inputs, operands: Operands) -> Result<Work> {
     let config = config();
-    let net = UNet::from_state_dict(&read_any(&inputs.network())?)?;
+    let mut net = UNet::from_state_dict(&read_any(&inputs.network())?)?;
+    net.set_operands(operands);
     let jobs = jobs(&[inputs.ct()], &inputs.folder().join("masks"), Style::Mask)?;
     let header = nifti::read_header(inputs.ct())?;
     let geometry = transforms::Geometry::plan(header.shape, &header.affine, config.preprocess.spacing_mm)?;

@@ -21,7 +21,8 @@ use crate::{Error, Result};
 /// Time this machine on the work that training and inference consist of
 ///
 /// Rows: the peak of fused multiply-adds in f32 and the bandwidth of a copy (bytes read plus bytes written); a forward
-/// pass of 4 patches of 96^3, a training step of 2, a sliding window over 256 x 256 x 128 voxels; preprocessing,
+/// pass of 4 patches of 96^3, a training step of 2, a sliding window over 256 x 256 x 128 voxels, each in f32 and in
+/// bfloat16 (_bf16: --amp on); preprocessing,
 /// post-processing and the whole inference of a synthetic CT of 512 x 512 x 90 voxels, from file to file; the start of
 /// a process until its first window is predicted; and every convolution of the network at 4 patches, pass by pass.
 ///

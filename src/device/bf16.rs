@@ -73,7 +73,9 @@ impl<V: Dot> Lanes for Pairs<V> {
 }
 
 impl Dot for Plain {
-    #[inline(always)]
+    // As Plain's fma.
+    #[cfg_attr(all(target_arch = "x86_64", not(target_feature = "fma")), inline(never))]
+    #[cfg_attr(not(all(target_arch = "x86_64", not(target_feature = "fma"))), inline(always))]
     fn dot(self, a: Self, b: Self) -> Self {
         let flush = |v: f32| if v.abs() < f32::MIN_POSITIVE { 0.0f32.copysign(v) } else { v };
         let odd = |v: f32| f32::from_bits(v.to_bits() & 0xffff_0000);

@@ -148,7 +148,9 @@ impl Lanes for Plain {
         // SAFETY: the caller guarantees 16 writable floats; the write is unaligned.
         unsafe { p.cast::<[f32; 16]>().write_unaligned(self.0) }
     }
-    #[inline(always)]
+    // Without an FMA instruction every lane is a call anyway: one copy of the sixteen keeps the kernels small.
+    #[cfg_attr(all(target_arch = "x86_64", not(target_feature = "fma")), inline(never))]
+    #[cfg_attr(not(all(target_arch = "x86_64", not(target_feature = "fma"))), inline(always))]
     fn fma(self, a: Self, b: Self) -> Self {
         Plain(std::array::from_fn(|i| a.0[i].mul_add(b.0[i], self.0[i])))
     }

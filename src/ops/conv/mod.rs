@@ -27,7 +27,7 @@ mod wgrad;
 
 pub use correlate::correlate;
 pub use plan::Map;
-pub use tile::transform_row;
+pub use tile::{Affine, transform_row};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::Operands;

@@ -4,7 +4,8 @@ use super::Weights;
 use super::plan::{Block, Class, LANES, Map};
 use super::tile::Element;
 use crate::device::arena::Buffer;
-use crate::device::bf16::round;
+use crate::device::bf16::pair;
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Packed weights: [group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes].
@@ -67,24 +68,40 @@ pub fn pack<'a>(
             for &kw in &class.taps_w {
                 let tap = (kd * kernel + kh) * kernel + kw;
                 let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-                taps.push((tap, taps.len() * element.of(source.len) * LANES));
+                taps.push((tap, taps.len() * source.len * LANES));
             }
         }
         // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all
         // lanes have come.
-        for channel in 0..source.len {
-            for l in 0..lane.len {
-                let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
-                if element == Element::Channels {
-                    let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut out[channel / 2 * LANES + l..]);
-                    let half = &mut halves[channel % 2..];
-                    taps.iter().for_each(|&(tap, at)| half[2 * at] = (round(from[tap]) >> 16) as u16);
-                } else {
+        let fill = |out: &mut [f32]| {
+            for channel in 0..source.len {
+                for l in 0..lane.len {
+                    let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
                     let to = &mut out[channel * LANES + l..];
                     taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
                 }
             }
+        };
+        if element == Element::Channels {
+            let mut floats = vec![0.0; taps.len() * source.len * LANES];
+            fill(&mut floats);
+            pair_rows(&floats, source.len * LANES, out);
+        } else {
+            fill(out);
         }
     });
     Packed { data, starts, classes: classes.len() }
+}
+
+/// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
+#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
+fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
+    let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
+    for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
+        let (even, odd) = x.split_at(LANES);
+        match odd.len() {
+            LANES => (0..LANES).for_each(|l| out[l] = pair(even[l], odd[l])),
+            _ => (0..LANES).for_each(|l| out[l] = pair(even[l], 0.0)),
+        }
+    }
 }

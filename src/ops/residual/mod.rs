@@ -6,7 +6,7 @@ use crate::device::arena::Buffer;
 use crate::device::cuda::SelfTest;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::transform_row;
+use crate::ops::conv::{Affine, transform_row};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Shape, Tape, Tensor, ValueId, View, add_assign};
 use rayon::prelude::*;
@@ -39,12 +39,19 @@ pub fn add(tape: &mut Tape, a: &Activation, b: &Activation) -> Result<Tensor> {
 }
 
 fn add_on_host(a: &Activation, b: &Activation) -> Tensor {
-    let mut y = materialize_on_host(a);
+    let mut y = Tensor::new(a.shape(), Buffer::dirty(a.shape().len()));
     let c = a.shape().c;
-    for_chunks(y.make_mut(), b, |y, x, map| {
-        let mut mapped = vec![0.0; y.len()];
-        transform_row(&mut mapped, c, x, c, c, map);
-        y.iter_mut().zip(mapped).for_each(|(y, m)| *y += m);
+    for_chunks(y.make_mut(), [a, b], |y, [(a, map_a), (b, map_b)], mapped| {
+        transform_row(y, c, a, c, c, map_a);
+        let b = match map_b {
+            None => b,
+            Some(_) => {
+                mapped.resize(y.len(), 0.0);
+                transform_row(mapped, c, b, c, c, map_b);
+                mapped
+            }
+        };
+        y.iter_mut().zip(b).for_each(|(y, b)| *y += b);
     });
     y
 }
@@ -66,7 +73,7 @@ pub fn materialize(x: &Activation) -> Result<Tensor> {
 fn materialize_on_host(x: &Activation) -> Tensor {
     let mut y = Tensor::new(x.shape(), Buffer::dirty(x.shape().len()));
     let c = x.shape().c;
-    for_chunks(y.make_mut(), x, |y, x, map| transform_row(y, c, x, c, c, map));
+    for_chunks(y.make_mut(), [x], |y, [(x, map)], _| transform_row(y, c, x, c, c, map));
     y
 }
 
@@ -94,24 +101,31 @@ pub fn give(grads: &mut Grads, id: ValueId, grad: Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Runs `f(chunk of y, the same chunk of x, x's map)` over whole voxels of one sample at a time.
-fn for_chunks(
+/// A chunk of an activation's stored values and the map of its sample.
+type Chunk<'a> = (&'a [f32], Affine<'a>);
+
+/// Runs `f(chunk of y, the same chunk of each x, scratch)` over whole voxels of one sample at a time; all have one shape.
+fn for_chunks<const N: usize>(
     y: &mut [f32],
-    x: &Activation,
-    f: impl Fn(&mut [f32], &[f32], Option<(&[f32], &[f32], f32)>) + Sync,
+    x: [&Activation; N],
+    f: impl Fn(&mut [f32], [Chunk; N], &mut Vec<f32>) + Sync,
 ) {
-    let shape = x.shape();
+    let shape = x[0].shape();
     let sample = shape.voxels() * shape.c;
     let chunk = (CHUNK / shape.c).max(1) * shape.c;
-    y.par_chunks_mut(sample).zip(x.raw().data().par_chunks(sample)).enumerate().for_each(
-        |(n, (y, x_sample))| {
-            let map = x.pending().map(|p| {
-                let (scale, shift) = p.of_sample(n, shape.c);
-                (scale, shift, p.slope)
+    y.par_chunks_mut(sample).enumerate().for_each(|(n, y)| {
+        y.par_chunks_mut(chunk).enumerate().for_each_init(Vec::new, |scratch, (i, y)| {
+            let start = n * sample + i * chunk;
+            let chunks = x.map(|x| {
+                let map = x.pending().map(|p| {
+                    let (scale, shift) = p.of_sample(n, shape.c);
+                    (scale, shift, p.slope)
+                });
+                (&x.raw().data()[start..start + y.len()], map)
             });
-            y.par_chunks_mut(chunk).zip(x_sample.par_chunks(chunk)).for_each(|(y, x)| f(y, x, map))
-        },
-    )
+            f(y, chunks, scratch);
+        });
+    })
 }
 
 /// Sum of every channel over all voxels and samples, in f64 over fixed chunks: the gradient of a bias.
