@@ -10,7 +10,7 @@ mod unet;
 use clap::Parser;
 use serde_json::json;
 use spleen_hpc::bench::inputs::Inputs;
-use spleen_hpc::bench::{Samples, benches};
+use spleen_hpc::bench::{Samples, Work, benches};
 use spleen_hpc::{Error, Result};
 use std::time::{Duration, Instant};
 
@@ -18,15 +18,17 @@ use std::time::{Duration, Instant};
 const SAME: f64 = 1e-4;
 /// Longer than libtorch's idle threads spin before they sleep.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Fewest and most runs of a side, and the seconds after which a row has enough.
+/// Fewest and most runs of a side.
 const RUNS: std::ops::RangeInclusive<usize> = 5..=50;
-const SECONDS: f64 = 4.0;
 
 #[derive(Parser)]
 struct Args {
     /// Threads of both sides
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    /// Seconds after which a row that has its fewest runs ends
+    #[arg(long, default_value_t = 4.0)]
+    seconds: f64,
     /// Only rows whose name begins with one of these
     #[arg(long, num_args = 1..)]
     only: Vec<String>,
@@ -63,28 +65,50 @@ fn run(args: &Args) -> Result<()> {
         let (mut our_seconds, mut their_seconds) = (Vec::new(), Vec::new());
         let start = Instant::now();
         while their_seconds.len() <= *RUNS.start()
-            || (their_seconds.len() <= *RUNS.end() && start.elapsed().as_secs_f64() < SECONDS)
+            || (their_seconds.len() <= *RUNS.end() && start.elapsed().as_secs_f64() < args.seconds)
         {
             if let Some(work) = &mut our_work {
-                our_seconds.push(work.once()?);
+                our_seconds.push(timed(work)?);
             }
             std::thread::sleep(PAUSE);
-            their_seconds.push(their_work.once()?);
+            their_seconds.push(timed(&mut their_work)?);
             std::thread::sleep(PAUSE);
         }
-        // The first run of each warms up.
-        let kept = |seconds: Vec<f64>| seconds.get(1..).filter(|s| !s.is_empty()).map(<[f64]>::to_vec);
         let flop = our_work.and_then(|work| work.flop);
+        // The first run of each warms up.
+        let kept = |runs: &[[f64; 2]], which: usize| {
+            let kept: Vec<f64> = runs.iter().skip(1).map(|run| run[which]).collect();
+            (!kept.is_empty()).then(|| Samples::new(kept).into_seconds())
+        };
         println!(
             "{}",
             json!({
                 "name": name,
                 "threads": args.threads,
                 "flop": flop,
-                "ours": kept(our_seconds).map(Samples::new).map(Samples::into_seconds),
-                "theirs": kept(their_seconds).map(Samples::new).map(Samples::into_seconds),
+                "ours": kept(&our_seconds, 0),
+                "theirs": kept(&their_seconds, 0),
+                "ours_cpu": kept(&our_seconds, 1),
+                "theirs_cpu": kept(&their_seconds, 1),
             })
         );
     }
     Ok(())
+}
+
+/// Does it once; its wall time, and the CPU time of all threads of the process meanwhile. With one thread the latter is
+/// what the former would be if nothing else ran on the machine.
+fn timed(work: &mut Work) -> Result<[f64; 2]> {
+    let before = cpu_seconds()?;
+    let wall = work.once()?;
+    Ok([wall, cpu_seconds()? - before])
+}
+
+fn cpu_seconds() -> Result<f64> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a timespec to write to.
+    match unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) } {
+        0 => Ok(time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64),
+        _ => Err(Error::Internal("the system does not tell the CPU time of a process".into())),
+    }
 }

@@ -55,7 +55,7 @@ impl Net {
         let up = format!("{prefix}2");
         let name = format!("{up}.0.conv");
         let z = both.conv_transpose3d(
-            &self.value(&format!("{name}.weight")),
+            self.value(&format!("{name}.weight")),
             Some(self.value(&format!("{name}.bias"))),
             [2, 2, 2],
             [1, 1, 1],
