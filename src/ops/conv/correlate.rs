@@ -1,6 +1,6 @@
 //! The gather core: every output voxel is a sum over taps and channels of an input tile.
 
-use super::micro::Reduction;
+use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Tile, lane_blocks, source_blocks};
 use super::tile::{Element, Order, Place, load};
@@ -119,48 +119,65 @@ pub struct Step<'a> {
 
 impl Pass<'_> {
     fn run(&self, step: &Step) {
-        let pitch = match self.order {
-            Order::Voxels { pitch } => pitch,
-            Order::ChannelRows => 0,
-        };
-        match (self.element, pitch * self.map.stride()) {
-            (Element::Channels, 0) => self.dispatch_pairs::<0>(step),
-            (Element::Channels, 2) => self.dispatch_pairs::<2>(step),
-            (Element::Channels, 8) => self.dispatch_pairs::<8>(step),
-            (Element::Channels, _) => self.dispatch_pairs::<16>(step),
-            (_, 0) => self.dispatch::<0>(step),
-            (_, 2) => self.dispatch::<2>(step),
-            (_, 4) => self.dispatch::<4>(step),
-            (_, 16) => self.dispatch::<16>(step),
-            _ => self.dispatch::<32>(step),
-        }
-    }
-
-    /// STEP elements lie between the inputs of neighbouring anchors; 0 stands for channel rows.
-    fn dispatch<const STEP: usize>(&self, step: &Step) {
-        match simd() {
-            #[cfg(target_arch = "x86_64")]
+        let between = self.between();
+        match (simd(), self.element) {
+            (_, Element::Channels) => self.run_pairs(step),
             // SAFETY: `simd()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512::<STEP>(step) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `simd()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2::<Avx2, STEP>(step) },
+            (Simd::Avx512, _) => unsafe {
+                match between {
+                    0 => self.run_avx512::<0>(step),
+                    2 => self.run_avx512::<2>(step),
+                    4 => self.run_avx512::<4>(step),
+                    16 => self.run_avx512::<16>(step),
+                    _ => self.run_avx512::<32>(step),
+                }
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Simd::Avx2, _) if between == 0 => unsafe { self.run_avx2::<Avx2, 0>(step) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Simd::Avx2, _) => unsafe { self.run_avx2::<Avx2, ANY>(step) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, STEP, 2>(step) },
+            _ if between == 0 => unsafe { self.run_lanes::<Plain, 0, 2>(step) },
+            // SAFETY: as above.
+            _ => unsafe { self.run_lanes::<Plain, ANY, 2>(step) },
         }
     }
 
     /// The same for elements that are pairs.
-    fn dispatch_pairs<const STEP: usize>(&self, step: &Step) {
+    fn run_pairs(&self, step: &Step) {
+        let between = self.between();
         match simd_of_pairs() {
-            #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd_of_pairs()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512_bf16::<STEP>(step) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `simd_of_pairs()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>, STEP>(step) },
+            Simd::Avx512 => unsafe {
+                match between {
+                    0 => self.run_avx512_bf16::<0>(step),
+                    2 => self.run_avx512_bf16::<2>(step),
+                    8 => self.run_avx512_bf16::<8>(step),
+                    _ => self.run_avx512_bf16::<16>(step),
+                }
+            },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 if between == 0 => unsafe { self.run_avx2::<Pairs<Avx2>, 0>(step) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>, ANY>(step) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Pairs<Plain>, STEP, 2>(step) },
+            _ if between == 0 => unsafe { self.run_lanes::<Pairs<Plain>, 0, 2>(step) },
+            // SAFETY: as above.
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, ANY, 2>(step) },
+        }
+    }
+
+    /// Elements between the inputs of neighbouring anchors; 0 stands for channel rows.
+    fn between(&self) -> usize {
+        match self.order {
+            Order::Voxels { pitch } => pitch * self.map.stride(),
+            Order::ChannelRows => 0,
         }
     }
 
@@ -252,6 +269,7 @@ impl Pass<'_> {
                             taps: class.taps_w.len(),
                             tap_pitch: self.order.row_floats(1, 1),
                             channel_pitch: extent_w,
+                            step: self.between(),
                         },
                         width,
                         lane,

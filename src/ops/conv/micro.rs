@@ -20,7 +20,12 @@ pub struct Reduction<'a> {
     pub tap_pitch: usize,
     /// Floats between channels: a row's length (order "channel rows").
     pub channel_pitch: usize,
+    /// Floats between neighbouring anchors' inputs (order "voxels").
+    pub step: usize,
 }
+
+/// A STEP that is read from the [`Reduction`]: six voxels' addresses need no constants.
+pub const ANY: usize = usize::MAX;
 
 /// acc[p][q] = sum over rows, taps, channels of `tile[p * STEP + tap * tap_pitch + channel] * weights[q]`: P voxels by Q
 /// lane blocks, from a tile of order "voxels".
@@ -35,6 +40,7 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
     q_stride: usize,
     r: &Reduction,
 ) -> [[V; Q]; P] {
+    let step = if STEP == ANY { r.step } else { STEP };
     let mut acc = [[V::zero(); Q]; P];
     let mut w = weights;
     for &(row, channels) in r.rows {
@@ -51,7 +57,7 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
                     }
                     let x = x.add(c);
                     for p in 0..P {
-                        let a = V::splat(x.add(p * STEP));
+                        let a = V::splat(x.add(p * step));
                         for q in 0..Q {
                             acc[p][q] = acc[p][q].fma(a, b[q]);
                         }

@@ -10,10 +10,13 @@
 //! | conv wgrad | [`wgrad()`] | x | output channels, from dy |
 //! | transposed wgrad | [`wgrad()`] | dy | input channels, from x |
 //!
+//! Where the outputs have at most four channels, or both sides of a wgrad two, neighbouring voxels fill the lanes instead.
+//!
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several outputs (a
-//! convolution and its residual sibling) share one tile. No result depends on the number of threads: tasks are cut
-//! by shape alone, and every sum has one order.
+//! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
+//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. No
+//! result depends on the number of threads: tasks are cut by shape alone, and every sum has one order.
 
 mod correlate;
 mod micro;

@@ -86,7 +86,7 @@ impl Pass<'_> {
                 // SAFETY: handed on from the caller.
                 let acc = unsafe {
                     broadcast_voxels::<V, $p, Q, STEP>(
-                        row.x.add(a * STEP),
+                        row.x.add(a * row.reduction.step),
                         row.w,
                         row.q_stride,
                         &row.reduction,
