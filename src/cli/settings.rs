@@ -8,6 +8,8 @@ use clap::{ArgMatches, Command};
 
 use super::tell;
 use crate::config::{Config, Overrides};
+use crate::device::bf16::Operands;
+use crate::device::cpu::{Simd, simd_of_pairs};
 use crate::device::cuda::{Prepared, sources};
 use crate::device::{Device, choice};
 use crate::{Error, Result};
@@ -77,6 +79,9 @@ pub fn read_toml(path: &Path) -> Result<Overrides> {
 pub fn choose_device(config: &Config) -> Result<Device> {
     let (device, why) = choice::resolve(config.device, config.amp)?;
     tell(format_args!("device: {why}"));
+    if matches!(device, Device::Cpu(Operands::Bf16)) && simd_of_pairs() != Simd::Avx512 {
+        tell("warning: without AVX-512 BF16 this CPU is faster with --amp off");
+    }
     if let Device::Cuda(cuda) = &device {
         // All at once and in parallel: one after another, as they are first used, they would take minutes.
         let begun = Instant::now();
