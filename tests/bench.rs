@@ -4,6 +4,11 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Map, Value};
+use spleen_hpc::data::nifti_write::write_volume;
+use spleen_hpc::data::volume::{Affine, Volume};
+
+const IDENTITY: Affine =
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]];
 
 /// Cheap rows: a layer of a few milliseconds, and a start of the program.
 const LAYER: &str = "layer_bottom_residual_fprop";
@@ -105,6 +110,7 @@ fn what_cannot_be_timed_is_refused() {
         (&["--only"], &["a value is required"]),
         (&["--device", "cuda"], &["--device cuda:0: bench times the CPU only"]),
         (&["--device", "tpu"], &["`tpu` is not a device"]),
+        (&["--threads", "100000"], &["--threads must be at most 4096, but is 100000"]),
     ] {
         let out = bench(args);
         let said = String::from_utf8_lossy(&out.stderr);
@@ -136,6 +142,19 @@ fn inputs_are_kept_and_used_again() {
     assert_eq!(names, ["ct.nii.gz", "label.nii.gz", "network.safetensors"]);
     rows(&args);
     assert_eq!(files(), made);
+
+    // A scan of somebody else's is neither replaced nor timed.
+    std::fs::remove_file(folder.join("label.nii.gz")).unwrap();
+    let small = Volume { shape: [3, 4, 5], data: vec![1i16; 60], affine: IDENTITY };
+    write_volume(folder.join("ct.nii.gz"), &small).unwrap();
+    let before = std::fs::read(folder.join("ct.nii.gz")).unwrap();
+    let out = bench(&args);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{said}");
+    assert!(said.contains("ct.nii.gz: has [3, 4, 5] voxels, bench times [512, 512, 90]"), "{said}");
+    assert!(
+        std::fs::read(folder.join("ct.nii.gz")).unwrap() == before && !folder.join("label.nii.gz").exists()
+    );
 }
 
 /// One signal, even to the parent alone, ends it with the shell's code, and nothing is left running or lying about.

@@ -219,6 +219,32 @@ fn inference_takes_files_folders_and_globs_and_weights_go_to_torch_and_back() {
     assert!(case["seconds"]["network"].as_f64().is_some_and(|s| s > 0.0));
 }
 
+/// `--amp on` reaches the CPU's convolutions, in inference and in training: other results than f32, the same ones on any
+/// number of threads and any vector unit.
+#[test]
+fn mixed_precision_on_the_cpu() {
+    let infer = |out: &str, flags: &str| {
+        let args =
+            format!("infer --weights run/best.safetensors --roi 48 --device cpu {flags} --out made/{out}");
+        let said = spleen(&HOME, &format!("{args} data/imagesTs/spleen_06.nii.gz"));
+        assert!(said.status.success(), "{}", text(&said.stderr));
+        let mixed = text(&said.stderr).contains("in mixed precision (bfloat16), as asked");
+        (mixed, bytes(format!("made/{out}/spleen_06.nii.gz")))
+    };
+    let single = infer("amp-auto", "");
+    assert_eq!(single, infer("amp-off", "--amp off"));
+    let mixed = infer("amp-on", "--amp on --threads 1");
+    assert_eq!(mixed, infer("amp-on-2", "--amp on --threads 2"));
+    assert_eq!((single.0, mixed.0), (false, true));
+    assert!(single.1 != mixed.1, "not a voxel changes");
+
+    let train = |name: &str, flags: &str| {
+        done(&HOME, &format!("train --data data --run made/{name} --config numbers.toml --epochs 2 {flags}"));
+        bytes(format!("made/{name}/last.safetensors"))
+    };
+    assert!(train("run-off", "--amp off") != train("run-on", "--amp on"));
+}
+
 #[test]
 fn a_finished_run_is_made_longer() {
     let folder = HOME.join("made/longer");

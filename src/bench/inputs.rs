@@ -4,15 +4,18 @@ use std::path::{Path, PathBuf};
 
 use super::config;
 use crate::data::phantom::{PhantomConfig, case};
-use crate::data::{nifti_write, publish};
+use crate::data::{nifti, nifti_write, publish};
 use crate::nn::UNet;
 use crate::nn::weights::{Metadata, write_safetensors};
 use crate::rng::Philox;
 use crate::{Error, Result};
 
-/// Added to the background's logit: an untrained network's mask would be noise, which no real one is, and whose
-/// deflation would be most of the work.
-const BACKGROUND_BIAS: f32 = 100.0;
+/// Bias of the background's logit: as it is drawn, an untrained network takes half of the scan for spleen; with this one
+/// 7 of 1000 voxels of the phantom, as many as a spleen has.
+const BACKGROUND_BIAS: f32 = 0.25;
+
+/// Voxels of the scan.
+const SCAN: [usize; 3] = [512, 512, 90];
 
 /// A folder with a scan, its label and a network.
 #[derive(Clone, Debug)]
@@ -41,7 +44,7 @@ impl Inputs {
         self.folder.join("label.nii.gz")
     }
 
-    /// The bundle's network with initial weights, biased to background.
+    /// The bundle's network with initial weights, one bias excepted.
     pub fn network(&self) -> PathBuf {
         self.folder.join("network.safetensors")
     }
@@ -52,10 +55,22 @@ impl Inputs {
     /// What the system refuses.
     pub fn make(&self) -> Result<()> {
         publish::folder(&self.folder)?;
-        if !(self.ct().is_file() && self.label().is_file()) {
+        for path in [self.ct(), self.label()].iter().filter(|path| path.exists()) {
+            let shape = nifti::read_header(path)?.shape;
+            if shape != SCAN {
+                let what =
+                    format!("has {shape:?} voxels, bench times {SCAN:?}: name another folder for --inputs");
+                return Err(Error::file(path, what));
+            }
+        }
+        if !(self.ct().exists() && self.label().exists()) {
             let (ct, label) = case(&PhantomConfig { full: true, ..PhantomConfig::default() }, 0);
-            nifti_write::write_volume(self.ct(), &ct)?;
-            nifti_write::write_volume(self.label(), &label)?;
+            if !self.ct().exists() {
+                nifti_write::write_volume(self.ct(), &ct)?;
+            }
+            if !self.label().exists() {
+                nifti_write::write_volume(self.label(), &label)?;
+            }
         }
         if !self.network().is_file() {
             let mut net = UNet::new(&config().net, 1)?;

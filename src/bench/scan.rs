@@ -18,6 +18,9 @@ use crate::{Error, Result};
 /// Logits of spleen and background where the label says spleen; the other way round elsewhere.
 const SURE: f32 = 4.0;
 
+/// Voxels from one that is wrongly taken for spleen to the next: 600 of them all over the grid.
+const STRAY: usize = 20_011;
+
 /// .nii.gz to intensities on the network's grid, without a label.
 pub fn preprocess(inputs: &Inputs) -> Result<Work> {
     let (path, config) = (inputs.ct(), config().preprocess);
@@ -25,15 +28,16 @@ pub fn preprocess(inputs: &Inputs) -> Result<Work> {
 }
 
 /// Logits on the network's grid to a u8 mask on the scan's grid in a .nii.gz: softmax, inverse resampling, argmax,
-/// deflate. The logits are those of a network that has found the phantom's spleen.
+/// deflate. The logits are those of a network that has found the phantom's spleen, and a stray voxel here and there.
 pub fn postprocess(inputs: &Inputs) -> Result<Work> {
     let config = config().preprocess;
     let file = nifti::read(inputs.ct())?;
     let label = nifti::label_from(&nifti::read(inputs.label())?.volume, None, inputs.label())?;
     let prepared = transforms::preprocess(&file.volume, Some(&label), &config)?;
     let label = prepared.label.ok_or_else(|| Error::Internal("bench: the label is lost".into()))?;
-    let logits: Vec<f32> =
-        label.data.iter().flat_map(|&l| if l == 1 { [-SURE, SURE] } else { [SURE, -SURE] }).collect();
+    let organ = |(at, &l): (usize, &u8)| l == 1 || at.is_multiple_of(STRAY);
+    let voxels = label.data.iter().enumerate().map(organ);
+    let logits: Vec<f32> = voxels.flat_map(|o| if o { [-SURE, SURE] } else { [SURE, -SURE] }).collect();
     let (header, geometry, path) = (file.header, prepared.geometry, inputs.folder().join("post.nii.gz"));
     let setup = move || logits.clone();
     Ok(Work::with_setup(None, setup, move |mut probabilities| {

@@ -204,7 +204,8 @@ fn compile(findings: &mut Findings, nvrtc: &Nvrtc, target: &Target, chosen: &[So
 
 /// Runs the ops' small cases on the device, where there is one.
 fn try_device(findings: &mut Findings, choice: DeviceChoice, gpus: &[Info]) {
-    for amp in [Amp::On, Amp::Off] {
+    // Both precisions of a GPU; a CPU only says what it is.
+    for amp in [Amp::Auto, Amp::Off] {
         let (device, why) = match choice::resolve(choice, amp) {
             Ok(resolved) => resolved,
             Err(err) => return findings.broken("device", err),

@@ -7,7 +7,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
 use super::tell;
-use crate::config::{Config, Overrides};
+use crate::config::{Config, Overrides, check_threads};
 use crate::device::bf16::Operands;
 use crate::device::cpu::{Simd, simd_of_pairs};
 use crate::device::cuda::{Prepared, sources};
@@ -51,6 +51,7 @@ pub fn use_threads(threads: usize) -> Result<()> {
     if threads == 0 {
         return Ok(());
     }
+    check_threads(threads)?;
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()

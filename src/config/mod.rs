@@ -14,6 +14,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use overrides::Overrides;
+pub use validate::check_threads;
 
 /// Everything that decides what a run computes.
 #[derive(Clone, Debug, PartialEq)]

@@ -11,15 +11,21 @@ fn check(fine: bool, sentence: impl FnOnce() -> String) -> Result<()> {
     if fine { Ok(()) } else { Err(Error::Usage(sentence())) }
 }
 
+/// Refuses a number of threads that would take minutes to start.
+///
+/// # Errors
+/// [`Error::Usage`].
+pub fn check_threads(threads: usize) -> Result<()> {
+    check(threads <= MAX_THREADS, || format!("--threads must be at most {MAX_THREADS}, but is {threads}"))
+}
+
 impl Config {
     /// Refuses numbers no stage could work with.
     ///
     /// # Errors
     /// [`Error::Usage`]: one sentence that names the flag, its value and what it must be.
     pub fn validate(&self) -> Result<()> {
-        check(self.threads <= MAX_THREADS, || {
-            format!("--threads must be at most {MAX_THREADS}, but is {}", self.threads)
-        })?;
+        check_threads(self.threads)?;
         // TOML integers end there, and the config must be readable again.
         check(self.seed <= i64::MAX as u64, || format!("--seed must be below 2^63, but is {}", self.seed))?;
         self.preprocess.validate()?;

@@ -109,21 +109,7 @@ pub fn foreground_box<T: Copy + Sync>(
     margin: usize,
     allow_smaller: bool,
 ) -> Option<CropBox> {
-    let mut found = bounding_box(&volume.data, volume.shape, inside)?;
-    for a in 0..3 {
-        let (least, most) = if allow_smaller { (0, volume.shape[a] as i64) } else { (i64::MIN, i64::MAX) };
-        found.start[a] = (found.start[a] - margin as i64).max(least);
-        found.end[a] = (found.end[a] + margin as i64).min(most);
-    }
-    Some(found)
-}
-
-/// The smallest box around the voxels of `data`, k fastest, that are `inside`.
-fn bounding_box<T: Copy + Sync>(
-    data: &[T],
-    [_, nj, nk]: [usize; 3],
-    inside: impl Fn(T) -> bool + Sync,
-) -> Option<CropBox> {
+    let [_, nj, nk] = volume.shape;
     let join = |a: Option<CropBox>, b: Option<CropBox>| match (a, b) {
         (Some(a), Some(b)) => Some(CropBox {
             start: std::array::from_fn(|x| a.start[x].min(b.start[x])),
@@ -137,7 +123,14 @@ fn bounding_box<T: Copy + Sync>(
         let (i, j) = ((row / nj) as i64, (row % nj) as i64);
         Some(CropBox { start: [i, j, first as i64], end: [i + 1, j + 1, last as i64 + 1] })
     };
-    data.par_chunks(nk.max(1)).enumerate().map(row_box).reduce(|| None, join)
+    let rows = volume.data.par_chunks(nk.max(1)).enumerate();
+    let mut found = rows.map(row_box).reduce(|| None, join)?;
+    for a in 0..3 {
+        let (least, most) = if allow_smaller { (0, volume.shape[a] as i64) } else { (i64::MIN, i64::MAX) };
+        found.start[a] = (found.start[a] - margin as i64).max(least);
+        found.end[a] = (found.end[a] + margin as i64).min(most);
+    }
+    Some(found)
 }
 
 /// Cuts a box out, filling what lies outside the volume with `pad`; the affine follows.
@@ -196,18 +189,13 @@ impl Geometry {
     ///
     /// [`invert_probabilities`](Self::invert_probabilities) and argmax in one pass, byte for byte; a draw is 0.
     ///
-    /// Only voxels near the box around the organ are interpolated. Elsewhere the spleen is nowhere above the background
-    /// in the cell around them, and as rounded sums of products with weights >= 0 never decrease when a value grows, it
-    /// is not above it after interpolation either.
+    /// Only voxels near spleen voxels are interpolated. Elsewhere the spleen is nowhere above the background in the cell
+    /// around them, and as rounded sums of products with weights >= 0 never decrease when a value grows, it is not above
+    /// it after interpolation either.
     pub fn invert_argmax(&self, prob: &[[f32; 2]]) -> Result<Vec<u8>> {
         let back = self.way_back(prob.len())?;
-        let Some(organ) =
-            bounding_box(prob, self.prepared_shape(), |[background, spleen]| spleen > background)
-        else {
-            return Ok(vec![0; self.native_shape.iter().product()]);
-        };
         let sampler = Sampler::new(&back, self.stored());
-        let reaches = sampler.reaches(organ.start.map(|v| v as usize), organ.end.map(|v| v as usize));
+        let reaches = sampler.reaches(prob, |[background, spleen]| spleen > background);
         Ok(tabulate(self.native_shape, |voxel| {
             let voxel = self.ras(voxel);
             if !reaches(voxel) {

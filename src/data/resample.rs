@@ -10,6 +10,8 @@
 //! x_a = ((g_a + 1) · n_a - 1) / 2, clamped to [0, n_a - 1]         source voxel on an axis of n_a voxels
 //! ```
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -259,6 +261,9 @@ pub(super) struct Stored {
     pub shape: [usize; 3],
 }
 
+/// Voxels along the side of a brick of [`Sampler::reaches`].
+const BRICK: usize = 16;
+
 /// Offset of a voxel that is not stored; a sum of three stays beyond every slice.
 const OUTSIDE: usize = usize::MAX / 4;
 
@@ -330,21 +335,47 @@ impl<'a> Sampler<'a> {
         }
     }
 
-    /// Whether an output voxel's cell has a corner in the box of stored voxels from `start` to before `end`.
-    pub fn reaches(&self, start: [usize; 3], end: [usize; 3]) -> impl Fn([usize; 3]) -> bool {
-        let touches = move |axis: usize, taps: &Taps| {
-            taps.at.iter().any(|at| (start[axis]..end[axis]).contains(&(at / self.stride[axis])))
+    /// Which output voxels' cells may have a corner among the stored voxels of `data` that are `wanted`: all that have,
+    /// and some near them. Corners are looked for brick by brick.
+    pub fn reaches<T: Copy + Sync>(
+        &self,
+        data: &[T],
+        wanted: impl Fn(T) -> bool + Sync,
+    ) -> impl Fn([usize; 3]) -> bool {
+        let [_, nj, nk] = self.stored.shape;
+        let [bi, bj, bk] = self.stored.shape.map(|n| n / BRICK + 1);
+        let bricks: Vec<AtomicBool> = (0..bi * bj * bk).map(|_| AtomicBool::new(false)).collect();
+        data.par_chunks((nj * nk).max(1)).enumerate().for_each(|(i, slab)| {
+            for (at, _) in slab.iter().enumerate().filter(|(_, v)| wanted(**v)) {
+                let voxel = [i, at / nk, at % nk];
+                // A cell of this corner begins here or one voxel before, on each axis.
+                for corner in 0..8 {
+                    let [i, j, k] = [0, 1, 2].map(|a| (voxel[a] + (corner >> a & 1)) / BRICK);
+                    bricks[(i * bj + j) * bk + k].store(true, Ordering::Relaxed);
+                }
+            }
+        });
+        let step = [bj * bk, bk, 1];
+        // Number of a cell's brick, counted from one voxel before the first stored one; `None` beyond them.
+        let brick = move |axis: usize, taps: &Taps| {
+            let [low, high] = taps.at.map(|at| (at != OUTSIDE).then(|| at / self.stride[axis]));
+            low.map(|low| low + 1).or(high).map(|begin| begin / BRICK * step[axis])
         };
         let along = match &self.along {
-            Along::Taps(taps) => Some(
-                [0, 1, 2]
-                    .map(|axis| -> Vec<bool> { taps[axis].iter().map(|taps| touches(axis, taps)).collect() }),
-            ),
+            Along::Taps(taps) => Some([0, 1, 2].map(|axis| -> Vec<Option<usize>> {
+                taps[axis].iter().map(|taps| brick(axis, taps)).collect()
+            })),
             Along::Normalised(_) => None,
         };
-        move |voxel| match &along {
-            Some(along) => (0..3).all(|axis| along[axis][voxel[axis]]),
-            None => self.taps(voxel).iter().enumerate().all(|(axis, taps)| touches(axis, taps)),
+        move |voxel| {
+            let [i, j, k] = match &along {
+                Some(along) => [0, 1, 2].map(|axis| along[axis][voxel[axis]]),
+                None => {
+                    let taps = self.taps(voxel);
+                    [0, 1, 2].map(|axis| brick(axis, &taps[axis]))
+                }
+            };
+            matches!((i, j, k), (Some(i), Some(j), Some(k)) if bricks[i + j + k].load(Ordering::Relaxed))
         }
     }
 

@@ -24,7 +24,7 @@ pub struct Range {
     thread: PhantomData<*const ()>,
 }
 
-/// Begins a range. Does nothing where no profiler listens.
+/// Begins a range. Where no profiler listens only its name is kept.
 ///
 /// ```
 /// # fn work() {}
