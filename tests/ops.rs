@@ -1,7 +1,7 @@
 //! Every op against loops in f64 that follow its formula, against finite differences, and against itself on every
 //! vector unit and number of threads.
 
-use spleen_hpc::config::{Net, Norm};
+use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::nn::{Mode, UNet};
@@ -11,6 +11,7 @@ use spleen_hpc::ops::norm_prelu::{Affine, Running, Statistics, norm_prelu};
 use spleen_hpc::ops::residual::{add, materialize};
 use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Activation, Grads, Param, ParamId, Pending, Shape, Tape, Tensor, ValueId};
+use spleen_hpc::train::trainer::Trainer;
 use std::sync::Mutex;
 
 /// A float32 sum of K random products is off by about sqrt(K) / 2 roundings of 2^-24 of its norm; K <= 27 * 40 here.
@@ -275,6 +276,24 @@ fn network_bits(norm: Norm, operands: Operands) -> Vec<u32> {
     logits.data().iter().chain(params).map(|v| v.to_bits()).collect()
 }
 
+/// Two training steps of the same network, so that the second reads what the first wrote: losses, parameters and
+/// the optimizer's moments.
+fn training_bits(norm: Norm, operands: Operands) -> Vec<u64> {
+    let recipe = Config::for_recipe(Recipe::Seed);
+    let net = Net { norm, channels: vec![4, 18, 33] };
+    let mut trainer = Trainer::new(&net, recipe.loss, recipe.optim, 5).expect("a valid network");
+    trainer.net.set_operands(operands);
+    let shape = [2, 8, 12, 20];
+    let images = uniform(&mut Philox::new(1, 2), shape.iter().product());
+    let labels: Vec<u8> = images.iter().map(|&v| u8::from(v > 0.3)).collect();
+    let losses = [0; 2].map(|_| trainer.step(&images, &labels, shape).expect("finite").to_bits());
+    let (moments, _) = trainer.optimizer_state().expect("on the CPU");
+    let moments = moments.iter().flat_map(|m| m.exp_avg.iter().chain(&m.exp_avg_sq));
+    let params = trainer.net.params().iter().flat_map(|p| p.value.iter());
+    let values = params.chain(moments).map(|v| u64::from(v.to_bits()));
+    losses.into_iter().chain(values).collect()
+}
+
 /// Every bit of a layer's outputs and gradients.
 fn layer_bits(case: &Case, operands: Operands) -> Vec<u32> {
     let r = Layer::new(case, 3).run(case, operands);
@@ -318,6 +337,22 @@ fn bits_do_not_depend_on_threads_or_vector_unit() {
             let got = network_bits(norm, operands);
             use_simd(Simd::Avx512);
             assert!(got == want, "{norm:?}, {operands:?}: {unit:?} changes the result");
+        }
+    }
+}
+
+#[test]
+fn bits_of_training_do_not_depend_on_the_vector_unit() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    for norm in [Norm::Batch, Norm::Instance] {
+        for operands in [Operands::Single, Operands::Bf16] {
+            let want = training_bits(norm, operands);
+            for unit in [Simd::Avx2, Simd::Portable] {
+                use_simd(unit);
+                let got = training_bits(norm, operands);
+                use_simd(Simd::Avx512);
+                assert!(got == want, "{norm:?}, {operands:?}: {unit:?} changes the result");
+            }
         }
     }
 }

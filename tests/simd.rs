@@ -22,6 +22,8 @@ fn a_forced_unit_is_the_one_in_use() {
     };
     let stdout = String::from_utf8(doctor(name).stdout).expect("text");
     assert!(stdout.contains(&simd().to_string()), "{stdout}");
+    let stdout = String::from_utf8(doctor("").stdout).expect("text");
+    assert!(stdout.contains(&simd().to_string()), "empty is not set: {stdout}");
 }
 
 #[test]

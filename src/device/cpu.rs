@@ -1,8 +1,9 @@
-//! The CPU: which vector unit it has, 16-lane vectors on each of them, and disjoint writes from many threads.
+//! The CPU: which vector unit it has, 16-lane vectors and compiled loops on each of them, and disjoint writes from many
+//! threads.
 //!
 //! Kernels are written once over [`Lanes`] and instantiated for AVX-512, AVX2+FMA and plain Rust. Every
 //! instantiation does the same operations in the same order, a fused multiply-add each, so results do not depend
-//! on the machine.
+//! on the machine. Loops that the compiler vectorises well by itself are written as `vectorised!` functions.
 
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
@@ -63,12 +64,14 @@ pub fn simd() -> Simd {
 }
 
 /// Runs kernels on the unit that the environment variable `SPLEEN_SIMD` names (avx512, avx2, portable), or on the best
-/// one where it is not set; returns which.
+/// one where it is not set or empty; returns which.
 ///
 /// # Errors
 /// [`Error::Usage`] when it names none of these or one that this machine has not.
 pub fn obey_environment() -> Result<Simd> {
-    let Some(value) = std::env::var_os(VARIABLE) else { return Ok(use_simd(Simd::Avx512)) };
+    let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else {
+        return Ok(use_simd(Simd::Avx512));
+    };
     let unit = match value.to_str() {
         Some("avx512") => Simd::Avx512,
         Some("avx2") => Simd::Avx2,
@@ -101,6 +104,41 @@ pub fn simd_of_pairs() -> Simd {
     }
     simd()
 }
+
+/// Functions compiled three times, for AVX-512, for AVX2 with FMA and for the target's baseline; each call takes the
+/// copy of [`simd()`]'s unit.
+///
+/// The body is repeated rather than called, so that its closures are compiled with the unit's instructions too; what
+/// it calls should be `#[inline(always)]` for the same reason. Rust neither reorders float operations nor contracts
+/// `a * b + c` to a fused one, so all copies return the same bits.
+macro_rules! vectorised {
+    ($(
+        $(#[$attribute:meta])*
+        $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block
+    )+) => {$(
+        $(#[$attribute])*
+        $visibility fn $name($($argument: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,fma")]
+                fn avx512($($argument: $type),*) $(-> $result)? $body
+
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($argument: $type),*) $(-> $result)? $body
+
+                match $crate::device::cpu::simd() {
+                    // SAFETY: `simd()` found the features.
+                    $crate::device::cpu::Simd::Avx512 => return unsafe { avx512($($argument),*) },
+                    // SAFETY: `simd()` found the features.
+                    $crate::device::cpu::Simd::Avx2 => return unsafe { avx2($($argument),*) },
+                    $crate::device::cpu::Simd::Portable => {}
+                }
+            }
+            $body
+        }
+    )+};
+}
+pub(crate) use vectorised;
 
 /// Sixteen f32 lanes.
 pub trait Lanes: Copy {

@@ -5,7 +5,7 @@ use super::plan::{Block, Class, LANES, Map};
 use super::tile::Element;
 use crate::device::arena::Buffer;
 use crate::device::bf16::pair;
-use multiversion::multiversion;
+use crate::device::cpu::vectorised;
 use rayon::prelude::*;
 
 /// Packed weights: [group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes].
@@ -93,15 +93,16 @@ pub fn pack<'a>(
     Packed { data, starts, classes: classes.len() }
 }
 
-/// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
-    let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
-    for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
-        let (even, odd) = x.split_at(LANES);
-        match odd.len() {
-            LANES => (0..LANES).for_each(|l| out[l] = pair(even[l], odd[l])),
-            _ => (0..LANES).for_each(|l| out[l] = pair(even[l], 0.0)),
+vectorised! {
+    /// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
+    fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
+        let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
+        for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
+            let (even, odd) = x.split_at(LANES);
+            match odd.len() {
+                LANES => (0..LANES).for_each(|l| out[l] = pair(even[l], odd[l])),
+                _ => (0..LANES).for_each(|l| out[l] = pair(even[l], 0.0)),
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use super::Source;
 use super::plan::{Block, Map, Tile};
 use super::transpose::transpose;
 use crate::device::bf16::{self, pair};
-use multiversion::multiversion;
+use crate::device::cpu::vectorised;
 
 /// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,69 +150,73 @@ pub fn load(
     }
 }
 
-/// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
-    if len == 1 && pitch == 1 {
-        out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
-        return;
-    }
-    if len == 2 * pitch {
-        out.iter_mut().zip(x.chunks_exact(2)).for_each(|(o, x)| *o = pair(x[0], x[1]));
-        return;
-    }
-    for (out, x) in out.chunks_mut(pitch).zip(x.chunks_exact(len)) {
-        out.iter_mut().zip(x.chunks(2)).for_each(|(o, x)| *o = pair(x[0], x.get(1).map_or(0.0, |&x| x)));
-    }
-}
-
-/// `out[i]` = `first[i]` and `second[i]`, or 0 where `second` has ended.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn pair_voxels(first: &[f32], second: &[f32], out: &mut [f32]) {
-    for ((o, &first), &second) in out.iter_mut().zip(first).zip(second) {
-        *o = pair(first, second);
-    }
-    let rest = second.len()..first.len();
-    out[rest.clone()].iter_mut().zip(&first[rest]).for_each(|(o, &first)| *o = pair(first, 0.0));
-}
-
-/// `out[v * pitch + c]` = channel c of voxels 2 v and 2 v + 1 of `x`, or 0 where `x` has ended.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn pair_neighbours(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
-    for (out, x) in out.chunks_mut(pitch).zip(x.chunks(2 * len)) {
-        match (x.len(), len) {
-            (32, 16) => (0..16).for_each(|c| out[c] = pair(x[c], x[16 + c])),
-            (whole, _) if whole == 2 * len => (0..len).for_each(|c| out[c] = pair(x[c], x[len + c])),
-            _ => (0..len).for_each(|c| out[c] = pair(x[c], 0.0)),
+vectorised! {
+    /// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
+    fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+        if len == 1 && pitch == 1 {
+            out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
+            return;
+        }
+        if len == 2 * pitch {
+            out.iter_mut().zip(x.chunks_exact(2)).for_each(|(o, x)| *o = pair(x[0], x[1]));
+            return;
+        }
+        for (out, x) in out.chunks_mut(pitch).zip(x.chunks_exact(len)) {
+            out.iter_mut().zip(x.chunks(2)).for_each(|(o, x)| *o = pair(x[0], x.get(1).map_or(0.0, |&x| x)));
         }
     }
-}
 
-/// Rounds to bfloat16, in f32.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn round_row(x: &mut [f32]) {
-    x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
-}
-
-/// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there is
-/// a map.
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-pub fn transform_row(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
-    match len {
-        16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
-        32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
-        // A whole number of voxels fills 16 lanes.
-        1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
-            let repeated = map.map(|(scale, shift, slope)| {
-                let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i % len]);
-                (repeat(scale), repeat(shift), slope)
-            });
-            let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
-            let whole = x.len() - x.len() % 16;
-            voxels::<16>(&mut out[..whole], 16, &x[..whole], 16, map);
-            any_voxels(&mut out[whole..], len, &x[whole..], len, len, map);
+    /// `out[i]` = `first[i]` and `second[i]`, or 0 where `second` has ended.
+    fn pair_voxels(first: &[f32], second: &[f32], out: &mut [f32]) {
+        for ((o, &first), &second) in out.iter_mut().zip(first).zip(second) {
+            *o = pair(first, second);
         }
-        _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
+        let rest = second.len()..first.len();
+        out[rest.clone()].iter_mut().zip(&first[rest]).for_each(|(o, &first)| *o = pair(first, 0.0));
+    }
+
+    /// `out[v * pitch + c]` = channel c of voxels 2 v and 2 v + 1 of `x`, or 0 where `x` has ended.
+    pub fn pair_neighbours(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+        for (out, x) in out.chunks_mut(pitch).zip(x.chunks(2 * len)) {
+            match (x.len(), len) {
+                (32, 16) => (0..16).for_each(|c| out[c] = pair(x[c], x[16 + c])),
+                (whole, _) if whole == 2 * len => (0..len).for_each(|c| out[c] = pair(x[c], x[len + c])),
+                _ => (0..len).for_each(|c| out[c] = pair(x[c], 0.0)),
+            }
+        }
+    }
+
+    /// Rounds to bfloat16, in f32.
+    pub fn round_row(x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
+    }
+
+    /// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there
+    /// is a map.
+    pub fn transform_row(
+        out: &mut [f32],
+        out_pitch: usize,
+        x: &[f32],
+        x_pitch: usize,
+        len: usize,
+        map: Affine,
+    ) {
+        match len {
+            16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
+            32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
+            // A whole number of voxels fills 16 lanes.
+            1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
+                let repeated = map.map(|(scale, shift, slope)| {
+                    let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i % len]);
+                    (repeat(scale), repeat(shift), slope)
+                });
+                let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
+                let whole = x.len() - x.len() % 16;
+                voxels::<16>(&mut out[..whole], 16, &x[..whole], 16, map);
+                any_voxels(&mut out[whole..], len, &x[whole..], len, len, map);
+            }
+            _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
+        }
     }
 }
 

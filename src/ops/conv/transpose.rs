@@ -4,8 +4,9 @@ use crate::device::cpu::{Simd, simd};
 
 /// `out[c * pitch + v]` = `x[v * len + c]`.
 pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    assert!(len > 0, "at least one channel");
     let voxels = x.len() / len;
-    assert!(len == 0 || out.len() >= (len - 1) * pitch + voxels, "channel rows fit");
+    assert!(out.len() >= (len - 1) * pitch + voxels, "channel rows fit");
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if simd() == Simd::Avx512 && matches!(len, 2 | 16) {

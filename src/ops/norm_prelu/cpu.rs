@@ -2,8 +2,8 @@
 
 use super::{Affine, EPS, HostMoments, Statistics};
 use crate::device::arena::Buffer;
+use crate::device::cpu::vectorised;
 use crate::tensor::{Activation, Param, Pending, Tensor};
-use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Floats a task handles: 64 KB.
@@ -95,18 +95,18 @@ fn chunk_moments(x: &[f32], c: usize, period: usize) -> Vec<(f64, f64)> {
     mean.into_iter().zip(fold(squares)).collect()
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn sum_periodic(x: &[f32], sums: &mut [f32]) {
-    for x in x.chunks(sums.len()) {
-        sums.iter_mut().zip(x).for_each(|(s, x)| *s += x);
+vectorised! {
+    fn sum_periodic(x: &[f32], sums: &mut [f32]) {
+        for x in x.chunks(sums.len()) {
+            sums.iter_mut().zip(x).for_each(|(s, x)| *s += x);
+        }
     }
-}
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn square_periodic(x: &[f32], centre: &[f32], sums: &mut [f32]) {
-    for x in x.chunks(sums.len()) {
-        for ((s, x), m) in sums.iter_mut().zip(x).zip(centre) {
-            *s += (x - m) * (x - m);
+    fn square_periodic(x: &[f32], centre: &[f32], sums: &mut [f32]) {
+        for x in x.chunks(sums.len()) {
+            for ((s, x), m) in sums.iter_mut().zip(x).zip(centre) {
+                *s += (x - m) * (x - m);
+            }
         }
     }
 }
@@ -194,38 +194,46 @@ pub fn backward(
     (all, Tensor::new(shape, dx))
 }
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn chunk_sums(x: &[f32], dy: &[f32], lane: &Lane, dz: &mut [f32], dz_xhat: &mut [f32], slope: &mut [f32]) {
-    let period = dz.len();
-    for (x, dy) in x.chunks(period).zip(dy.chunks(period)) {
-        let len = x.len();
-        let (scale, shift, mean, rstd) =
-            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
-        let (dz, dz_xhat, slope) = (&mut dz[..len], &mut dz_xhat[..len], &mut slope[..len]);
-        let dy = &dy[..len];
-        for i in 0..len {
-            let z = x[i] * scale[i] + shift[i];
-            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
-            slope[i] += if z > 0.0 { 0.0 } else { dy[i] * z };
-            dz[i] += g;
-            dz_xhat[i] += g * ((x[i] - mean[i]) * rstd[i]);
+vectorised! {
+    fn chunk_sums(
+        x: &[f32],
+        dy: &[f32],
+        lane: &Lane,
+        dz: &mut [f32],
+        dz_xhat: &mut [f32],
+        slope: &mut [f32],
+    ) {
+        let period = dz.len();
+        for (x, dy) in x.chunks(period).zip(dy.chunks(period)) {
+            let len = x.len();
+            let (scale, shift, mean, rstd) =
+                (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
+            let (dz, dz_xhat, slope) = (&mut dz[..len], &mut dz_xhat[..len], &mut slope[..len]);
+            let dy = &dy[..len];
+            for i in 0..len {
+                let z = x[i] * scale[i] + shift[i];
+                let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
+                slope[i] += if z > 0.0 { 0.0 } else { dy[i] * z };
+                dz[i] += g;
+                dz_xhat[i] += g * ((x[i] - mean[i]) * rstd[i]);
+            }
         }
     }
-}
 
-#[multiversion(targets("x86_64+avx512f", "x86_64+avx2"))]
-fn chunk_dx(dx: &mut [f32], x: &[f32], dy: &[f32], lane: &Lane, mean_dz: &[f32], mean_dz_xhat: &[f32]) {
-    let period = mean_dz.len();
-    for ((dx, x), dy) in dx.chunks_mut(period).zip(x.chunks(period)).zip(dy.chunks(period)) {
-        let len = dx.len();
-        let (scale, shift, mean, rstd) =
-            (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
-        let (mean_dz, mean_dz_xhat, x, dy) = (&mean_dz[..len], &mean_dz_xhat[..len], &x[..len], &dy[..len]);
-        for i in 0..len {
-            let z = x[i] * scale[i] + shift[i];
-            let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
-            let xhat = (x[i] - mean[i]) * rstd[i];
-            dx[i] = scale[i] * (g - mean_dz[i] - xhat * mean_dz_xhat[i]);
+    fn chunk_dx(dx: &mut [f32], x: &[f32], dy: &[f32], lane: &Lane, mean_dz: &[f32], mean_dz_xhat: &[f32]) {
+        let period = mean_dz.len();
+        for ((dx, x), dy) in dx.chunks_mut(period).zip(x.chunks(period)).zip(dy.chunks(period)) {
+            let len = dx.len();
+            let (scale, shift, mean, rstd) =
+                (&lane.scale[..len], &lane.shift[..len], &lane.mean[..len], &lane.rstd[..len]);
+            let (mean_dz, mean_dz_xhat) = (&mean_dz[..len], &mean_dz_xhat[..len]);
+            let (x, dy) = (&x[..len], &dy[..len]);
+            for i in 0..len {
+                let z = x[i] * scale[i] + shift[i];
+                let g = if z > 0.0 { dy[i] } else { lane.slope * dy[i] };
+                let xhat = (x[i] - mean[i]) * rstd[i];
+                dx[i] = scale[i] * (g - mean_dz[i] - xhat * mean_dz_xhat[i]);
+            }
         }
     }
 }
