@@ -44,9 +44,11 @@ impl Tape {
         self.backward.is_some()
     }
 
-    /// Ops from now on belong to this layer: their backward passes run in a range of its name.
+    /// Ops from now on belong to this layer: their backward passes run in a range of its name; "" is none.
     pub fn set_layer(&mut self, name: &str) {
-        self.layer = name.into();
+        if self.is_recording() {
+            self.layer = name.into();
+        }
     }
 
     /// Appends the backward pass of one op.
@@ -62,7 +64,7 @@ impl Tape {
     /// The first error of a closure.
     pub fn backward(self, grads: &mut Grads) -> Result<()> {
         for (layer, step) in self.backward.into_iter().flatten().rev() {
-            let _layer = range(&layer);
+            let _layer = (!layer.is_empty()).then(|| range(&layer));
             step(grads)?;
         }
         Ok(())

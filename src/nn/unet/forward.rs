@@ -48,6 +48,8 @@ impl UNet {
         tape.operands = self.operands;
         let mut run = Run { net: self, tape, mode, probe, statistics: Vec::new() };
         let logits = run.level(0, Activation::constant(x))?;
+        // What comes after the network is no layer's.
+        run.tape.set_layer("");
         Ok((logits, run.statistics))
     }
 
