@@ -2,9 +2,10 @@
 
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
-use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Tile, lane_blocks, source_blocks};
+use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, Tile, lane_blocks, source_blocks};
 use super::tile::{Element, Order, Place, load};
 use super::{Head, Problem, Source, Weights, run};
+use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
@@ -13,6 +14,9 @@ use rayon::prelude::*;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
 const MIN_TASKS: usize = 32;
+
+/// Tasks a thread, so that none waits long for the last.
+const TASKS_A_THREAD: usize = 8;
 
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias.
 pub fn correlate<'a>(
@@ -44,38 +48,65 @@ pub fn correlate<'a>(
     let voxel_floats =
         |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
     let widest = groups.iter().map(voxel_floats).max().unwrap_or(1);
-    let tiles = Tile::choose(map, anchors, widest).origins(n, anchors);
+    let largest = Tile::choose(map, anchors, widest);
+    let tiles = largest.origins(n, anchors);
+    // Blocks begin where they would in the largest tile, whatever was clipped.
+    let voxels = map.extent(largest.d) * map.extent(largest.h) * map.extent(anchors[2]);
     // A multiple of 4 lane blocks a task keeps the widest micro-kernels usable.
     let parts = MIN_TASKS.div_ceil(tiles.len()).min(lanes.len().div_ceil(4));
     let part = lanes.len().div_ceil(parts).next_multiple_of(4);
+    // Runs of tiles long enough to share planes and short enough to keep all threads busy.
+    let run = tiles.len().div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()));
     let outs: Vec<_> = heads
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass =
-        Pass { map, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, order, element };
+    let pass = Pass {
+        map,
+        out_space,
+        anchors,
+        classes: &classes,
+        lanes: &lanes,
+        sources,
+        outs: &outs,
+        order,
+        element,
+    };
     let tasks: Vec<_> =
-        tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
-    tasks.into_par_iter().for_each_init(
-        || (Vec::new(), Vec::new()),
-        |(tile, row), (origin, first)| {
-            let size = origin.3;
-            let voxels = map.extent(size.d) * map.extent(size.h) * map.extent(anchors[2]);
-            let part = first..lanes.len().min(first + part);
+        tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
+    tasks.into_par_iter().for_each_init(Vec::new, |row, (origins, first)| {
+        let part = first..lanes.len().min(first + part);
+        let mut tile = Buffer::dirty(voxels * widest + run::SLACK);
+        // The buffer holds the tile before only where no other group of blocks came after it.
+        let keeps = groups.len() == 1;
+        let place = |i: usize| Place {
+            map,
+            space,
+            anchors_w: anchors[2],
+            origin: &origins[i],
+            before: (keeps && i > 0).then(|| &origins[i - 1]),
+        };
+        for (i, origin) in origins.iter().enumerate() {
             for (index, group) in groups.iter().enumerate() {
-                tile.resize(voxels * voxel_floats(group) + run::SLACK, 0.0);
-                let place = Place { map, space, anchors_w: anchors[2], origin };
+                let mut starts = [0; GROUP];
                 let mut start = 0;
-                for &block in *group {
+                for (&block, at) in group.iter().zip(&mut starts) {
+                    *at = start;
                     let tile = &mut tile[start..];
-                    load(&sources[block.tensor], block, &place, (order, element), tile, row);
+                    load(&sources[block.tensor], block, &place(i), (order, element), tile, row);
                     start += voxels * order.row_floats(1, element.of(block.len));
                 }
-                let step = Step { tile, group, index, packed: &packed, origin, lanes: part.clone() };
-                pass.run(&step);
+                let next = match index + 1 < groups.len() {
+                    true => Some((place(i), groups[index + 1])),
+                    false if i + 1 < origins.len() => Some((place(i + 1), groups[0])),
+                    false => None,
+                };
+                let tile = &tile[..];
+                let (packed, lanes) = (&packed, part.clone());
+                pass.run(&Step { tile, starts, group, index, packed, origin, lanes, next });
             }
-        },
-    );
+        }
+    });
 }
 
 /// Elements between voxels of a tile. Times the stride it is a constant of the micro-kernels: 2, 4, 8, 16 or 32.
@@ -102,6 +133,7 @@ pub struct Pass<'a> {
     pub anchors: [usize; 3],
     pub classes: &'a [Class],
     pub lanes: &'a [Block],
+    pub sources: &'a [Source<'a>],
     pub outs: &'a [Out<'a>],
     pub order: Order,
     pub element: Element,
@@ -110,11 +142,26 @@ pub struct Pass<'a> {
 /// One tile, one group of input channel blocks, some lane blocks.
 pub struct Step<'a> {
     tile: &'a [f32],
+    /// Where each block of the group begins in the tile.
+    starts: [usize; GROUP],
     group: &'a [Block],
     index: usize,
     packed: &'a Packed,
-    origin: &'a (usize, usize, usize, Tile),
+    origin: &'a Origin,
     lanes: std::ops::Range<usize>,
+    /// What will be loaded next.
+    next: Option<(Place<'a>, &'a [Block])>,
+}
+
+impl Step<'_> {
+    /// Asks the cache for a part of what will be loaded next.
+    fn prefetch(&self, sources: &[Source], (part, parts): (usize, usize)) {
+        if let Some((place, group)) = &self.next {
+            for &block in *group {
+                place.prefetch(&sources[block.tensor], block, (part, parts));
+            }
+        }
+    }
 }
 
 impl Pass<'_> {
@@ -208,23 +255,20 @@ impl Pass<'_> {
     /// V's vector unit must exist.
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes, const STEP: usize, const ACCUMULATORS: usize>(&self, step: &Step) {
-        let (n, d0, h0, size) = *step.origin;
+        let Origin { n, d: d0, h: h0, size } = *step.origin;
         let (map, outputs) = (self.map, self.map.outputs());
-        let (extent_d, extent_h, extent_w) =
-            (map.extent(size.d), map.extent(size.h), map.extent(self.anchors[2]));
+        let (extent_h, extent_w) = (map.extent(size.h), map.extent(self.anchors[2]));
         // A thin scatter makes both outputs of an anchor along w at once, from the weights of two classes.
         let merged = if STEP == 0 { outputs } else { 1 };
         for (class_index, class) in self.classes.iter().enumerate().step_by(merged) {
             // Offsets of all blocks' input rows of anchor row (0, 0), and what an anchor row further adds to them.
             let mut rows = Vec::with_capacity(step.group.len() * class.rows.len());
             let mut row_floats = [0; GROUP];
-            let mut start = 0;
-            for (block, floats) in step.group.iter().zip(&mut row_floats) {
+            for ((block, floats), start) in step.group.iter().zip(&mut row_floats).zip(step.starts) {
                 let len = self.element.of(block.len);
                 *floats = self.order.row_floats(extent_w, len);
                 let offset = |r: &(usize, usize, usize, usize)| start + (r.0 * extent_h + r.1) * *floats;
                 rows.extend(class.rows.iter().map(|r| (offset(r), len)));
-                start += extent_d * extent_h * *floats;
             }
             let weights = step.packed.of(step.index, class_index);
             let q_stride = lane_block_floats(class, step.group, self.element);
@@ -250,14 +294,20 @@ impl Pass<'_> {
                     _ => 1,
                 };
                 for (d, h) in (0..size.d).flat_map(|d| (0..size.h).map(move |h| (d, h))) {
+                    if class_index == 0 && lane == step.lanes.start {
+                        step.prefetch(self.sources, (d * size.h + h, size.d * size.h));
+                    }
                     let od = (d0 + d) * outputs + class.parity[0];
                     let oh = (h0 + h) * outputs + class.parity[1];
                     if od >= self.out_space[0] || oh >= self.out_space[1] {
                         continue;
                     }
-                    for (i, (moved, row)) in moved.iter_mut().zip(&rows).enumerate() {
-                        let floats = row_floats[i / class.rows.len()];
-                        moved.0 = row.0 + (d * extent_h + h) * map.stride() * floats;
+                    let of_blocks = moved.chunks_exact_mut(class.rows.len());
+                    for ((moved, rows), floats) in
+                        of_blocks.zip(rows.chunks_exact(class.rows.len())).zip(row_floats)
+                    {
+                        let down = (d * extent_h + h) * map.stride() * floats;
+                        moved.iter_mut().zip(rows).for_each(|(moved, row)| moved.0 = row.0 + down);
                     }
                     let out_row = run::OutRow {
                         x: step.tile.as_ptr(),

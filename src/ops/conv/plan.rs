@@ -156,18 +156,39 @@ impl Tile {
         Tile { d, h }
     }
 
-    /// Origins (n, d, h) of all tiles, in order, with their sizes clipped to the volume.
-    pub fn origins(self, n: usize, anchors: [usize; 3]) -> Vec<(usize, usize, usize, Tile)> {
+    /// All tiles of a pass, clipped to the volume. D runs fastest: neighbours in the list share input planes.
+    pub fn origins(self, n: usize, anchors: [usize; 3]) -> Vec<Origin> {
         let mut list = Vec::new();
         for n in 0..n {
-            for d in (0..anchors[0]).step_by(self.d) {
-                for h in (0..anchors[1]).step_by(self.h) {
-                    let clipped = Tile { d: self.d.min(anchors[0] - d), h: self.h.min(anchors[1] - h) };
-                    list.push((n, d, h, clipped));
+            for h in (0..anchors[1]).step_by(self.h) {
+                for d in (0..anchors[0]).step_by(self.d) {
+                    let size = Tile { d: self.d.min(anchors[0] - d), h: self.h.min(anchors[1] - h) };
+                    list.push(Origin { n, d, h, size });
                 }
             }
         }
         list
+    }
+}
+
+/// Where a tile lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// Sample.
+    pub n: usize,
+    /// First anchor along D.
+    pub d: usize,
+    /// First anchor along H.
+    pub h: usize,
+    /// Anchors.
+    pub size: Tile,
+}
+
+impl Origin {
+    /// Input planes of this tile that the tile `before` reads too: its last ones, this one's first.
+    pub fn shared_planes(&self, map: Map, before: &Origin) -> usize {
+        let follows = (before.n, before.h, before.d + before.size.d) == (self.n, self.h, self.d);
+        if follows { map.extent(1).saturating_sub(map.stride()) } else { 0 }
     }
 }
 
@@ -182,9 +203,9 @@ mod tests {
             for anchors in [[96, 96, 96], [6, 6, 6], [7, 9, 5], [1, 1, 1], [48, 24, 160]] {
                 let tile = Tile::choose(map, anchors, 32);
                 let mut seen = vec![0u8; 2 * anchors[0] * anchors[1]];
-                for (n, d0, h0, t) in tile.origins(2, anchors) {
-                    for d in d0..d0 + t.d {
-                        (h0..h0 + t.h).for_each(|h| seen[(n * anchors[0] + d) * anchors[1] + h] += 1);
+                for Origin { n, d: d0, h: h0, size } in tile.origins(2, anchors) {
+                    for d in d0..d0 + size.d {
+                        (h0..h0 + size.h).for_each(|h| seen[(n * anchors[0] + d) * anchors[1] + h] += 1);
                     }
                 }
                 assert!(seen.iter().all(|&s| s == 1), "{map:?} {anchors:?} {tile:?}");

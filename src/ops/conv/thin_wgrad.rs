@@ -5,7 +5,7 @@
 
 use super::Source;
 use super::micro::lanes_of_products;
-use super::plan::{Block, LANES, Map, Tile};
+use super::plan::{Block, LANES, Map, Origin, Tile};
 use super::tile::{Element, Order, Place, load};
 use super::transpose::transpose;
 use crate::device::bf16::Operands;
@@ -38,7 +38,8 @@ pub fn wgrad(
     source: &Source,
     lane_source: &Source,
 ) -> Vec<f32> {
-    let tiles = Tile::choose(MAP, space, C).origins(n, space);
+    let largest = Tile::choose(MAP, space, C);
+    let tiles = largest.origins(n, space);
     let element = match operands {
         Operands::Single => Element::Single,
         Operands::Bf16 => Element::Rounded,
@@ -51,11 +52,12 @@ pub fn wgrad(
         .map(|tiles| {
             let mut sum = vec![0.0; 9 * ROW_SUMS];
             let (mut x, mut dy, mut row) = (Vec::new(), Vec::new(), Vec::new());
+            let mut before = None;
             for origin in tiles {
-                let size = origin.3;
+                let size = origin.size;
                 // Vectors past a row's end meet zeros of dy.
-                x.resize(MAP.extent(size.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
-                let place = Place { map: MAP, space, anchors_w: space[2], origin };
+                x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
+                let place = Place { map: MAP, space, anchors_w: space[2], origin, before };
                 load(source, block, &place, (Order::ChannelRows, element), &mut x, &mut row);
                 load_rows(lane_source, (space, width, element), origin, &mut dy, &mut row);
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
@@ -67,6 +69,7 @@ pub fn wgrad(
                         .collect();
                     Job { x: &x, extent, dy: &dy, width, rows: &rows }.run(sum);
                 }
+                before = Some(origin);
             }
             sum
         })
@@ -89,7 +92,7 @@ pub fn wgrad(
 fn load_rows(
     source: &Source,
     (space, width, element): ([usize; 3], usize, Element),
-    &(n, d0, h0, size): &(usize, usize, usize, Tile),
+    &Origin { n, d: d0, h: h0, size }: &Origin,
     out: &mut Vec<f32>,
     row: &mut Vec<f32>,
 ) {

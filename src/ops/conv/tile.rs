@@ -1,10 +1,12 @@
 //! Loading an input tile with its halo, norm and PReLU applied on the way.
 
 use super::Source;
-use super::plan::{Block, Map, Tile};
+use super::plan::{Block, Map, Origin};
 use super::transpose::transpose;
 use crate::device::bf16::{self, pair};
 use crate::device::cpu::vectorised;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
 /// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +62,45 @@ pub struct Place<'a> {
     pub space: [usize; 3],
     /// Anchors along W.
     pub anchors_w: usize,
-    /// Sample, first anchor along D and H, size.
-    pub origin: &'a (usize, usize, usize, Tile),
+    /// Sample, first anchors and size.
+    pub origin: &'a Origin,
+    /// The tile that the buffer holds: planes that both read are moved instead of loaded.
+    pub before: Option<&'a Origin>,
+}
+
+impl Place<'_> {
+    /// Where the source of `c` channels has the tile's input row of this number, if the row lies in the volume.
+    fn source_row(&self, index: usize, c: usize) -> Option<usize> {
+        let (map, [sd, sh, sw], at) = (self.map, self.space, self.origin);
+        let eh = map.extent(at.size.h);
+        // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
+        let d = (at.d * map.stride() + index / eh).wrapping_sub(map.pad());
+        let h = (at.h * map.stride() + index % eh).wrapping_sub(map.pad());
+        (d < sd && h < sh).then(|| ((at.n * sd + d) * sh + h) * sw * c)
+    }
+
+    /// Asks the cache for the `part`-th of `parts` equal parts of what [`load`] is going to read of these channels.
+    pub fn prefetch(&self, source: &Source, block: Block, (part, parts): (usize, usize)) {
+        let (c, eh) = (source.channels, self.map.extent(self.origin.size.h));
+        let shared = self.before.map_or(0, |before| self.origin.shared_planes(self.map, before));
+        let (first, rows) = (shared * eh, (self.map.extent(self.origin.size.d) - shared) * eh);
+        for index in part * rows / parts..(part + 1) * rows / parts {
+            if let Some(start) = self.source_row(first + index, c) {
+                prefetch_row(&source.data[start + block.first..][..(self.space[2] - 1) * c + block.len], c);
+            }
+        }
+    }
+}
+
+/// Asks the second-level cache for `row`, of which blocks of at most 16 floats every `pitch` floats will be read.
+fn prefetch_row(row: &[f32], pitch: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in row.chunks(pitch.max(16)) {
+        // SAFETY: the address is readable, and a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (row, pitch);
 }
 
 /// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
@@ -79,7 +118,8 @@ pub fn load(
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
-    let Place { map, space: [sd, sh, sw], anchors_w, origin: &(n, d0, h0, size) } = *place;
+    let Place { map, space: [_, _, sw], anchors_w, origin, before } = *place;
+    let Origin { n, size, .. } = *origin;
     let (stride, pad) = (map.stride(), map.pad());
     let (ed, eh, ew) = (map.extent(size.d), map.extent(size.h), map.extent(anchors_w));
     let (c, len) = (source.channels, block.len);
@@ -90,19 +130,20 @@ pub fn load(
         let (scale, shift) = p.of_sample(n, c);
         (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
     });
+    let shared = before.map_or(0, |before| origin.shared_planes(map, before));
+    if let Some(before) = before {
+        let (plane, first) = (eh * row_floats, before.size.d * stride);
+        tile.copy_within(first * plane..(first + shared) * plane, 0);
+    }
     // A mapped row, and its channel rows.
     row.resize(2 * ew * len, 0.0);
     let (row, rows) = row.split_at_mut(ew * len);
-    for (index, out) in tile.chunks_exact_mut(row_floats).take(ed * eh).enumerate() {
-        // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
-        let d = (d0 * stride + index / eh).wrapping_sub(pad);
-        let h = (h0 * stride + index % eh).wrapping_sub(pad);
-        if d >= sd || h >= sh {
+    for (index, out) in tile.chunks_exact_mut(row_floats).enumerate().take(ed * eh).skip(shared * eh) {
+        let Some(start) = place.source_row(index, c) else {
             out.fill(0.0);
             continue;
-        }
-        let start = (((n * sd + d) * sh + h) * sw) * c + block.first;
-        let x = &source.data[start..start + (inside_w - 1) * c + len];
+        };
+        let x = &source.data[start + block.first..][..(inside_w - 1) * c + len];
         let inside = pad..pad + inside_w;
         match (order, element) {
             (Order::Voxels { pitch }, Element::Single) => {

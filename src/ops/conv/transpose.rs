@@ -19,6 +19,9 @@ pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
             done += 16;
         }
     }
+    if done == voxels {
+        return;
+    }
     for (c, out) in out.chunks_mut(pitch).take(len).enumerate() {
         let values = x[c..].iter().step_by(len).skip(done);
         out[done..].iter_mut().zip(values).for_each(|(o, &v)| *o = v);

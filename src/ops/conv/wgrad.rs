@@ -1,7 +1,7 @@
 //! The outer-product core: gradients of weights.
 
 use super::micro::outer_product;
-use super::plan::{LANES, Tile, lane_blocks, source_blocks};
+use super::plan::{LANES, Origin, Tile, lane_blocks, source_blocks};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
 use super::{Problem, Source};
@@ -53,7 +53,8 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
     let width = lanes.len() * LANES;
     let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
-    let tiles = Tile::choose(map, anchors, widest).origins(n, anchors);
+    let largest = Tile::choose(map, anchors, widest);
+    let tiles = largest.origins(n, anchors);
     let rows_of = |len: usize| class.rows.len() * class.taps_w.len() * len;
     let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * width).sum();
     // Tiles are dealt to splits, each with partial sums of its own; a split is worth its memory only if the channel
@@ -68,11 +69,12 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
             |(tile, lane_tile, row), task| {
                 let (block, split) = (channels[task / splits], task % splits);
                 let mut sum = Buffer::zeroed(rows_of(block.len) * width);
+                let mut before = None;
                 for origin in tiles.iter().skip(split * per_split).take(per_split) {
-                    let size = origin.3;
+                    let size = origin.size;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
-                    tile.resize(map.extent(size.d) * eh * ew * block.len, 0.0);
-                    let place = Place { map, space, anchors_w: anchors[2], origin };
+                    tile.resize(map.extent(largest.d) * eh * ew * block.len, 0.0);
+                    let place = Place { map, space, anchors_w: anchors[2], origin, before };
                     let order = Order::Voxels { pitch: block.len };
                     load(&sources[block.tensor], block, &place, (order, element), tile, row);
                     load_lanes(lane_sources, &lanes, (anchors, element), origin, lane_tile, row);
@@ -103,6 +105,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                         let floats = groups * floats * width;
                         job.run(&mut sum[index * floats..][..floats]);
                     }
+                    before = Some(origin);
                 }
                 sum
             },
@@ -158,7 +161,7 @@ fn load_lanes(
     sources: &[Source],
     lanes: &[super::plan::Block],
     (space, element): ([usize; 3], Element),
-    &(n, d0, h0, size): &(usize, usize, usize, Tile),
+    &Origin { n, d: d0, h: h0, size }: &Origin,
     out: &mut Vec<f32>,
     row: &mut Vec<f32>,
 ) {
