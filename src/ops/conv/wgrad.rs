@@ -1,9 +1,10 @@
 //! The outer-product core: gradients of weights.
 
 use super::micro::outer_product;
-use super::plan::{LANES, Origin, Tile, lane_blocks, source_blocks};
+use super::plan::{Block, LANES, Origin, Tile, lane_blocks, source_blocks};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
+use super::transpose::transpose;
 use super::{Problem, Source};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -15,11 +16,10 @@ use rayon::prelude::*;
 /// Source channels that a task takes at once.
 const CHANNELS: usize = 32;
 
-/// Floats that all partial sums together may have for the sake of more splits: 8 MB, so that they stay in L3.
+/// Floats that all partial sums of a layer together may have: 8 MB, so that they stay in L3.
 const PARTIAL_FLOATS: usize = 2 << 20;
 
-/// Tasks that a layer is split into whatever its partial sums take: 110 KB a lane channel with 3x3x3 taps, 28 MB from
-/// 256 to 256 channels.
+/// Tasks that a layer is split into, where its shape allows.
 const MIN_TASKS: usize = 32;
 
 /// Floats of a partial sum that a task adds up.
@@ -51,24 +51,28 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let class = &map.classes()[0];
     let channels = source_blocks(sources, CHANNELS);
     let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
-    let width = lanes.len() * LANES;
     let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
     let largest = Tile::choose(map, anchors, widest);
     let tiles = largest.origins(n, anchors);
     let rows_of = |len: usize| class.rows.len() * class.taps_w.len() * len;
-    let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * width).sum();
-    // Tiles are dealt to splits, each with partial sums of its own; a split is worth its memory only if the channel
-    // blocks alone do not make enough tasks.
-    let splits = (PARTIAL_FLOATS / dw_floats).max(MIN_TASKS / channels.len()).clamp(1, 64).min(tiles.len());
+    let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * lanes.len() * LANES).sum();
+    // Tiles are dealt to splits, each with partial sums of its own. Layers whose sums are too large for that split
+    // their lanes instead: the tiles are loaded again, which costs little where there are many lanes.
+    let splits = (PARTIAL_FLOATS / dw_floats).clamp(1, 64).min(tiles.len());
     let per_split = tiles.len().div_ceil(splits);
+    let parts = MIN_TASKS.div_ceil(channels.len() * splits).min(lanes.len().div_ceil(2));
+    let lane_parts: Vec<&[Block]> = lanes.chunks(lanes.len().div_ceil(parts)).collect();
+    let parts = lane_parts.len();
     let mut partials: Vec<Buffer> = Vec::new();
-    (0..channels.len() * splits)
+    (0..channels.len() * parts * splits)
         .into_par_iter()
         .map_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(tile, lane_tile, row), task| {
-                let (block, split) = (channels[task / splits], task % splits);
-                let mut sum = Buffer::zeroed(rows_of(block.len) * width);
+                let (block, split) = (channels[task / (parts * splits)], task % splits);
+                let lanes = lane_parts[task / splits % parts];
+                let width = lanes.len() * LANES;
+                let mut sum = Buffer::dirty(rows_of(block.len) * width);
                 let mut before = None;
                 for origin in tiles.iter().skip(split * per_split).take(per_split) {
                     let size = origin.size;
@@ -77,7 +81,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                     let place = Place { map, space, anchors_w: anchors[2], origin, before };
                     let order = Order::Voxels { pitch: block.len };
                     load(&sources[block.tensor], block, &place, (order, element), tile, row);
-                    load_lanes(lane_sources, &lanes, (anchors, element), origin, lane_tile, row);
+                    load_lanes(lane_sources, lanes, (anchors, element), origin, lane_tile, row);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
                     let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
@@ -101,6 +105,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                             operands,
                             rows: floats,
                             groups,
+                            first: before.is_none(),
                         };
                         let floats = groups * floats * width;
                         job.run(&mut sum[index * floats..][..floats]);
@@ -132,23 +137,28 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
         .enumerate()
         .collect();
     targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
+        let part = lane_index / lane_parts[0].len();
+        let (width, lane_index) = (lane_parts[part].len() * LANES, lane_index % lane_parts[0].len());
+        let mut by_tap = vec![0.0; taps.next_multiple_of(LANES) * LANES];
+        let mut by_lane = by_tap.clone();
+        let tap_pitch = taps.next_multiple_of(LANES);
         for (block_index, block) in channels.iter().enumerate() {
-            let sum = &partials[block_index * splits];
+            let sum = &partials[(block_index * parts + part) * splits];
             let start = (first_channel(block.tensor) + block.first) * taps;
-            // (tap in the tensor, where its sums of channel 0 begin)
-            let mut offsets = Vec::with_capacity(taps);
-            for &(_, _, kd, kh) in &class.rows {
-                for &kw in &class.taps_w {
-                    let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
-                    offsets.push((tap, offsets.len() * block.len * width + lane_index * LANES));
-                }
-            }
-            // Taps innermost: they are neighbours in the tensor, and the lines read stay in L1 for all lanes.
             for channel in 0..block.len {
+                let mut row = 0;
+                for &(_, _, kd, kh) in &class.rows {
+                    for &kw in &class.taps_w {
+                        let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
+                        let from = &sum[(row * block.len + channel) * width + lane_index * LANES..][..LANES];
+                        by_tap[tap * LANES..][..LANES].copy_from_slice(from);
+                        row += 1;
+                    }
+                }
+                transpose(&by_tap, LANES, &mut by_lane, tap_pitch);
                 for l in 0..lane.len {
                     let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
-                    let from = &sum[channel * width + l..];
-                    offsets.iter().for_each(|&(tap, at)| to[tap] = from[at]);
+                    to.copy_from_slice(&by_lane[l * tap_pitch..][..taps]);
                 }
             }
         }
@@ -156,10 +166,11 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     dw
 }
 
-/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16], zero beyond each tensor's channels.
+/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16]. Lanes beyond a tensor's channels are
+/// left as they are: nobody reads their sums.
 fn load_lanes(
     sources: &[Source],
-    lanes: &[super::plan::Block],
+    lanes: &[Block],
     (space, element): ([usize; 3], Element),
     &Origin { n, d: d0, h: h0, size }: &Origin,
     out: &mut Vec<f32>,
@@ -170,7 +181,6 @@ fn load_lanes(
         Element::Voxels => space[2].div_ceil(2) * width,
         _ => space[2] * width,
     };
-    // Zeroed once: lanes beyond a tensor's channels are never written.
     out.resize(size.d * size.h * row_floats, 0.0);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
@@ -210,10 +220,12 @@ struct Job<'a> {
     rows: usize,
     /// Number of kh.
     groups: usize,
+    /// Whether this is the first tile of a sum: it writes, the others add.
+    first: bool,
 }
 
 impl Job<'_> {
-    /// sum[row][lane] += the tile's outer products.
+    /// Writes the tile's outer products to, or adds them to, sum[row][lane].
     fn run(&self, sum: &mut [f32]) {
         match (self.operands, simd()) {
             (Operands::Bf16, _) => self.run_pairs(sum),
@@ -309,7 +321,7 @@ impl Job<'_> {
         }
     }
 
-    /// Adds P rows of every group, RP in all, for Q lane blocks; returns P.
+    /// Computes P rows of every group, RP in all, for Q lane blocks; returns P.
     #[inline(always)]
     unsafe fn add<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
         &self,
@@ -332,7 +344,10 @@ impl Job<'_> {
                 let to =
                     &mut sum[(p / P * self.rows + row + p % P) * self.width + lane + q * LANES..][..LANES];
                 // SAFETY: `to` has 16 floats.
-                unsafe { acc[p][q].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+                unsafe {
+                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to.as_ptr())) };
+                    sum.store(to.as_mut_ptr());
+                }
             }
         }
         P
