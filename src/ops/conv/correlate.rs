@@ -4,13 +4,14 @@ use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, Tile, lane_blocks, source_blocks};
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Problem, Source, Weights, run};
+use super::{Head, Problem, Source, Weights, kept, run};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
 const MIN_TASKS: usize = 32;
@@ -25,7 +26,7 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
-    let Problem { map, operands, n, space, out_space } = problem;
+    let Problem { map, operands, keep, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
@@ -44,7 +45,9 @@ pub fn correlate<'a>(
     } else {
         Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
     };
-    let packed = pack(map, &classes, &groups, &lanes, element, weights);
+    let pack = || pack(map, &classes, &groups, &lanes, element, weights);
+    let packed =
+        if keep { kept::packed((map, element), [&blocks, &lanes], weights, pack) } else { Arc::new(pack()) };
     let voxel_floats =
         |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
     let widest = groups.iter().map(voxel_floats).max().unwrap_or(1);

@@ -19,6 +19,7 @@
 //! result depends on the number of threads: tasks are cut by shape alone, and every sum has one order.
 
 mod correlate;
+mod kept;
 mod micro;
 mod pack;
 mod plan;
@@ -35,6 +36,7 @@ pub use wgrad::wgrad;
 
 use crate::device::bf16::Operands;
 use crate::tensor::{Activation, Pending, Tensor};
+use std::sync::Arc;
 
 /// The shape and arithmetic of a pass.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +45,8 @@ pub struct Problem {
     pub map: Map,
     /// What is multiplied.
     pub operands: Operands,
+    /// Whether the packed weights are kept for a pass to come: they are to stay as they are.
+    pub keep: bool,
     /// Samples.
     pub n: usize,
     /// (D, H, W) of the sources.
@@ -85,7 +89,7 @@ pub struct Head<'a> {
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
     /// The whole tensor.
-    pub data: &'a [f32],
+    pub data: &'a Arc<Vec<f32>>,
     /// Index of this source's and this head's first channel pair.
     pub offset: usize,
     /// Distance between channels of the head.

@@ -45,7 +45,7 @@ pub fn pack<'a>(
             starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, element));
         }
     }
-    let mut data = Buffer::zeroed(starts[starts.len() - 1]);
+    let mut data = Buffer::dirty(starts[starts.len() - 1]);
     let mut rest = &mut data[..];
     let mut jobs = Vec::new();
     for group in groups {
@@ -82,6 +82,9 @@ pub fn pack<'a>(
                 }
             }
         };
+        if lane.len < LANES {
+            out.fill(0.0);
+        }
         if element == Element::Channels {
             let mut floats = vec![0.0; taps.len() * source.len * LANES];
             fill(&mut floats);

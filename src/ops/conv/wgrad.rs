@@ -32,7 +32,7 @@ const REDUCE_CHUNK: usize = 1 << 12;
 /// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
 /// one (dy, x) its (I, O, k, k, k).
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
-    let Problem { map, operands, n, space, out_space: anchors } = problem;
+    let Problem { map, operands, n, space, out_space: anchors, .. } = problem;
     if thin_wgrad::fits(map, sources, lane_sources) {
         return vec![Buffer::from_slice(&thin_wgrad::wgrad(
             operands,

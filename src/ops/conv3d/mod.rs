@@ -65,7 +65,7 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             let outs = cuda::fprop(&view, &on_device(filters), stride, &stats)?;
             outs.into_iter().map(|o| Tensor::on_device(o.shape, o.data, o.partials)).collect()
         }
-        None => cpu::fprop(x, filters, stride, tape.operands),
+        None => cpu::fprop(x, filters, stride, tape.operands, !tape.is_recording()),
     };
     if tape.is_recording() {
         let pass = Pass {

@@ -54,7 +54,7 @@ pub fn conv_transpose3d(
     }
     let views: Vec<View> = inputs.iter().filter_map(|x| x.view()).collect();
     let y = if views.is_empty() {
-        cpu::fprop(inputs, weight, bias, tape.operands)
+        cpu::fprop(inputs, weight, bias, tape.operands, !tape.is_recording())
     } else {
         let _range = range("conv_transpose3d fprop");
         let views: Vec<&View> = views.iter().collect();
