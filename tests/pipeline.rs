@@ -12,11 +12,14 @@ use spleen_hpc::infer::jobs::{Style, jobs};
 use spleen_hpc::infer::pipeline::{Statistics, segment};
 use spleen_hpc::infer::predict::Predictor;
 use spleen_hpc::rng::Philox;
+use spleen_hpc::tensor::{Shape, Tensor};
 
 /// 53.5 HU: half way between -57 and 164.
-fn bright(x: &[f32], shape: [usize; 4]) -> spleen_hpc::Result<Vec<f32>> {
+fn bright(x: &[f32], shape: [usize; 4]) -> spleen_hpc::Result<Tensor> {
     assert_eq!(x.len(), shape.iter().product::<usize>());
-    Ok(x.iter().flat_map(|v| [0.5, *v]).collect())
+    let logits: Vec<f32> = x.iter().flat_map(|v| [0.5, *v]).collect();
+    let [n, d, h, w] = shape;
+    Ok(Tensor::from_slice(Shape::new(n, [d, h, w], 2), &logits))
 }
 
 /// Integer HU, so that no voxel lies near the threshold of 53.5.

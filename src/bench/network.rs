@@ -45,7 +45,7 @@ pub fn sliding_window(operands: Operands) -> Result<Work> {
     let flop = forward_flop(&config.net, windows, SIDE);
     let [d, h, w] = config.window.roi;
     Ok(Work::new(Some(flop), move || {
-        let mut predict = |x: &[f32], n: usize, _| Ok(net.infer(x, [n, d, h, w])?.data().to_vec());
+        let mut predict = |x: &[f32], n: usize, _| net.infer(x, [n, d, h, w]);
         sliding_window::sliding_window(&volume, VOLUME, &config.window, CLASSES, &mut predict)
     }))
 }

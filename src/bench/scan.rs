@@ -57,7 +57,7 @@ pub fn infer(inputs: &Inputs, operands: Operands) -> Result<Work> {
     let geometry = transforms::Geometry::plan(header.shape, &header.affine, config.preprocess.spacing_mm)?;
     let windows = Windows::new(geometry.prepared_shape(), &config.window).corners().len();
     Ok(Work::new(Some(forward_flop(&config.net, windows, SIDE)), move || {
-        let network = |x: &[f32], shape| Ok(net.infer(x, shape)?.data().to_vec());
+        let network = |x: &[f32], shape| net.infer(x, shape);
         let numbers = (&config.preprocess, &config.window);
         let results = segment(&jobs, &network, numbers, Style::Mask, &AtomicBool::new(false), |_, _| {});
         results.into_iter().collect::<Result<Vec<_>>>()

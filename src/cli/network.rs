@@ -91,7 +91,7 @@ impl Ready {
         let count = |n: usize| progress.note(format!("{} windows", windows.fetch_add(n, Relaxed) + n));
         match self.net.params()[0].cuda() {
             None => work(&Predictor::Host(&|x: &[f32], shape| {
-                let logits = self.net.infer(x, shape)?.data().to_vec();
+                let logits = self.net.infer(x, shape)?;
                 count(shape[0]);
                 Ok(logits)
             })),

@@ -9,6 +9,10 @@ use super::sliding_window::sliding_window;
 use crate::Result;
 use crate::config::Window;
 use crate::device::cuda::Cuda;
+use crate::tensor::Tensor;
+
+/// Voxels a task handles.
+const CHUNK: usize = 1 << 14;
 
 /// Background and organ.
 pub const CLASSES: usize = 2;
@@ -22,7 +26,7 @@ pub enum Predictor<'a> {
 }
 
 /// A network in inference mode: (N,D,H,W) intensities and that shape in, (N,D,H,W,2) logits out.
-pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Vec<f32>> + Sync + 'a;
+pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Tensor> + Sync + 'a;
 
 /// Probabilities of background and organ a voxel, (D,H,W,2), of an `image` of `shape` = (D,H,W): logits are blended
 /// first and go through the softmax once, as in the bundle.
@@ -47,13 +51,15 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
     probabilities.par_chunks_exact(CLASSES).map(|p| u8::from(p[1] > p[0])).collect()
 }
 
-/// Logits (.., 2) to probabilities, in place: exp(x - max) / sum, in float32 as torch does.
+/// Logits (.., 2) to probabilities, in place: exp(x - max) / sum, in float32 as torch does; one of the two
+/// exponentials is that of 0.
 pub fn softmax(logits: &mut [f32]) {
-    logits.par_chunks_exact_mut(CLASSES).for_each(|x| {
-        let max = x[0].max(x[1]);
-        let exp = [(x[0] - max).exp(), (x[1] - max).exp()];
-        let sum = exp[0] + exp[1];
-        x.copy_from_slice(&[exp[0] / sum, exp[1] / sum]);
+    logits.par_chunks_mut(CLASSES * CHUNK).for_each(|logits| {
+        for x in logits.as_chunks_mut::<CLASSES>().0 {
+            let small = (-(x[0] - x[1]).abs()).exp();
+            let (large, small) = (1.0 / (1.0 + small), small / (1.0 + small));
+            *x = if x[1] > x[0] { [small, large] } else { [large, small] };
+        }
     });
 }
 
@@ -61,6 +67,7 @@ pub fn softmax(logits: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::config::Blend;
+    use crate::tensor::Shape;
 
     #[test]
     fn probabilities_are_the_logistic_of_the_difference() {
@@ -68,7 +75,9 @@ mod tests {
         let window = Window { roi: [2, 4, 4], overlap: 0.5, batch: 2, blend: Blend::Constant };
         let network = |x: &[f32], shape: [usize; 4]| {
             assert_eq!(x.len(), shape.iter().product::<usize>());
-            Ok(x.iter().flat_map(|v| [0.5 * v, 1.5 * v]).collect())
+            let logits: Vec<f32> = x.iter().flat_map(|v| [0.5 * v, 1.5 * v]).collect();
+            let [n, d, h, w] = shape;
+            Ok(Tensor::from_slice(Shape::new(n, [d, h, w], CLASSES), &logits))
         };
         let p = probabilities(&network, &image, [1, 2, 3], &window).unwrap();
         for (p, x) in p.chunks(2).zip(image) {

@@ -10,11 +10,12 @@ use rayon::prelude::*;
 
 use super::importance::importance_map;
 use crate::config::Window;
+use crate::device::cpu::vectorised;
 use crate::{Error, Result};
 
 /// Logits of a batch of windows: takes `n` windows as (N,D,H,W), `n`, and the number of the first window since the
-/// beginning of the call; returns (N,D,H,W,C).
-pub type Predict<'a> = dyn FnMut(&[f32], usize, usize) -> Result<Vec<f32>> + 'a;
+/// beginning of the call; returns (N,D,H,W,C) in anything that floats can be read from.
+pub type Predict<'a, L> = dyn FnMut(&[f32], usize, usize) -> Result<L> + 'a;
 
 /// Step from one window to the next along an axis of `len` voxels, `len >= roi`.
 ///
@@ -105,12 +106,12 @@ impl Windows {
 ///
 /// # Errors
 /// Those of `predict`, and [`Error::Shape`] when the volume or a prediction does not have the size it should.
-pub fn sliding_window(
+pub fn sliding_window<L: AsRef<[f32]> + Sync>(
     volume: &[f32],
     shape: [usize; 3],
     config: &Window,
     out_channels: usize,
-    predict: &mut Predict,
+    predict: &mut Predict<L>,
 ) -> Result<Vec<f32>> {
     let mut blended = sliding_window_batch(&[volume], shape, config, out_channels, predict)?;
     Ok(blended.pop().expect("one volume in, one out"))
@@ -118,12 +119,12 @@ pub fn sliding_window(
 
 /// [`sliding_window`] of several volumes of one shape; windows keep counting, and a batch of windows may span two
 /// volumes.
-pub fn sliding_window_batch(
+pub fn sliding_window_batch<L: AsRef<[f32]> + Sync>(
     volumes: &[&[f32]],
     shape: [usize; 3],
     config: &Window,
     out_channels: usize,
-    predict: &mut Predict,
+    predict: &mut Predict<L>,
 ) -> Result<Vec<Vec<f32>>> {
     let voxels: usize = shape.iter().product();
     if let Some(volume) = volumes.iter().find(|v| v.len() != voxels || v.is_empty()) {
@@ -148,6 +149,7 @@ pub fn sliding_window_batch(
             windows.read(volumes[image], corner, window);
         });
         let logits = predict(&batch[..n * each], n, first)?;
+        let logits = logits.as_ref();
         if logits.len() != n * each * out_channels {
             return Err(Error::Shape {
                 op: "sliding_window",
@@ -175,13 +177,24 @@ pub fn sliding_window_batch(
     Ok(sums)
 }
 
-/// sum += weight * logits over a row of voxels: product rounded, then sum, as MONAI's two tensor ops do.
-fn add_row(sum: &mut [f32], logits: &[f32], weights: &[f32]) {
-    let channels = sum.len() / weights.len();
-    for ((sum, logits), weight) in
-        sum.chunks_exact_mut(channels).zip(logits.chunks_exact(channels)).zip(weights)
-    {
-        sum.iter_mut().zip(logits).for_each(|(s, l)| *s += l * weight);
+vectorised! {
+    /// sum += weight * logits over a row of voxels: product rounded, then sum, as MONAI's two tensor ops do.
+    fn add_row(sum: &mut [f32], logits: &[f32], weights: &[f32]) {
+        let channels = sum.len() / weights.len();
+        if channels == 2 {
+            // Of known length, so that the compiler fills vectors with voxels.
+            let pairs = sum.as_chunks_mut::<2>().0.iter_mut().zip(logits.as_chunks::<2>().0);
+            for ((sum, logits), weight) in pairs.zip(weights) {
+                sum[0] += logits[0] * weight;
+                sum[1] += logits[1] * weight;
+            }
+            return;
+        }
+        for ((sum, logits), weight) in
+            sum.chunks_exact_mut(channels).zip(logits.chunks_exact(channels)).zip(weights)
+        {
+            sum.iter_mut().zip(logits).for_each(|(s, l)| *s += l * weight);
+        }
     }
 }
 
@@ -229,7 +242,7 @@ mod tests {
         for blend in [Blend::Constant, Blend::Gaussian] {
             let config = Window { roi: [32, 16, 16], overlap: 0.4, batch: 3, blend };
             let mut double =
-                |x: &[f32], _: usize, _: usize| Ok(x.iter().flat_map(|v| [*v, -2.0 * v]).collect());
+                |x: &[f32], _: usize, _: usize| Ok(x.iter().flat_map(|v| [*v, -2.0 * v]).collect::<Vec<_>>());
             let out = sliding_window(&volume, shape, &config, 2, &mut double).unwrap();
             for (voxel, x) in out.chunks_exact(2).zip(&volume) {
                 // Up to 12 windows a voxel: a dozen float32 roundings.

@@ -10,7 +10,7 @@ use spleen_hpc::infer::jobs::{Style, jobs};
 use spleen_hpc::infer::predict::{argmax, probabilities};
 use spleen_hpc::infer::{cuda as device, pipeline};
 use spleen_hpc::rng::Philox;
-use spleen_hpc::tensor::{Shape, View};
+use spleen_hpc::tensor::{Shape, Tensor, View};
 use spleen_hpc::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -34,8 +34,11 @@ fn network(p: Precision, x: &[f32], [n, d, h, w]: [usize; 4]) -> Vec<f32> {
     logits
 }
 
-fn on_cpu(p: Precision) -> impl Fn(&[f32], [usize; 4]) -> Result<Vec<f32>> + Sync {
-    move |x, shape| Ok(network(p, x, shape))
+fn on_cpu(p: Precision) -> impl Fn(&[f32], [usize; 4]) -> Result<Tensor> + Sync {
+    move |x, shape| {
+        let [n, d, h, w] = shape;
+        Ok(Tensor::from_slice(Shape::new(n, [d, h, w], 2), &network(p, x, shape)))
+    }
 }
 
 fn on_device(x: &View) -> Result<View> {

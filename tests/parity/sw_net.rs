@@ -43,7 +43,7 @@ pub fn blended(net: &UNet, volume: &Tensor, window: &Window) -> Outcome<Tensor> 
         return Ok(channels_first(shape, &logits));
     }
     let [a, b, c] = window.roi;
-    let mut predict = |x: &[f32], n: usize, _: usize| Ok(net.infer(x, [n, a, b, c])?.data().to_vec());
+    let mut predict = |x: &[f32], n: usize, _: usize| net.infer(x, [n, a, b, c]);
     let logits = sliding_window(&volume.to_f32(), [d, h, w], window, CLASSES, &mut predict)?;
     Ok(channels_first(shape, &logits))
 }
