@@ -114,17 +114,18 @@ pub fn simd_of_pairs() -> Simd {
 macro_rules! vectorised {
     ($(
         $(#[$attribute:meta])*
-        $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block
+        $visibility:vis fn $name:ident $(<$generic:ident: $bound:path>)?
+        ($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block
     )+) => {$(
         $(#[$attribute])*
-        $visibility fn $name($($argument: $type),*) $(-> $result)? {
+        $visibility fn $name$(<$generic: $bound>)?($($argument: $type),*) $(-> $result)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,fma")]
-                fn avx512($($argument: $type),*) $(-> $result)? $body
+                fn avx512$(<$generic: $bound>)?($($argument: $type),*) $(-> $result)? $body
 
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2($($argument: $type),*) $(-> $result)? $body
+                fn avx2$(<$generic: $bound>)?($($argument: $type),*) $(-> $result)? $body
 
                 match $crate::device::cpu::simd() {
                     // SAFETY: `simd()` found the features.

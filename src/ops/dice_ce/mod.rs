@@ -18,6 +18,7 @@ pub mod cuda;
 
 use crate::config::Loss;
 use crate::device::arena::Buffer;
+use crate::device::cpu::vectorised;
 use crate::device::cuda::{Buf, Compared, Cuda, SelfTest, agree};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -43,17 +44,126 @@ pub struct DiceCe {
     sums: Vec<[(f64, f64); 2]>,
 }
 
-/// (softmax of two logits, f, m) with -ln p[label] = ln f + m; the exponential in the logits' own precision.
+/// Voxels of a block: lanes of its sums.
+const LANES: usize = 16;
+
+/// What a block of voxels contributes, one lane a voxel.
+#[derive(Clone, Copy)]
+struct Voxels {
+    /// softmax of both logits.
+    p: [[f64; LANES]; 2],
+    /// -ln p[label] is the logarithm of this number between 1 and 2 ..
+    factor: [f64; LANES],
+    /// .. plus this.
+    summand: [f64; LANES],
+}
+
+/// Softmax and cross entropy of at most [`LANES`] voxels; the exponential in the logits' own precision.
+///
+/// p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both from e =
+/// exp(-|x|), which cannot overflow.
 #[inline(always)]
-fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64, f64) {
-    // p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both
-    // from e = exp(-|x|), which cannot overflow.
-    let x = (l[1] - l[0]).to_f64();
-    let e = T::new(-x.abs()).exp();
+fn softmax<T: Float>(logits: &[[T; 2]; LANES], labels: &[u8; LANES]) -> Voxels {
     let one = T::new(1.0);
-    let (small, large) = ((e / (one + e)).to_f64(), (one / (one + e)).to_f64());
-    let margin = if label == 1 { x } else { -x };
-    (if x >= 0.0 { [small, large] } else { [large, small] }, 1.0 + e.to_f64(), (-margin).max(0.0))
+    let x: [T; LANES] = std::array::from_fn(|i| logits[i][1] - logits[i][0]);
+    // A call a voxel; everything else is vectors.
+    let e: [T; LANES] = std::array::from_fn(|i| T::new(-x[i].to_f64().abs()).exp());
+    let small: [f64; LANES] = std::array::from_fn(|i| (e[i] / (one + e[i])).to_f64());
+    let large: [f64; LANES] = std::array::from_fn(|i| (one / (one + e[i])).to_f64());
+    let positive: [bool; LANES] = std::array::from_fn(|i| x[i].to_f64() >= 0.0);
+    Voxels {
+        p: [
+            std::array::from_fn(|i| if positive[i] { small[i] } else { large[i] }),
+            std::array::from_fn(|i| if positive[i] { large[i] } else { small[i] }),
+        ],
+        factor: std::array::from_fn(|i| 1.0 + e[i].to_f64()),
+        summand: std::array::from_fn(|i| {
+            let x = x[i].to_f64();
+            (if labels[i] == 1 { -x } else { x }).max(0.0)
+        }),
+    }
+}
+
+/// The voxels of a chunk in blocks, with their number: the last block is filled up with zeros.
+#[inline(always)]
+fn blocks<'a, T: Float>(
+    logits: &'a [T],
+    labels: &'a [u8],
+) -> impl Iterator<Item = ([[T; 2]; LANES], [u8; LANES], usize)> + 'a {
+    logits.chunks(2 * LANES).zip(labels.chunks(LANES)).map(|(logits, labels)| {
+        let (mut l, mut g) = ([[T::default(); 2]; LANES], [0; LANES]);
+        l.as_flattened_mut()[..logits.len()].copy_from_slice(logits);
+        g[..labels.len()].copy_from_slice(labels);
+        (l, g, labels.len())
+    })
+}
+
+/// Sums of one chunk, lane by lane: (I, D) of both classes and the cross entropy.
+#[derive(Clone, Copy)]
+struct Sums {
+    terms: [[[f64; LANES]; 2]; 2],
+    ce: [f64; LANES],
+    /// Factors of which no logarithm was taken yet: of at most 2 each, and at most [`FACTORS`] of them.
+    product: [f64; LANES],
+}
+
+vectorised! {
+    /// The (I, D) of both classes and the cross entropy of a chunk: lanes are summed on their own, then in order.
+    fn chunk_sums<T: Float>(logits: &[T], labels: &[u8], squared_pred: bool) -> ([(f64, f64); 2], f64) {
+        let zero = [0.0; LANES];
+        let mut s = Sums { terms: [[zero; 2]; 2], ce: zero, product: [1.0; LANES] };
+        for (block, (logits, labels, len)) in blocks(logits, labels).enumerate() {
+            let v = softmax(&logits, &labels);
+            for i in 0..LANES {
+                // Lanes past the end count nothing; a factor of 1 and a summand of 0 add nothing.
+                let real = f64::from(u8::from(i < len));
+                for c in 0..2 {
+                    let (p, g) = (v.p[c][i], f64::from(u8::from(labels[i] == c as u8)));
+                    s.terms[c][0][i] += real * (p * g);
+                    s.terms[c][1][i] += real * (if squared_pred { p * p } else { p } + g);
+                }
+                s.product[i] *= if i < len { v.factor[i] } else { 1.0 };
+                s.ce[i] += v.summand[i];
+            }
+            if block % FACTORS == FACTORS - 1 {
+                for i in 0..LANES {
+                    s.ce[i] += s.product[i].ln();
+                }
+                s.product = [1.0; LANES];
+            }
+        }
+        let sum = |lanes: &[f64; LANES]| lanes.iter().sum::<f64>();
+        let ce = sum(&s.ce) + s.product.iter().map(|p| p.ln()).sum::<f64>();
+        (std::array::from_fn(|c| (sum(&s.terms[c][0]), sum(&s.terms[c][1]))), ce)
+    }
+
+    /// The gradient of a chunk: d dice/dp = a g + b p^(q-1) per class.
+    fn chunk_gradient<T: Float>(
+        out: &mut [T],
+        logits: &[T],
+        labels: &[u8],
+        dice: [[f64; 2]; 2],
+        squared_pred: bool,
+        ce_scale: f64,
+    ) {
+        let [a, b] = dice;
+        for (out, (logits, labels, _)) in out.chunks_mut(2 * LANES).zip(blocks(logits, labels)) {
+            let Voxels { p, .. } = softmax(&logits, &labels);
+            let mut gradient = [[T::default(); 2]; LANES];
+            for i in 0..LANES {
+                let g = [f64::from(u8::from(labels[i] == 0)), f64::from(u8::from(labels[i] == 1))];
+                let dp: [f64; 2] =
+                    std::array::from_fn(|c| a[c] * g[c] + b[c] * if squared_pred { p[c][i] } else { 1.0 });
+                // With two classes p_c (dp_c - sum p dp) = p0 p1 (dp_c - dp_other).
+                let through = p[0][i] * p[1][i] * (dp[0] - dp[1]);
+                gradient[i] = [
+                    T::new(through + ce_scale * (p[0][i] - g[0])),
+                    T::new(-through + ce_scale * (p[1][i] - g[1])),
+                ];
+            }
+            out.copy_from_slice(&gradient.as_flattened()[..out.len()]);
+        }
+    }
 }
 
 /// Factors of at most 2 whose product is far from f64's largest number: one logarithm for all of them.
@@ -70,25 +180,7 @@ pub fn dice_ce<T: Float>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) 
             let partials: Vec<([(f64, f64); 2], f64)> = logits
                 .par_chunks(2 * CHUNK)
                 .zip(labels.par_chunks(CHUNK))
-                .map(|(logits, labels)| {
-                    let (mut sums, mut ce) = ([(0.0, 0.0); 2], 0.0);
-                    let mut product = 1.0;
-                    for (i, (l, &label)) in logits.chunks_exact(2).zip(labels).enumerate() {
-                        let (prob, factor, summand) = softmax(l, label);
-                        product *= factor;
-                        if i % FACTORS == FACTORS - 1 {
-                            ce += product.ln();
-                            product = 1.0;
-                        }
-                        ce += summand;
-                        for c in 0..2 {
-                            let g = f64::from(u8::from(label == c as u8));
-                            sums[c].0 += prob[c] * g;
-                            sums[c].1 += if p.squared_pred { prob[c] * prob[c] } else { prob[c] } + g;
-                        }
-                    }
-                    (sums, ce + product.ln())
-                })
+                .map(|(logits, labels)| chunk_sums(logits, labels, p.squared_pred))
                 .collect();
             partials.iter().fold([(0.0, 0.0); 2], |mut total, (part, part_ce)| {
                 ce += part_ce;
@@ -119,9 +211,7 @@ pub fn dice_ce_backward<T: Float>(
     let ce_scale = p.lambda_ce / labels.len() as f64;
     let groups = dlogits.chunks_mut(2 * group).zip(logits.chunks(2 * group)).zip(labels.chunks(group));
     for (((out, logits), labels), sums) in groups.zip(&forward.sums) {
-        // d dice/dp = a g + b p^(q-1) per class.
-        let mut a = [0.0; 2];
-        let mut b = [0.0; 2];
+        let [mut a, mut b] = [[0.0; 2]; 2];
         for c in first..2 {
             let (i, d) = (2.0 * sums[c].0 + p.smooth, sums[c].1 + p.smooth);
             a[c] = -p.lambda_dice / terms * 2.0 / d;
@@ -130,17 +220,7 @@ pub fn dice_ce_backward<T: Float>(
         out.par_chunks_mut(2 * CHUNK)
             .zip(logits.par_chunks(2 * CHUNK).zip(labels.par_chunks(CHUNK)))
             .for_each(|(out, (logits, labels))| {
-                for ((out, l), &label) in out.chunks_exact_mut(2).zip(logits.chunks_exact(2)).zip(labels) {
-                    let (prob, ..) = softmax(l, label);
-                    let g = [f64::from(u8::from(label == 0)), f64::from(u8::from(label == 1))];
-                    let dp: [f64; 2] = std::array::from_fn(|c| {
-                        a[c] * g[c] + b[c] * if p.squared_pred { prob[c] } else { 1.0 }
-                    });
-                    // With two classes p_c (dp_c - sum p dp) = p0 p1 (dp_c - dp_other).
-                    let through = prob[0] * prob[1] * (dp[0] - dp[1]);
-                    out[0] = T::new(through + ce_scale * (prob[0] - g[0]));
-                    out[1] = T::new(-through + ce_scale * (prob[1] - g[1]));
-                }
+                chunk_gradient(out, logits, labels, [a, b], p.squared_pred, ce_scale);
             });
     }
 }
