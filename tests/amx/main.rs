@@ -1,0 +1,7 @@
+//! AMX: the instructions, against their definition; convolutions on them, against theirs. Emulated where the CPU has
+//! none; where it has, the emulator is compared with it.
+#![cfg(all(target_arch = "x86_64", target_os = "linux"))]
+
+#[path = "../amx_emulator/mod.rs"]
+mod amx_emulator;
+mod instructions;
