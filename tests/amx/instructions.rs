@@ -203,7 +203,8 @@ fn encodings_are_those_of_the_manual() {
 
 #[test]
 fn what_a_cpu_refuses_is_refused() {
-    let protection = |config: [u8; 64]| matches!(Machine::new().configure(&config), Err(Fault::Protection(_)));
+    let protection =
+        |config: [u8; 64]| matches!(Machine::new().configure(&config), Err(Fault::Protection(_)));
     let changed = |at: usize, value: u8| {
         let mut config = config(&[(16, 64)]);
         config[at] = value;

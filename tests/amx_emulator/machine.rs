@@ -183,9 +183,7 @@ fn multiply_tiles(c: &mut Tile, a: &Tile, b: &Tile) {
         let value = |row: &[u8; ROW_BYTES], i: usize| {
             daz(f32::from_bits(u32::from(u16::from_le_bytes([row[2 * i], row[2 * i + 1]])) << 16))
         };
-        std::array::from_fn(|r| {
-            [0, 1].map(|odd| std::array::from_fn(|i| value(&tile[r], 2 * i + odd)))
-        })
+        std::array::from_fn(|r| [0, 1].map(|odd| std::array::from_fn(|i| value(&tile[r], 2 * i + odd))))
     };
     let (a, b) = (expand(a), expand(b));
     for (c, a) in c.iter_mut().zip(&a) {

@@ -1,5 +1,7 @@
 //! The gather core: every output voxel is a sum over taps and channels of an input tile.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Tile, lane_blocks, source_blocks};
@@ -21,6 +23,10 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if amx::fits(problem.operands, sources, heads.iter().map(|h| h.channels)) {
+        return amx::correlate(problem, sources, heads, weights);
+    }
     let Problem { map, operands, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();

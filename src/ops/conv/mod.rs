@@ -18,6 +18,8 @@
 //! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. No
 //! result depends on the number of threads: tasks are cut by shape alone, and every sum has one order.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod correlate;
 mod micro;
 mod pack;
@@ -68,6 +70,16 @@ impl<'a> From<&'a Activation> for Source<'a> {
 impl<'a> From<&'a Tensor> for Source<'a> {
     fn from(x: &'a Tensor) -> Self {
         Source { data: x.data(), channels: x.shape().c, pending: None }
+    }
+}
+
+impl<'a> Source<'a> {
+    /// The map of a block's channels in sample `n`.
+    fn affine(&self, n: usize, block: plan::Block) -> Affine<'a> {
+        self.pending.map(|p| {
+            let (scale, shift) = p.of_sample(n, self.channels);
+            (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
+        })
     }
 }
 

@@ -95,7 +95,7 @@ pub fn pack<'a>(
 
 vectorised! {
     /// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
-    fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
+    pub fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
         let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
         for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
             let (even, odd) = x.split_at(LANES);

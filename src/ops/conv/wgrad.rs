@@ -1,7 +1,9 @@
 //! The outer-product core: gradients of weights.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::micro::outer_product;
-use super::plan::{LANES, Tile, lane_blocks, source_blocks};
+use super::plan::{Block, LANES, Map, Tile, lane_blocks, source_blocks};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
 use super::{Problem, Source};
@@ -42,6 +44,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
             &lane_sources[0],
         ))];
     }
+    #[cfg(target_arch = "x86_64")]
+    if amx::fits(operands, sources, lane_sources.iter().map(|s| s.channels)) {
+        return amx::wgrad(problem, sources, lane_sources);
+    }
     // The sums run over voxels: so do pairs.
     let (element, voxels) = match operands {
         Operands::Single => (Element::Single, 1),
@@ -49,25 +55,19 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     };
     let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
-    let channels = source_blocks(sources, CHANNELS);
-    let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
-    let width = lanes.len() * LANES;
-    let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
+    let mut partials = Partials::new(map, sources, lane_sources, 1);
+    let widest = partials.channels.iter().map(|b| b.len).max().unwrap_or(1);
     let tiles = Tile::choose(map, anchors, widest).origins(n, anchors);
-    let rows_of = |len: usize| class.rows.len() * class.taps_w.len() * len;
-    let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * width).sum();
-    // Tiles are dealt to splits, each with partial sums of its own; a split is worth its memory only if the channel
-    // blocks alone do not make enough tasks.
-    let splits = (PARTIAL_FLOATS / dw_floats).max(MIN_TASKS / channels.len()).clamp(1, 64).min(tiles.len());
-    let per_split = tiles.len().div_ceil(splits);
-    let mut partials: Vec<Buffer> = Vec::new();
-    (0..channels.len() * splits)
+    let per_split = partials.split(tiles.len());
+    let (width, splits) = (partials.width(), partials.splits);
+    let mut sums: Vec<Buffer> = Vec::new();
+    (0..partials.channels.len() * splits)
         .into_par_iter()
         .map_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(tile, lane_tile, row), task| {
-                let (block, split) = (channels[task / splits], task % splits);
-                let mut sum = Buffer::zeroed(rows_of(block.len) * width);
+                let (block, split) = (partials.channels[task / splits], task % splits);
+                let mut sum = Buffer::zeroed(partials.sum_floats(block.len));
                 for origin in tiles.iter().skip(split * per_split).take(per_split) {
                     let size = origin.3;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
@@ -75,7 +75,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                     let place = Place { map, space, anchors_w: anchors[2], origin };
                     let order = Order::Voxels { pitch: block.len };
                     load(&sources[block.tensor], block, &place, (order, element), tile, row);
-                    load_lanes(lane_sources, &lanes, (anchors, element), origin, lane_tile, row);
+                    load_lanes(lane_sources, &partials.lanes, (anchors, element), origin, lane_tile, row);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
                     let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
@@ -107,56 +107,113 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 sum
             },
         )
-        .collect_into_vec(&mut partials);
-    for of_block in partials.chunks_mut(splits) {
-        let (sum, others) = of_block.split_first_mut().expect("at least one split");
-        sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
-            for other in others.iter() {
-                let other = &other[i * REDUCE_CHUNK..];
-                sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
+        .collect_into_vec(&mut sums);
+    partials.finish(map, sums, sources, lane_sources)
+}
+
+/// How a layer's sums are cut: a channel block's tiles are dealt to splits, each with sums of its own, which are
+/// [tap][channel][lane].
+pub struct Partials {
+    /// Blocks of source channels.
+    pub channels: Vec<Block>,
+    /// Lane blocks.
+    pub lanes: Vec<Block>,
+    /// Sums of a channel block.
+    pub splits: usize,
+    taps: usize,
+    /// Channels of a sum are a multiple of this.
+    multiple: usize,
+}
+
+impl Partials {
+    /// Not split yet.
+    pub fn new(map: Map, sources: &[Source], lane_sources: &[Source], multiple: usize) -> Self {
+        Partials {
+            channels: source_blocks(sources, CHANNELS),
+            lanes: lane_blocks(lane_sources.iter().map(|s| s.channels)),
+            splits: 1,
+            taps: map.kernel().pow(3),
+            multiple,
+        }
+    }
+
+    /// Lanes of a sum.
+    pub fn width(&self) -> usize {
+        self.lanes.len() * LANES
+    }
+
+    /// Floats of the sums of `channels` channels.
+    pub fn sum_floats(&self, channels: usize) -> usize {
+        self.taps * channels.next_multiple_of(self.multiple) * self.width()
+    }
+
+    /// Decides how many splits `tiles` tiles are dealt to; returns the tiles of a split. A split is worth its memory only
+    /// if the channel blocks alone do not make enough tasks.
+    pub fn split(&mut self, tiles: usize) -> usize {
+        let floats: usize = self.channels.iter().map(|b| self.sum_floats(b.len)).sum();
+        self.splits = (PARTIAL_FLOATS / floats).max(MIN_TASKS / self.channels.len()).clamp(1, 64).min(tiles);
+        tiles.div_ceil(self.splits)
+    }
+
+    /// One tensor a lane source from the sums, channel blocks outermost: splits are added in their order.
+    pub fn finish(
+        &self,
+        map: Map,
+        mut sums: Vec<Buffer>,
+        sources: &[Source],
+        lane_sources: &[Source],
+    ) -> Vec<Buffer> {
+        for of_block in sums.chunks_mut(self.splits) {
+            let (sum, others) = of_block.split_first_mut().expect("at least one split");
+            sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
+                for other in others.iter() {
+                    let other = &other[i * REDUCE_CHUNK..];
+                    sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
+                }
+            });
+        }
+        let (taps, class) = (self.taps, &map.classes()[0]);
+        let source_channels: usize = sources.iter().map(|s| s.channels).sum();
+        let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
+        let mut dw: Vec<Buffer> =
+            lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
+        let targets: Vec<_> = dw
+            .iter_mut()
+            .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
+            .zip(&self.lanes)
+            .enumerate()
+            .collect();
+        targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
+            for (block_index, block) in self.channels.iter().enumerate() {
+                let sum = &sums[block_index * self.splits];
+                let start = (first_channel(block.tensor) + block.first) * taps;
+                let tap_floats = self.sum_floats(block.len) / taps;
+                // (tap in the tensor, where its sums of channel 0 begin)
+                let mut offsets = Vec::with_capacity(taps);
+                for &(_, _, kd, kh) in &class.rows {
+                    for &kw in &class.taps_w {
+                        let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
+                        offsets.push((tap, offsets.len() * tap_floats + lane_index * LANES));
+                    }
+                }
+                // Taps innermost: they are neighbours in the tensor, and the lines read stay in L1 for all lanes.
+                for channel in 0..block.len {
+                    for l in 0..lane.len {
+                        let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
+                        let from = &sum[channel * self.width() + l..];
+                        offsets.iter().for_each(|&(tap, at)| to[tap] = from[at]);
+                    }
+                }
             }
         });
+        dw
     }
-    let taps = map.kernel().pow(3);
-    let source_channels: usize = sources.iter().map(|s| s.channels).sum();
-    let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
-    let mut dw: Vec<Buffer> =
-        lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
-    let targets: Vec<_> = dw
-        .iter_mut()
-        .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
-        .zip(&lanes)
-        .enumerate()
-        .collect();
-    targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
-        for (block_index, block) in channels.iter().enumerate() {
-            let sum = &partials[block_index * splits];
-            let start = (first_channel(block.tensor) + block.first) * taps;
-            // (tap in the tensor, where its sums of channel 0 begin)
-            let mut offsets = Vec::with_capacity(taps);
-            for &(_, _, kd, kh) in &class.rows {
-                for &kw in &class.taps_w {
-                    let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
-                    offsets.push((tap, offsets.len() * block.len * width + lane_index * LANES));
-                }
-            }
-            // Taps innermost: they are neighbours in the tensor, and the lines read stay in L1 for all lanes.
-            for channel in 0..block.len {
-                for l in 0..lane.len {
-                    let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
-                    let from = &sum[channel * width + l..];
-                    offsets.iter().for_each(|&(tap, at)| to[tap] = from[at]);
-                }
-            }
-        }
-    });
-    dw
 }
 
 /// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16], zero beyond each tensor's channels.
 fn load_lanes(
     sources: &[Source],
-    lanes: &[super::plan::Block],
+    lanes: &[Block],
     (space, element): ([usize; 3], Element),
     &(n, d0, h0, size): &(usize, usize, usize, Tile),
     out: &mut Vec<f32>,
@@ -171,10 +228,7 @@ fn load_lanes(
     out.resize(size.d * size.h * row_floats, 0.0);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
-        let pending = s.pending.map(|p| {
-            let (scale, shift) = p.of_sample(n, s.channels);
-            (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
-        });
+        let pending = s.affine(n, *block);
         for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
             let x = &s.data[voxel * s.channels + block.first..];

@@ -1,0 +1,248 @@
+//! The gather core: register tiles of 16 output voxels by 16 output channels.
+
+use super::LANE_BLOCKS;
+use super::cover::Cover;
+use super::micro::{Step, multiply_parts, parts_of_a};
+use super::pack::{Depth, Packed, TILE_FLOATS, lane_block_floats, pack};
+use crate::device::amx::{ROW_BYTES, ROWS, TILE_BYTES, Tiles};
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
+use crate::ops::conv::correlate::Out;
+use crate::ops::conv::plan::{Block, Class, LANES, Map, Tile, blocks, lane_blocks};
+use crate::ops::conv::tile::{Element, Order, Place, load};
+use crate::ops::conv::{Head, Problem, Source, Weights};
+use rayon::prelude::*;
+
+/// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights are 221
+/// KB; every CPU with AMX has 2 MB of L2 a core.
+const GROUP: usize = 4;
+
+/// For the same reason halo tiles may be this much larger than the vector units'.
+const LARGER: usize = 2;
+
+/// Elements after a halo tile's last: a register tile's last 15 rows may lie behind it, at stride 2 and 16 elements a
+/// voxel, and read 16 elements each.
+const SLACK: usize = (ROWS - 1) * 2 * 16 + 16;
+
+/// The accumulators of a kernel, before they are added to the output.
+#[repr(align(64))]
+struct Scratch([[[f32; LANES]; ROWS]; 4]);
+
+/// See [`crate::ops::conv::correlate()`].
+pub fn correlate<'a>(
+    problem: Problem,
+    sources: &[Source],
+    heads: &mut [Head],
+    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
+) {
+    let Problem { map, n, space, out_space, .. } = problem;
+    let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
+    let classes = map.classes();
+    let depth = Depth::choose(sources.iter().map(|s| s.channels), &classes);
+    let pitch = depth.pitch();
+    let blocks = blocks(sources.iter().map(|s| s.channels), depth.channels());
+    let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
+    let lanes = lane_blocks(heads.iter().map(|h| h.channels));
+    let packed = pack(map, &classes, &groups, &lanes, depth, weights);
+    let widest = pitch * blocks.len().min(GROUP);
+    let tiles = Tile::choose(map, anchors, widest.div_ceil(LARGER)).origins(n, anchors);
+    // Where tiles are few, threads share them by lanes: no sum depends on how.
+    let parts = (2 * rayon::current_num_threads()).div_ceil(tiles.len());
+    let part = lanes.len().div_ceil(parts).next_multiple_of(LANE_BLOCKS);
+    let outs: Vec<_> = heads
+        .iter_mut()
+        .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
+        .collect();
+    let pass = Pass { map, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, depth };
+    let tasks: Vec<_> =
+        tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
+    tasks.into_par_iter().for_each_init(
+        || (Vec::new(), Vec::new(), Cover::default(), Vec::new()),
+        |(tile, row, cover, steps), (origin, first)| {
+            let size = origin.3;
+            let voxels = map.extent(size.d) * map.extent(size.h) * map.extent(anchors[2]);
+            for (index, group) in groups.iter().enumerate() {
+                tile.resize(voxels * pitch * group.len() + SLACK, 0.0);
+                let place = Place { map, space, anchors_w: anchors[2], origin };
+                for (&block, tile) in group.iter().zip(tile.chunks_exact_mut(voxels * pitch)) {
+                    if block.len < depth.channels() {
+                        // Channels that are not there are multiplied too, by 0.
+                        tile.fill(0.0);
+                    }
+                    let layout = (Order::Voxels { pitch }, Element::Channels);
+                    load(&sources[block.tensor], block, &place, layout, tile, row);
+                }
+                let lanes = first..lanes.len().min(first + part);
+                let step = Group { tile, group, index, packed: &packed, origin, lanes };
+                pass.run(&step, cover, steps);
+            }
+        },
+    );
+}
+
+/// What all tasks of a pass share.
+struct Pass<'a> {
+    map: Map,
+    out_space: [usize; 3],
+    anchors: [usize; 3],
+    classes: &'a [Class],
+    lanes: &'a [Block],
+    outs: &'a [Out<'a>],
+    depth: Depth,
+}
+
+/// One halo tile, one group of source blocks, some lane blocks.
+struct Group<'a> {
+    tile: &'a [f32],
+    group: &'a [Block],
+    index: usize,
+    packed: &'a Packed,
+    origin: &'a (usize, usize, usize, Tile),
+    lanes: std::ops::Range<usize>,
+}
+
+impl Pass<'_> {
+    fn run(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+        match simd() {
+            // SAFETY: `simd()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512(group, cover, steps) },
+            // SAFETY: as above.
+            Simd::Avx2 => unsafe { self.run_avx2(group, cover, steps) },
+            // SAFETY: plain Rust needs no feature.
+            Simd::Portable => unsafe { self.run_lanes::<Plain>(group, cover, steps) },
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn run_avx512(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+        // SAFETY: the feature is enabled here.
+        unsafe { self.run_lanes::<Avx512>(group, cover, steps) }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx2>(group, cover, steps) }
+    }
+
+    /// Adds one group of input channels to every output of the halo tile; the first group writes instead.
+    ///
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+        let (_, d0, h0, size) = *group.origin;
+        let (extent_d, extent_h, extent_w) =
+            (self.map.extent(size.d), self.map.extent(size.h), self.map.extent(self.anchors[2]));
+        let pitch = self.depth.pitch();
+        let a_stride = 4 * pitch * self.map.stride();
+        let mut scratch = Scratch([[[0.0; LANES]; ROWS]; 4]);
+        // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
+        let _tiles = unsafe { Tiles::configure() };
+        for (class_index, class) in self.classes.iter().enumerate() {
+            let [out_d, out_h, width] = self.class_space(class);
+            let rows = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)), width);
+            cover.fill(rows, (extent_h, extent_w));
+            steps.clear();
+            for block in 0..group.group.len() {
+                for &(dd, hh, _, _) in &class.rows {
+                    let row = ((block * extent_d + dd) * extent_h + hh) * extent_w;
+                    for (tap, _) in self.depth.steps(class.taps_w.len()) {
+                        steps.push(Step { a: 4 * pitch * (row + tap), b: steps.len() * TILE_BYTES });
+                    }
+                }
+            }
+            let weights = group.packed.of(group.index, class_index);
+            let lane_floats = lane_block_floats(class, group.group, self.depth);
+            assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
+            for lane in group.lanes.clone().step_by(LANE_BLOCKS) {
+                let n = LANE_BLOCKS.min(group.lanes.end - lane);
+                let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|q| {
+                    super::bytes(weights[(lane + q.min(n - 1)) * lane_floats..].as_ptr())
+                });
+                let m = parts_of_a(n);
+                for first in (0..cover.len()).step_by(m) {
+                    let m = m.min(cover.len() - first);
+                    let a: [*const u8; 4] = std::array::from_fn(|i| {
+                        let position = cover.start(first + i.min(m - 1));
+                        super::bytes(group.tile[position * pitch * self.map.stride()..].as_ptr())
+                    });
+                    let sums = scratch.0.as_mut_ptr();
+                    // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
+                    // anchors, at most SLACK elements behind it; its B lies in the packed weights of its lane block.
+                    // The scratch has as many sums as a kernel.
+                    unsafe {
+                        let sum = |m: usize, q: usize| sums.add(m * n + q).cast::<f32>();
+                        multiply_parts(
+                            (&a[..m], a_stride),
+                            (&b[..n], ROW_BYTES),
+                            steps,
+                            sum,
+                            (ROW_BYTES, false),
+                        );
+                    }
+                    for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
+                        let values = &scratch.0[i * n + q];
+                        // SAFETY: V's unit exists; this task alone writes these voxels' lanes.
+                        unsafe { self.write::<V>(group, class, (cover, first + i), lane + q, values) };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes, or adds to the output, the anchors of a register tile.
+    ///
+    /// # Safety
+    /// V's vector unit must exist; nobody else may use these voxels' lanes.
+    #[inline(always)]
+    unsafe fn write<V: Lanes>(
+        &self,
+        group: &Group,
+        class: &Class,
+        (cover, register): (&Cover, usize),
+        lane: usize,
+        values: &[[f32; LANES]; ROWS],
+    ) {
+        let (n, d0, h0, _) = *group.origin;
+        let outputs = self.map.outputs();
+        let block = self.lanes[lane];
+        let out = &self.outs[block.tensor];
+        let bias = out.bias.map(|b| &b[block.first..][..block.len]);
+        let between = outputs * out.channels;
+        for run in cover.runs(register) {
+            let od = (d0 + run.place.0) * outputs + class.parity[0];
+            let oh = (h0 + run.place.1) * outputs + class.parity[1];
+            let ow = run.w * outputs + class.parity[2];
+            let voxel = ((n * self.out_space[0] + od) * self.out_space[1] + oh) * self.out_space[2] + ow;
+            let start = voxel * out.channels + block.first;
+            let y = out.data.at(start, (run.len - 1) * between + block.len);
+            for (i, values) in values[run.row..][..run.len].iter().enumerate() {
+                // SAFETY: `at` has checked the bounds; the floats are the caller's.
+                unsafe {
+                    let y = y.add(i * between);
+                    if block.len == LANES {
+                        let sum = V::load(values.as_ptr());
+                        match (group.index, bias) {
+                            (0, None) => sum,
+                            (0, Some(bias)) => sum.add(V::load(bias.as_ptr())),
+                            _ => sum.add(V::load(y)),
+                        }
+                        .store(y);
+                    } else {
+                        for (i, y) in std::slice::from_raw_parts_mut(y, block.len).iter_mut().enumerate() {
+                            *y = values[i] + if group.index == 0 { bias.map_or(0.0, |b| b[i]) } else { *y };
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Outputs of a class, (D, H, W).
+    fn class_space(&self, class: &Class) -> [usize; 3] {
+        std::array::from_fn(|a| {
+            (self.out_space[a] - class.parity[a]).div_ceil(self.map.outputs()).min(self.anchors[a])
+        })
+    }
+}
