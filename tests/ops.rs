@@ -379,6 +379,9 @@ const AMX_CASES: &[Case] = &[
     transposed([3, 3, 6], &[32, 32], &[16]),
     transposed([2, 3, 17], &[16, 24], &[33]),
     transposed([1, 1, 1], &[34], &[33]),
+    transposed([2, 3, 5], &[16, 16], &[1]),
+    transposed([3, 2, 19], &[16, 16], &[2]),
+    transposed([2, 2, 6], &[40], &[4]),
 ];
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

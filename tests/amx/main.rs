@@ -5,3 +5,4 @@
 #[path = "../amx_emulator/mod.rs"]
 mod amx_emulator;
 mod instructions;
+mod share;

@@ -24,7 +24,7 @@ pub fn correlate<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
     #[cfg(target_arch = "x86_64")]
-    if amx::fits(problem.operands, sources, heads.iter().map(|h| h.channels)) {
+    if amx::gathers(&problem, sources, heads) {
         return amx::correlate(problem, sources, heads, weights);
     }
     let Problem { map, operands, n, space, out_space } = problem;

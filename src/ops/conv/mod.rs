@@ -22,6 +22,7 @@
 mod amx;
 mod correlate;
 mod micro;
+mod narrow;
 mod pack;
 mod plan;
 mod run;

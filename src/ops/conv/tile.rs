@@ -1,6 +1,7 @@
 //! Loading an input tile with its halo, norm and PReLU applied on the way.
 
 use super::Source;
+use super::narrow::transform_pairs;
 use super::plan::{Block, Map, Tile};
 use super::transpose::transpose;
 use crate::device::bf16::{self, pair};
@@ -114,8 +115,8 @@ pub fn load(
             (Order::Voxels { pitch }, Element::Channels) => {
                 out[..pad * pitch].fill(0.0);
                 out[inside.end * pitch..].fill(0.0);
-                transform_row(&mut row[..inside_w * len], len, x, c, len, pending);
-                pair_channels(&row[..inside_w * len], len, &mut out[pad * pitch..inside.end * pitch], pitch);
+                let out = &mut out[pad * pitch..inside.end * pitch];
+                transform_pairs((out, pitch), (x, c), len, pending, row);
             }
             (Order::Voxels { .. }, _) => {
                 row[..pad * len].fill(0.0);
@@ -152,7 +153,7 @@ pub fn load(
 
 vectorised! {
     /// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
-    fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    pub fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
         if len == 1 && pitch == 1 {
             out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
             return;

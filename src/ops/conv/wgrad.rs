@@ -45,7 +45,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
         ))];
     }
     #[cfg(target_arch = "x86_64")]
-    if amx::fits(operands, sources, lane_sources.iter().map(|s| s.channels)) {
+    if amx::multiplies(&problem, sources, lane_sources) {
         return amx::wgrad(problem, sources, lane_sources);
     }
     // The sums run over voxels: so do pairs.

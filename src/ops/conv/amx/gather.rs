@@ -1,7 +1,8 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
 use super::LANE_BLOCKS;
-use super::cover::Cover;
+use super::cover::{Cover, Run};
+use super::fold::Fold;
 use super::micro::{Step, multiply_parts, parts_of_a};
 use super::pack::{Depth, Packed, TILE_FLOATS, lane_block_floats, pack};
 use crate::device::amx::{ROW_BYTES, ROWS, TILE_BYTES, Tiles};
@@ -37,13 +38,14 @@ pub fn correlate<'a>(
 ) {
     let Problem { map, n, space, out_space, .. } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
-    let classes = map.classes();
+    let fold = Fold::of(map, heads.iter().map(|h| h.channels), out_space);
+    let classes = if fold.is_some() { vec![Fold::class()] } else { map.classes() };
     let depth = Depth::choose(sources.iter().map(|s| s.channels), &classes);
     let pitch = depth.pitch();
     let blocks = blocks(sources.iter().map(|s| s.channels), depth.channels());
     let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
-    let lanes = lane_blocks(heads.iter().map(|h| h.channels));
-    let packed = pack(map, &classes, &groups, &lanes, depth, weights);
+    let lanes = fold.map_or_else(|| lane_blocks(heads.iter().map(|h| h.channels)), Fold::lanes);
+    let packed = pack((map, fold), &classes, &groups, &lanes, depth, weights);
     let widest = pitch * blocks.len().min(GROUP);
     let tiles = Tile::choose(map, anchors, widest.div_ceil(LARGER)).origins(n, anchors);
     // Where tiles are few, threads share them by lanes: no sum depends on how.
@@ -53,7 +55,7 @@ pub fn correlate<'a>(
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass = Pass { map, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, depth };
+    let pass = Pass { map, fold, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, depth };
     let tasks: Vec<_> =
         tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
     tasks.into_par_iter().for_each_init(
@@ -83,6 +85,7 @@ pub fn correlate<'a>(
 /// What all tasks of a pass share.
 struct Pass<'a> {
     map: Map,
+    fold: Option<Fold>,
     out_space: [usize; 3],
     anchors: [usize; 3],
     classes: &'a [Class],
@@ -204,36 +207,92 @@ impl Pass<'_> {
         lane: usize,
         values: &[[f32; LANES]; ROWS],
     ) {
+        for run in cover.runs(register) {
+            let values = &values[run.row..][..run.len];
+            // SAFETY: handed on from the caller.
+            unsafe {
+                match self.fold {
+                    None => self.write_run::<V>(group, class, run, lane, values),
+                    Some(fold) => self.write_folded(group, fold, run, lane, values),
+                }
+            }
+        }
+    }
+
+    /// Number of an anchor's output voxel of this parity in the head, samples outermost.
+    fn voxel(&self, group: &Group, run: &Run, parity: [usize; 3]) -> usize {
         let (n, d0, h0, _) = *group.origin;
         let outputs = self.map.outputs();
+        let [d, h, w] = [d0 + run.place.0, h0 + run.place.1, run.w];
+        let [d, h, w] = [d * outputs + parity[0], h * outputs + parity[1], w * outputs + parity[2]];
+        ((n * self.out_space[0] + d) * self.out_space[1] + h) * self.out_space[2] + w
+    }
+
+    /// Writes or adds a lane block of neighbouring voxels.
+    ///
+    /// # Safety
+    /// As [`Self::write`].
+    #[inline(always)]
+    unsafe fn write_run<V: Lanes>(
+        &self,
+        group: &Group,
+        class: &Class,
+        run: &Run,
+        lane: usize,
+        values: &[[f32; LANES]],
+    ) {
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
         let bias = out.bias.map(|b| &b[block.first..][..block.len]);
-        let between = outputs * out.channels;
-        for run in cover.runs(register) {
-            let od = (d0 + run.place.0) * outputs + class.parity[0];
-            let oh = (h0 + run.place.1) * outputs + class.parity[1];
-            let ow = run.w * outputs + class.parity[2];
-            let voxel = ((n * self.out_space[0] + od) * self.out_space[1] + oh) * self.out_space[2] + ow;
-            let start = voxel * out.channels + block.first;
-            let y = out.data.at(start, (run.len - 1) * between + block.len);
-            for (i, values) in values[run.row..][..run.len].iter().enumerate() {
-                // SAFETY: `at` has checked the bounds; the floats are the caller's.
-                unsafe {
-                    let y = y.add(i * between);
-                    if block.len == LANES {
-                        let sum = V::load(values.as_ptr());
-                        match (group.index, bias) {
-                            (0, None) => sum,
-                            (0, Some(bias)) => sum.add(V::load(bias.as_ptr())),
-                            _ => sum.add(V::load(y)),
-                        }
-                        .store(y);
-                    } else {
-                        for (i, y) in std::slice::from_raw_parts_mut(y, block.len).iter_mut().enumerate() {
-                            *y = values[i] + if group.index == 0 { bias.map_or(0.0, |b| b[i]) } else { *y };
-                        }
+        let between = self.map.outputs() * out.channels;
+        let start = self.voxel(group, run, class.parity) * out.channels + block.first;
+        let y = out.data.at(start, (run.len - 1) * between + block.len);
+        for (i, values) in values.iter().enumerate() {
+            // SAFETY: `at` has checked the bounds; the floats are the caller's.
+            unsafe {
+                let y = y.add(i * between);
+                if block.len == LANES {
+                    let sum = V::load(values.as_ptr());
+                    match (group.index, bias) {
+                        (0, None) => sum,
+                        (0, Some(bias)) => sum.add(V::load(bias.as_ptr())),
+                        _ => sum.add(V::load(y)),
                     }
+                    .store(y);
+                } else {
+                    for (i, y) in std::slice::from_raw_parts_mut(y, block.len).iter_mut().enumerate() {
+                        *y = values[i] + if group.index == 0 { bias.map_or(0.0, |b| b[i]) } else { *y };
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes or adds all outputs of neighbouring anchors that a folded lane block holds.
+    ///
+    /// # Safety
+    /// Nobody else may use these voxels' lanes.
+    #[inline(always)]
+    unsafe fn write_folded(
+        &self,
+        group: &Group,
+        fold: Fold,
+        run: &Run,
+        lane: usize,
+        values: &[[f32; LANES]],
+    ) {
+        let (block, out) = (self.lanes[lane], &self.outs[0]);
+        // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
+        let pair = 2 * fold.channels;
+        for first in (0..block.len).step_by(pair) {
+            let (parity, _) = fold.output(block.first + first);
+            let y = out.data.at(self.voxel(group, run, parity) * out.channels, run.len * pair);
+            // SAFETY: `at` has checked the bounds; the floats are the caller's.
+            let y = unsafe { std::slice::from_raw_parts_mut(y, run.len * pair) };
+            for (y, values) in y.chunks_exact_mut(pair).zip(values) {
+                for (i, (y, v)) in y.iter_mut().zip(&values[first..]).enumerate() {
+                    let bias = || out.bias.map_or(0.0, |b| b[i % fold.channels]);
+                    *y = v + if group.index == 0 { bias() } else { *y };
                 }
             }
         }

@@ -14,18 +14,20 @@
 //! Sums have one order, whatever the number of threads, but another one than on the vector units.
 
 mod cover;
+mod fold;
 mod gather;
 mod micro;
 mod pack;
 mod planes;
 mod wgrad;
 
+use fold::Fold;
 pub use gather::correlate;
 pub use wgrad::wgrad;
 
-use super::Source;
 use super::plan::LANES;
 use super::run::THIN_CHANNELS;
+use super::{Head, Problem, Source};
 use crate::device::bf16::Operands;
 use crate::device::cpu::amx;
 
@@ -38,12 +40,22 @@ const LANE_BLOCKS: usize = 2;
 /// Fewer source channels than this leave three quarters of every product to zeros: the vector units are as fast then.
 const MIN_CHANNELS: usize = 4;
 
-/// Whether AMX is in use and computes a pass from `sources` to outputs of so many channels.
-pub fn fits(operands: Operands, sources: &[Source], lanes: impl IntoIterator<Item = usize>) -> bool {
-    operands == Operands::Bf16
-        && amx()
-        && sources.iter().any(|s| s.channels >= MIN_CHANNELS)
-        && lanes.into_iter().any(|c| c > THIN_CHANNELS)
+/// Whether AMX is in use and multiplies what these sources hold.
+fn takes(operands: Operands, sources: &[Source]) -> bool {
+    operands == Operands::Bf16 && amx() && sources.iter().any(|s| s.channels >= MIN_CHANNELS)
+}
+
+/// Whether [`correlate`] computes this pass.
+pub fn gathers(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
+    let channels = || heads.iter().map(|h| h.channels);
+    takes(problem.operands, sources)
+        && (channels().any(|c| c > THIN_CHANNELS)
+            || Fold::of(problem.map, channels(), problem.out_space).is_some())
+}
+
+/// Whether [`wgrad`] computes this pass.
+pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
+    takes(problem.operands, sources) && lane_sources.iter().any(|s| s.channels > THIN_CHANNELS)
 }
 
 /// A pointer's bytes.

@@ -1,5 +1,6 @@
 //! Weights as the B tiles of the gather core, and where in a halo tile the A of each begins.
 
+use super::fold::Fold;
 use crate::device::amx::TILE_BYTES;
 use crate::device::arena::Buffer;
 use crate::ops::conv::Weights;
@@ -83,7 +84,7 @@ pub fn lane_block_floats(class: &Class, group: &[Block], depth: Depth) -> usize 
 
 /// Packs; `weights(source, head)` says where the weights of a pair lie. Channels beyond a block's are 0 on both sides.
 pub fn pack<'a>(
-    map: Map,
+    (map, fold): (Map, Option<Fold>),
     classes: &[Class],
     groups: &[&[Block]],
     lanes: &[Block],
@@ -110,39 +111,52 @@ pub fn pack<'a>(
             }
         }
     }
+    let slot_floats = depth.channels() * LANES;
     jobs.into_par_iter().for_each_init(Vec::new, |floats: &mut Vec<f32>, (out, source, class, lane)| {
         let w = weights(source.tensor, lane.tensor);
-        let kernel = map.kernel();
-        let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
-        // (tap in the tensor, where its lanes of channel 0 go)
-        let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
-        let (mut slot, slot_floats) = (0, depth.channels() * LANES);
-        for &(_, _, kd, kh) in &class.rows {
-            for (first, own) in depth.steps(class.taps_w.len()) {
-                for tap in first..first + depth.width() {
-                    if tap >= own {
-                        let tap = (kd * kernel + kh) * kernel + class.taps_w[tap];
-                        let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-                        taps.push((tap, slot * slot_floats));
-                    }
-                    slot += 1;
-                }
-            }
-        }
         floats.clear();
-        floats.resize(slot * slot_floats, 0.0);
-        // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all
-        // lanes have come.
-        for channel in 0..source.len {
-            for l in 0..lane.len {
-                let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
+        floats.resize(2 * out.len(), 0.0);
+        let mut taps = match fold {
+            None => taps(map, class, depth, w.mirrored),
+            Some(_) => Vec::new(),
+        };
+        for l in 0..lane.len {
+            let mut head = lane.first + l;
+            if let Some(fold) = fold {
+                let parity;
+                (parity, head) = fold.output(head);
+                taps = fold.taps(parity);
+            }
+            let start = w.offset + source.first * w.source_stride + head * w.head_stride;
+            // Taps innermost: they are neighbours in the tensor.
+            for channel in 0..source.len {
+                let from = &w.data[start + channel * w.source_stride..];
                 let to = &mut floats[channel * LANES + l..];
-                taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
+                taps.iter().for_each(|&(tap, slot)| to[slot * slot_floats] = from[tap]);
             }
         }
         pair_rows(floats, slot_floats, out);
     });
     Packed { data, starts, classes: classes.len() }
+}
+
+/// (tap in the tensor, its number among the taps that B tiles have room for) of a class.
+fn taps(map: Map, class: &Class, depth: Depth, mirrored: bool) -> Vec<(usize, usize)> {
+    let kernel = map.kernel();
+    let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
+    let mut slot = 0;
+    for &(_, _, kd, kh) in &class.rows {
+        for (first, own) in depth.steps(class.taps_w.len()) {
+            for tap in first..first + depth.width() {
+                if tap >= own {
+                    let tap = (kd * kernel + kh) * kernel + class.taps_w[tap];
+                    taps.push((if mirrored { kernel.pow(3) - 1 - tap } else { tap }, slot));
+                }
+                slot += 1;
+            }
+        }
+    }
+    taps
 }
 
 #[cfg(test)]
