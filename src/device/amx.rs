@@ -92,29 +92,30 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// All eight tiles at their full size.
-static WHOLE_TILES: Config = Config {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
-
-/// This thread's tiles, configured to their full size until it is dropped. Without a configuration the kernel has no
-/// tiles to save when it switches threads.
+/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, 4 and 5 a left, 6 and 7 a right operand. Without
+/// a configuration the kernel has no tiles to save when it switches threads.
 pub struct Tiles(PhantomData<*mut ()>);
 
 impl Tiles {
-    /// Configures them.
+    /// Configures them for products over `pairs` pairs of bfloat16, at most 16: a left operand's 16 rows have so many, a
+    /// right operand so many rows. All other sides are 16 rows and 64 bytes.
     ///
     /// # Safety
     /// AMX must be [available](available()), or its instructions trapped and emulated; the thread must not hold other
     /// `Tiles`.
-    pub unsafe fn configure() -> Self {
+    pub unsafe fn configure(pairs: usize) -> Self {
+        assert!((1..=16).contains(&pairs), "{pairs} pairs");
+        let (left, right) = (4 * pairs as u16, pairs as u8);
+        let config = Config {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [64, 64, 64, 64, left, left, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+            rows: [16, 16, 16, 16, 16, 16, right, right, 0, 0, 0, 0, 0, 0, 0, 0],
+        };
         // SAFETY: by the caller's promise; the operand is 64 readable bytes.
         unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const WHOLE_TILES, options(nostack, readonly, preserves_flags));
+            asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
         }
         Tiles(PhantomData)
     }
@@ -137,7 +138,7 @@ pub unsafe fn zero<const T: u8>() {
     unsafe { asm!("tilezero tmm{t}", t = const T, options(nostack, nomem, preserves_flags)) }
 }
 
-/// Tile T = the 16 rows of 64 bytes every `stride` bytes from `start`.
+/// Tile T = its rows, every `stride` bytes from `start`.
 ///
 /// # Safety
 /// The thread must hold [`Tiles`]; the rows must be readable.
@@ -153,7 +154,7 @@ pub unsafe fn load<const T: u8>(start: *const u8, stride: usize) {
     }
 }
 
-/// Writes tile T to 16 rows of 64 bytes every `stride` bytes from `start`.
+/// Writes the rows of tile T every `stride` bytes from `start`.
 ///
 /// # Safety
 /// The thread must hold [`Tiles`]; the rows must be writable.
@@ -169,7 +170,7 @@ pub unsafe fn store<const T: u8>(start: *mut u8, stride: usize) {
     }
 }
 
-/// Tile C += tile A times tile B; three different ones.
+/// Tile C += tile A times tile B; three different ones, whose shapes fit.
 ///
 /// # Safety
 /// The thread must hold [`Tiles`].
@@ -194,7 +195,7 @@ pub fn peak_bf16(steps: usize) -> usize {
     }
     // SAFETY: AMX is in use, and no caller holds `Tiles`: they are never handed out.
     unsafe {
-        let _tiles = Tiles::configure();
+        let _tiles = Tiles::configure(16);
         zero::<6>();
         zero::<7>();
         for _ in 0..steps {

@@ -1,5 +1,6 @@
 //! Encodings, faults and arithmetic.
 
+use crate::TURN;
 use crate::amx_emulator::decode::{Instruction, LONGEST, decode};
 use crate::amx_emulator::machine::{Fault, Machine};
 use crate::amx_emulator::turn_on;
@@ -39,11 +40,12 @@ fn emulated(c: &Tile, a: &Tile, b: &Tile) -> Tile {
 
 /// c + a b by the instructions.
 fn executed(c: &Tile, a: &Tile, b: &Tile) -> Tile {
+    let _turn = TURN.lock().unwrap_or_else(|p| p.into_inner());
     turn_on();
     let mut result = [0; TILE_BYTES];
     // SAFETY: AMX is on; whole tiles.
     unsafe {
-        let _tiles = Tiles::configure();
+        let _tiles = Tiles::configure(16);
         amx::load::<3>(c.as_ptr(), 64);
         amx::load::<7>(a.as_ptr(), 64);
         amx::load::<1>(b.as_ptr(), 64);
@@ -146,7 +148,7 @@ fn a_tile_is_loaded_and_stored_with_any_stride() {
     let mut to = vec![0u8; 16 * 80];
     // SAFETY: AMX is on; 16 rows of 64 bytes lie in both.
     unsafe {
-        let _tiles = Tiles::configure();
+        let _tiles = Tiles::configure(16);
         amx::load::<5>(from[3..].as_ptr(), 96);
         amx::store::<5>(to.as_mut_ptr(), 80);
     }
@@ -158,6 +160,7 @@ fn a_tile_is_loaded_and_stored_with_any_stride() {
 
 #[test]
 fn the_peak_counts_its_products() {
+    let _turn = TURN.lock().unwrap_or_else(|p| p.into_inner());
     turn_on();
     assert!(cpu::amx());
     assert_eq!(amx::peak_bf16(3), 18 * PRODUCT_FLOPS);

@@ -6,3 +6,6 @@
 mod amx_emulator;
 mod instructions;
 mod share;
+
+/// Products are counted for the process: tests that count or multiply take turns.
+static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());

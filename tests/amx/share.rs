@@ -1,5 +1,6 @@
 //! How much of what AMX multiplies the network asked for: every layer and pass, counted by the emulator.
 
+use crate::TURN;
 use crate::amx_emulator::{emulated_products, turn_on};
 use spleen_hpc::bench::config;
 use spleen_hpc::bench::layers::{Layer, PASSES, Pass, layers};
@@ -50,15 +51,17 @@ fn share(layer: &Layer, pass: Pass, patch: [usize; 3]) -> (usize, f64) {
     (products, layer.flop(1, patch) / (products * PRODUCT_FLOPS) as f64)
 }
 
-/// Whether a pass of a layer is one that AMX takes: neither the image nor the logits are its input or output, but for the
-/// transposed convolution to the logits, whose outputs are folded.
+/// Whether a pass of a layer is one that AMX takes: all but those whose outputs or gradients have two channels, unless
+/// both sides have or outputs are folded, and what an image's weights get.
 fn on_amx(layer: &Layer, pass: Pass) -> bool {
-    let thin = layer.inputs[0] < 4 || layer.weights.iter().any(|w| w[..2].iter().any(|&c| c < 4));
-    !thin || (layer.transposed && pass == Pass::Fprop)
+    let thin = layer.weights.iter().flat_map(|w| &w[..2]).any(|&c| c < 4);
+    let both = layer.inputs == [2] && layer.weights[0][0] == 2;
+    !thin || (both && pass != Pass::Wgrad) || (pass == Pass::Fprop)
 }
 
 #[test]
 fn products_are_mostly_useful() {
+    let _turn = TURN.lock().unwrap_or_else(|p| p.into_inner());
     turn_on();
     if emulated_products().is_none() {
         return; // The CPU does not count.
@@ -77,6 +80,7 @@ fn products_are_mostly_useful() {
 #[test]
 #[ignore = "prints a table"]
 fn table_of_shares() {
+    let _turn = TURN.lock().unwrap_or_else(|p| p.into_inner());
     turn_on();
     println!("{:<28} {:>6} {:>10} {:>8} {:>6}", "layer", "pass", "products", "GFLOP", "share");
     for pass in PASSES {

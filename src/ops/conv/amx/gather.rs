@@ -2,15 +2,17 @@
 
 use super::LANE_BLOCKS;
 use super::cover::{Cover, Run};
-use super::fold::Fold;
+use super::fold::{Fold, parity};
+use super::halo::{Halo, SLACK};
 use super::micro::{Step, multiply_parts, parts_of_a};
-use super::pack::{Depth, Packed, TILE_FLOATS, lane_block_floats, pack};
-use crate::device::amx::{ROW_BYTES, ROWS, TILE_BYTES, Tiles};
+use super::pack::{Packed, TILE_FLOATS, lane_block_floats, pack};
+use super::scheme::{BAND, Scheme};
+use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
 use crate::ops::conv::correlate::Out;
-use crate::ops::conv::plan::{Block, Class, LANES, Map, Tile, blocks, lane_blocks};
-use crate::ops::conv::tile::{Element, Order, Place, load};
+use crate::ops::conv::plan::{Block, Class, LANES, Map, Tile, blocks};
+use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Head, Problem, Source, Weights};
 use rayon::prelude::*;
 
@@ -20,10 +22,6 @@ const GROUP: usize = 4;
 
 /// For the same reason halo tiles may be this much larger than the vector units'.
 const LARGER: usize = 2;
-
-/// Elements after a halo tile's last: a register tile's last 15 rows may lie behind it, at stride 2 and 16 elements a
-/// voxel, and read 16 elements each.
-const SLACK: usize = (ROWS - 1) * 2 * 16 + 16;
 
 /// The accumulators of a kernel, before they are added to the output.
 #[repr(align(64))]
@@ -38,15 +36,15 @@ pub fn correlate<'a>(
 ) {
     let Problem { map, n, space, out_space, .. } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
-    let fold = Fold::of(map, heads.iter().map(|h| h.channels), out_space);
-    let classes = if fold.is_some() { vec![Fold::class()] } else { map.classes() };
-    let depth = Depth::choose(sources.iter().map(|s| s.channels), &classes);
-    let pitch = depth.pitch();
-    let blocks = blocks(sources.iter().map(|s| s.channels), depth.channels());
+    let channels: Vec<usize> = sources.iter().map(|s| s.channels).collect();
+    let head_channels: Vec<usize> = heads.iter().map(|h| h.channels).collect();
+    let scheme = Scheme::of(map, &channels, &head_channels, out_space).expect("a pass that `gathers` took");
+    let depth = scheme.depth;
+    let blocks = blocks(channels, depth.channels());
     let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
-    let lanes = fold.map_or_else(|| lane_blocks(heads.iter().map(|h| h.channels)), Fold::lanes);
-    let packed = pack((map, fold), &classes, &groups, &lanes, depth, weights);
-    let widest = pitch * blocks.len().min(GROUP);
+    let lanes = scheme.lanes(&head_channels);
+    let packed = pack(map, &scheme, &groups, &lanes, weights);
+    let widest = depth.pitch() * blocks.len().min(GROUP);
     let tiles = Tile::choose(map, anchors, widest.div_ceil(LARGER)).origins(n, anchors);
     // Where tiles are few, threads share them by lanes: no sum depends on how.
     let parts = (2 * rayon::current_num_threads()).div_ceil(tiles.len());
@@ -55,28 +53,22 @@ pub fn correlate<'a>(
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass = Pass { map, fold, out_space, anchors, classes: &classes, lanes: &lanes, outs: &outs, depth };
+    let pass = Pass { map, scheme: &scheme, out_space, anchors, lanes: &lanes, outs: &outs };
     let tasks: Vec<_> =
         tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
     tasks.into_par_iter().for_each_init(
         || (Vec::new(), Vec::new(), Cover::default(), Vec::new()),
         |(tile, row, cover, steps), (origin, first)| {
-            let size = origin.3;
-            let voxels = map.extent(size.d) * map.extent(size.h) * map.extent(anchors[2]);
+            let halo = Halo::new(depth, map, origin.3, anchors[2]);
             for (index, group) in groups.iter().enumerate() {
-                tile.resize(voxels * pitch * group.len() + SLACK, 0.0);
+                tile.resize(halo.len() * group.len() + SLACK, 0.0);
                 let place = Place { map, space, anchors_w: anchors[2], origin };
-                for (&block, tile) in group.iter().zip(tile.chunks_exact_mut(voxels * pitch)) {
-                    if block.len < depth.channels() {
-                        // Channels that are not there are multiplied too, by 0.
-                        tile.fill(0.0);
-                    }
-                    let layout = (Order::Voxels { pitch }, Element::Channels);
-                    load(&sources[block.tensor], block, &place, layout, tile, row);
+                for (&block, tile) in group.iter().zip(tile.chunks_exact_mut(halo.len())) {
+                    halo.load(&sources[block.tensor], block, &place, tile, row);
                 }
                 let lanes = first..lanes.len().min(first + part);
-                let step = Group { tile, group, index, packed: &packed, origin, lanes };
-                pass.run(&step, cover, steps);
+                let group = Group { halo, tile, blocks: group, index, packed: &packed, origin, lanes };
+                pass.run(&group, cover, steps);
             }
         },
     );
@@ -85,19 +77,18 @@ pub fn correlate<'a>(
 /// What all tasks of a pass share.
 struct Pass<'a> {
     map: Map,
-    fold: Option<Fold>,
+    scheme: &'a Scheme,
     out_space: [usize; 3],
     anchors: [usize; 3],
-    classes: &'a [Class],
     lanes: &'a [Block],
     outs: &'a [Out<'a>],
-    depth: Depth,
 }
 
 /// One halo tile, one group of source blocks, some lane blocks.
 struct Group<'a> {
+    halo: Halo,
     tile: &'a [f32],
-    group: &'a [Block],
+    blocks: &'a [Block],
     index: usize,
     packed: &'a Packed,
     origin: &'a (usize, usize, usize, Tile),
@@ -135,28 +126,17 @@ impl Pass<'_> {
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
         let (_, d0, h0, size) = *group.origin;
-        let (extent_d, extent_h, extent_w) =
-            (self.map.extent(size.d), self.map.extent(size.h), self.map.extent(self.anchors[2]));
-        let pitch = self.depth.pitch();
-        let a_stride = 4 * pitch * self.map.stride();
+        let (depth, between) = (self.scheme.depth, group.halo.between());
         let mut scratch = Scratch([[[0.0; LANES]; ROWS]; 4]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
-        let _tiles = unsafe { Tiles::configure() };
-        for (class_index, class) in self.classes.iter().enumerate() {
+        let _tiles = unsafe { Tiles::configure(depth.elements()) };
+        for (class_index, class) in self.scheme.classes.iter().enumerate() {
             let [out_d, out_h, width] = self.class_space(class);
-            let rows = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)), width);
-            cover.fill(rows, (extent_h, extent_w));
-            steps.clear();
-            for block in 0..group.group.len() {
-                for &(dd, hh, _, _) in &class.rows {
-                    let row = ((block * extent_d + dd) * extent_h + hh) * extent_w;
-                    for (tap, _) in self.depth.steps(class.taps_w.len()) {
-                        steps.push(Step { a: 4 * pitch * (row + tap), b: steps.len() * TILE_BYTES });
-                    }
-                }
-            }
+            let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
+            cover.fill((d, h, group.halo.positions(width)), group.halo.pitches());
+            group.halo.steps(class, group.blocks.len(), steps);
             let weights = group.packed.of(group.index, class_index);
-            let lane_floats = lane_block_floats(class, group.group, self.depth);
+            let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
             for lane in group.lanes.clone().step_by(LANE_BLOCKS) {
                 let n = LANE_BLOCKS.min(group.lanes.end - lane);
@@ -168,7 +148,7 @@ impl Pass<'_> {
                     let m = m.min(cover.len() - first);
                     let a: [*const u8; 4] = std::array::from_fn(|i| {
                         let position = cover.start(first + i.min(m - 1));
-                        super::bytes(group.tile[position * pitch * self.map.stride()..].as_ptr())
+                        super::bytes(group.tile[position * between..].as_ptr())
                     });
                     let sums = scratch.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
@@ -177,7 +157,7 @@ impl Pass<'_> {
                     unsafe {
                         let sum = |m: usize, q: usize| sums.add(m * n + q).cast::<f32>();
                         multiply_parts(
-                            (&a[..m], a_stride),
+                            (&a[..m], 4 * between),
                             (&b[..n], ROW_BYTES),
                             steps,
                             sum,
@@ -211,9 +191,12 @@ impl Pass<'_> {
             let values = &values[run.row..][..run.len];
             // SAFETY: handed on from the caller.
             unsafe {
-                match self.fold {
+                match self.scheme.fold {
                     None => self.write_run::<V>(group, class, run, lane, values),
-                    Some(fold) => self.write_folded(group, fold, run, lane, values),
+                    Some(Fold::Outputs { channels }) => {
+                        self.write_outputs(group, channels, run, lane, values);
+                    }
+                    Some(Fold::Band { channels }) => self.write_band(group, channels, run, values),
                 }
             }
         }
@@ -268,33 +251,60 @@ impl Pass<'_> {
         }
     }
 
-    /// Writes or adds all outputs of neighbouring anchors that a folded lane block holds.
+    /// Writes or adds all outputs of neighbouring anchors that a lane block holds.
     ///
     /// # Safety
     /// Nobody else may use these voxels' lanes.
     #[inline(always)]
-    unsafe fn write_folded(
+    unsafe fn write_outputs(
         &self,
         group: &Group,
-        fold: Fold,
+        channels: usize,
         run: &Run,
         lane: usize,
         values: &[[f32; LANES]],
     ) {
-        let (block, out) = (self.lanes[lane], &self.outs[0]);
+        let block = self.lanes[lane];
         // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
-        let pair = 2 * fold.channels;
+        let pair = 2 * channels;
         for first in (0..block.len).step_by(pair) {
-            let (parity, _) = fold.output(block.first + first);
-            let y = out.data.at(self.voxel(group, run, parity) * out.channels, run.len * pair);
-            // SAFETY: `at` has checked the bounds; the floats are the caller's.
-            let y = unsafe { std::slice::from_raw_parts_mut(y, run.len * pair) };
-            for (y, values) in y.chunks_exact_mut(pair).zip(values) {
-                for (i, (y, v)) in y.iter_mut().zip(&values[first..]).enumerate() {
-                    let bias = || out.bias.map_or(0.0, |b| b[i % fold.channels]);
-                    *y = v + if group.index == 0 { bias() } else { *y };
-                }
+            let voxel = self.voxel(group, run, parity((block.first + first) / channels));
+            let y = self.outs[0].data.at(voxel * channels, run.len * pair);
+            for (i, values) in values.iter().enumerate() {
+                // SAFETY: `at` has checked the bounds; the floats are the caller's.
+                unsafe { self.write_floats(group, y.add(i * pair), &values[first..first + pair]) };
             }
+        }
+    }
+
+    /// Writes or adds neighbouring bands.
+    ///
+    /// # Safety
+    /// Nobody else may use these voxels.
+    #[inline(always)]
+    unsafe fn write_band(&self, group: &Group, channels: usize, run: &Run, values: &[[f32; LANES]]) {
+        let voxel = self.voxel(group, &Run { w: run.w * BAND, ..*run }, [0; 3]);
+        // The last band of a row may go beyond its end.
+        let voxels = (run.len * BAND).min(self.out_space[2] - run.w * BAND);
+        let y = self.outs[0].data.at(voxel * channels, voxels * channels);
+        for (i, values) in values.iter().enumerate() {
+            let voxels = BAND.min(voxels - i * BAND);
+            // SAFETY: `at` has checked the bounds; the floats are the caller's.
+            unsafe { self.write_floats(group, y.add(i * BAND * channels), &values[..voxels * channels]) };
+        }
+    }
+
+    /// Writes or adds whole voxels of the only head.
+    ///
+    /// # Safety
+    /// `values.len()` floats from `y` on must be the caller's.
+    #[inline(always)]
+    unsafe fn write_floats(&self, group: &Group, y: *mut f32, values: &[f32]) {
+        let out = &self.outs[0];
+        // SAFETY: by the caller's promise.
+        let y = unsafe { std::slice::from_raw_parts_mut(y, values.len()) };
+        for (i, (y, v)) in y.iter_mut().zip(values).enumerate() {
+            *y = v + if group.index == 0 { out.bias.map_or(0.0, |b| b[i % out.channels]) } else { *y };
         }
     }
 

@@ -41,8 +41,8 @@ macro_rules! kernel {
         /// sums (+)= sum over steps of A B.
         ///
         /// # Safety
-        /// The thread must hold [`crate::device::amx::Tiles`]; 16 rows of 64 bytes must be readable at every part of both
-        /// operands in every step, and writable, and readable to add, at every sum.
+        /// The thread must hold [`crate::device::amx::Tiles`]; the rows they are configured for must be readable at every
+        /// part of both operands in every step, and writable, and readable to add, at every sum.
         #[inline]
         unsafe fn $name(a: Operand<$m>, b: Operand<$n>, steps: &[Step], sums: Sums<$mn>) {
             // SAFETY: by the caller's promise.

@@ -16,12 +16,13 @@
 mod cover;
 mod fold;
 mod gather;
+mod halo;
 mod micro;
 mod pack;
 mod planes;
+mod scheme;
 mod wgrad;
 
-use fold::Fold;
 pub use gather::correlate;
 pub use wgrad::wgrad;
 
@@ -30,32 +31,31 @@ use super::run::THIN_CHANNELS;
 use super::{Head, Problem, Source};
 use crate::device::bf16::Operands;
 use crate::device::cpu::amx;
-
-/// Channels of a row of A at most: one K.
-const DEPTH: usize = 32;
+use scheme::Scheme;
 
 /// Lane blocks that a kernel takes at most.
 const LANE_BLOCKS: usize = 2;
 
-/// Fewer source channels than this leave three quarters of every product to zeros: the vector units are as fast then.
+/// Fewer source channels than this leave three quarters of the rows of A empty: the vector units are as fast then.
 const MIN_CHANNELS: usize = 4;
 
-/// Whether AMX is in use and multiplies what these sources hold.
-fn takes(operands: Operands, sources: &[Source]) -> bool {
-    operands == Operands::Bf16 && amx() && sources.iter().any(|s| s.channels >= MIN_CHANNELS)
+/// Whether AMX is in use for these operands.
+fn on(problem: &Problem) -> bool {
+    problem.operands == Operands::Bf16 && amx()
 }
 
 /// Whether [`correlate`] computes this pass.
 pub fn gathers(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
-    let channels = || heads.iter().map(|h| h.channels);
-    takes(problem.operands, sources)
-        && (channels().any(|c| c > THIN_CHANNELS)
-            || Fold::of(problem.map, channels(), problem.out_space).is_some())
+    let sources: Vec<usize> = sources.iter().map(|s| s.channels).collect();
+    let heads: Vec<usize> = heads.iter().map(|h| h.channels).collect();
+    on(problem) && Scheme::of(problem.map, &sources, &heads, problem.out_space).is_some()
 }
 
 /// Whether [`wgrad`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
-    takes(problem.operands, sources) && lane_sources.iter().any(|s| s.channels > THIN_CHANNELS)
+    on(problem)
+        && sources.iter().any(|s| s.channels >= MIN_CHANNELS)
+        && lane_sources.iter().any(|s| s.channels > THIN_CHANNELS)
 }
 
 /// A pointer's bytes.
@@ -63,5 +63,4 @@ fn bytes(p: *const f32) -> *const u8 {
     p.cast()
 }
 
-const _: () =
-    assert!(LANES * 4 == crate::device::amx::ROW_BYTES && DEPTH * 2 == crate::device::amx::ROW_BYTES);
+const _: () = assert!(LANES * 4 == crate::device::amx::ROW_BYTES);

@@ -1,6 +1,7 @@
-//! Weights as the B tiles of the gather core, and where in a halo tile the A of each begins.
+//! Weights as the B tiles of the gather core.
 
-use super::fold::Fold;
+use super::fold::{Fold, output_taps, parity};
+use super::scheme::{Depth, Scheme};
 use crate::device::amx::TILE_BYTES;
 use crate::device::arena::Buffer;
 use crate::ops::conv::Weights;
@@ -11,57 +12,7 @@ use rayon::prelude::*;
 /// Floats of a B tile.
 pub const TILE_FLOATS: usize = TILE_BYTES / 4;
 
-/// How K = 32 is made up, by the elements (pairs of channels) between voxels of a halo tile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Depth {
-    /// 32 channels of one tap.
-    Channels,
-    /// 16 channels of a tap and of the next one along w.
-    Taps,
-}
-
-impl Depth {
-    /// The depth that needs fewer products a register tile and lane block, for blocks of these sources' channels.
-    pub fn choose(channels: impl IntoIterator<Item = usize> + Clone, classes: &[Class]) -> Self {
-        // Every class must have two taps along w: a second half that is no tap of its own reads what no output may see.
-        if classes.iter().any(|c| c.taps_w.len() < 2) {
-            return Depth::Channels;
-        }
-        let products = |depth: Depth| -> usize {
-            let blocks = channels.clone().into_iter().map(|c| c.div_ceil(depth.channels())).sum::<usize>();
-            classes.iter().map(|c| c.rows.len() * depth.steps(c.taps_w.len()).count() * blocks).sum()
-        };
-        if products(Depth::Taps) < products(Depth::Channels) { Depth::Taps } else { Depth::Channels }
-    }
-
-    /// Channels of a block.
-    pub fn channels(self) -> usize {
-        match self {
-            Depth::Channels => 32,
-            Depth::Taps => 16,
-        }
-    }
-
-    /// Elements between voxels.
-    pub fn pitch(self) -> usize {
-        self.channels() / 2
-    }
-
-    /// The products of a row of taps: (tap at which A begins, first tap of it that no other product has). Of three taps
-    /// the second product holds the last two, and zeros for the weights of the middle one: it reads nothing that is not
-    /// the output's own.
-    pub fn steps(self, taps: usize) -> impl Iterator<Item = (usize, usize)> {
-        let width = if self == Depth::Taps { 2 } else { 1 };
-        (0..taps).step_by(width).map(move |tap| (tap.min(taps - width), tap))
-    }
-
-    /// Taps of a product.
-    fn width(self) -> usize {
-        if self == Depth::Taps { 2 } else { 1 }
-    }
-}
-
-/// B tiles: [group][class][lane block][block of the group][row][step].
+/// B tiles: [group][class][lane block][block of the group][product].
 pub struct Packed {
     data: Buffer,
     /// Start of (group, class), classes fastest.
@@ -79,22 +30,22 @@ impl Packed {
 
 /// Floats of one lane block of one class and group.
 pub fn lane_block_floats(class: &Class, group: &[Block], depth: Depth) -> usize {
-    class.rows.len() * depth.steps(class.taps_w.len()).count() * group.len() * TILE_FLOATS
+    depth.steps(class) * group.len() * TILE_FLOATS
 }
 
-/// Packs; `weights(source, head)` says where the weights of a pair lie. Channels beyond a block's are 0 on both sides.
+/// Packs; `weights(source, head)` says where the weights of a pair lie. Rows of B that no weight has are 0.
 pub fn pack<'a>(
-    (map, fold): (Map, Option<Fold>),
-    classes: &[Class],
+    map: Map,
+    scheme: &Scheme,
     groups: &[&[Block]],
     lanes: &[Block],
-    depth: Depth,
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
+    let Scheme { depth, classes, .. } = scheme;
     let mut starts = vec![0];
     for group in groups {
         for class in classes {
-            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, depth));
+            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, *depth));
         }
     }
     let mut data = Buffer::dirty(starts[starts.len() - 1]);
@@ -104,83 +55,54 @@ pub fn pack<'a>(
         for class in classes {
             for lane in lanes {
                 for source in *group {
-                    let (head, tail) = rest.split_at_mut(lane_block_floats(class, &[*source], depth));
+                    let (head, tail) = rest.split_at_mut(lane_block_floats(class, &[*source], *depth));
                     jobs.push((head, source, class, lane));
                     rest = tail;
                 }
             }
         }
     }
-    let slot_floats = depth.channels() * LANES;
     jobs.into_par_iter().for_each_init(Vec::new, |floats: &mut Vec<f32>, (out, source, class, lane)| {
         let w = weights(source.tensor, lane.tensor);
         floats.clear();
         floats.resize(2 * out.len(), 0.0);
-        let mut taps = match fold {
-            None => taps(map, class, depth, w.mirrored),
-            Some(_) => Vec::new(),
-        };
+        let mut taps = of_class(map, class, *depth, w.mirrored);
         for l in 0..lane.len {
             let mut head = lane.first + l;
-            if let Some(fold) = fold {
-                let parity;
-                (parity, head) = fold.output(head);
-                taps = fold.taps(parity);
+            if let Some(fold) = scheme.fold {
+                let output = head / fold.channels();
+                head %= fold.channels();
+                taps = match fold {
+                    Fold::Outputs { .. } => {
+                        let taps = output_taps(parity(output)).into_iter();
+                        taps.map(|(tap, voxel)| (tap, voxel * depth.channels())).collect()
+                    }
+                    Fold::Band { .. } => {
+                        let taps = of_class(map, class, *depth, w.mirrored).into_iter();
+                        taps.map(|(tap, row)| (tap, row + output * depth.channels())).collect()
+                    }
+                };
             }
             let start = w.offset + source.first * w.source_stride + head * w.head_stride;
             // Taps innermost: they are neighbours in the tensor.
             for channel in 0..source.len {
                 let from = &w.data[start + channel * w.source_stride..];
                 let to = &mut floats[channel * LANES + l..];
-                taps.iter().for_each(|&(tap, slot)| to[slot * slot_floats] = from[tap]);
+                taps.iter().for_each(|&(tap, row)| to[row * LANES] = from[tap]);
             }
         }
-        pair_rows(floats, slot_floats, out);
+        pair_rows(floats, 2 * TILE_FLOATS, out);
     });
     Packed { data, starts, classes: classes.len() }
 }
 
-/// (tap in the tensor, its number among the taps that B tiles have room for) of a class.
-fn taps(map: Map, class: &Class, depth: Depth, mirrored: bool) -> Vec<(usize, usize)> {
-    let kernel = map.kernel();
-    let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
-    let mut slot = 0;
-    for &(_, _, kd, kh) in &class.rows {
-        for (first, own) in depth.steps(class.taps_w.len()) {
-            for tap in first..first + depth.width() {
-                if tap >= own {
-                    let tap = (kd * kernel + kh) * kernel + class.taps_w[tap];
-                    taps.push((if mirrored { kernel.pow(3) - 1 - tap } else { tap }, slot));
-                }
-                slot += 1;
-            }
-        }
-    }
-    taps
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_tap_is_one_products_own() {
-        for (depth, taps) in [(Depth::Channels, 1), (Depth::Channels, 3), (Depth::Taps, 2), (Depth::Taps, 3)]
-        {
-            let own: Vec<usize> =
-                depth.steps(taps).flat_map(|(first, own)| own..first + depth.width()).collect();
-            assert_eq!(own, (0..taps).collect::<Vec<_>>(), "{depth:?} of {taps}");
-        }
-    }
-
-    #[test]
-    fn few_channels_are_taken_two_taps_at_a_time() {
-        let gather = Map::Gather { kernel: 3, stride: 1 }.classes();
-        assert_eq!(Depth::choose([16], &gather), Depth::Taps);
-        assert_eq!(Depth::choose([32], &gather), Depth::Channels);
-        assert_eq!(Depth::choose([18], &gather), Depth::Channels);
-        assert_eq!(Depth::choose([16, 16], &gather), Depth::Taps);
-        assert_eq!(Depth::choose([16], &Map::Scatter.classes()), Depth::Channels);
-        assert_eq!(Depth::choose([16], &Map::Gather { kernel: 1, stride: 1 }.classes()), Depth::Channels);
-    }
+/// (tap in the tensor, row of B of channel 0) of a class.
+fn of_class(map: Map, class: &Class, depth: Depth, mirrored: bool) -> Vec<(usize, usize)> {
+    let (kernel, along_w) = (map.kernel(), class.taps_w.len());
+    let tap = |number: usize| {
+        let (_, _, kd, kh) = class.rows[number / along_w];
+        let tap = (kd * kernel + kh) * kernel + class.taps_w[number % along_w];
+        if mirrored { kernel.pow(3) - 1 - tap } else { tap }
+    };
+    depth.places(class).into_iter().map(|(number, row)| (tap(number), row)).collect()
 }

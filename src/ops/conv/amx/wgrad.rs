@@ -60,7 +60,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 }
                 let to = sum.as_mut_ptr();
                 // SAFETY: AMX is in use, or this would not run; nothing here starts another task.
-                let _tiles = unsafe { Tiles::configure() };
+                let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4) };
                 for lane in (0..partials.lanes.len()).step_by(LANE_BLOCKS) {
                     let q = LANE_BLOCKS.min(partials.lanes.len() - lane);
                     let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|i| {
