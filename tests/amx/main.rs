@@ -5,6 +5,7 @@
 #[path = "../amx_emulator/mod.rs"]
 mod amx_emulator;
 mod instructions;
+mod order;
 mod share;
 
 /// Products are counted for the process: tests that count or multiply take turns.

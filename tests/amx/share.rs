@@ -51,12 +51,9 @@ fn share(layer: &Layer, pass: Pass, patch: [usize; 3]) -> (usize, f64) {
     (products, layer.flop(1, patch) / (products * PRODUCT_FLOPS) as f64)
 }
 
-/// Whether a pass of a layer is one that AMX takes: all but those whose outputs or gradients have two channels, unless
-/// both sides have or outputs are folded, and what an image's weights get.
+/// Whether a pass of a layer is one that AMX takes: all but the gradient of the weights between two channels and two.
 fn on_amx(layer: &Layer, pass: Pass) -> bool {
-    let thin = layer.weights.iter().flat_map(|w| &w[..2]).any(|&c| c < 4);
-    let both = layer.inputs == [2] && layer.weights[0][0] == 2;
-    !thin || (both && pass != Pass::Wgrad) || (pass == Pass::Fprop)
+    layer.weights[0][..2] != [2, 2] || pass != Pass::Wgrad
 }
 
 #[test]

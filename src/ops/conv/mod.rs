@@ -15,8 +15,9 @@
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several outputs (a
 //! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. No
-//! result depends on the number of threads: tasks are cut by shape alone, and every sum has one order.
+//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. On a CPU
+//! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number
+//! of threads: every sum has one order.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -138,6 +138,10 @@ impl Pass<'_> {
             let weights = group.packed.of(group.index, class_index);
             let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
+            let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last));
+            let furthest = steps.iter().map(|step| step.a / 4).max().unwrap_or(0);
+            let end = (last + ROWS - 1) * between + furthest + depth.elements();
+            assert!(end <= group.tile.len(), "the last row of A ends in the slack");
             for lane in group.lanes.clone().step_by(LANE_BLOCKS) {
                 let n = LANE_BLOCKS.min(group.lanes.end - lane);
                 let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|q| {
@@ -152,8 +156,8 @@ impl Pass<'_> {
                     });
                     let sums = scratch.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
-                    // anchors, at most SLACK elements behind it; its B lies in the packed weights of its lane block.
-                    // The scratch has as many sums as a kernel.
+                    // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
+                    // block. The scratch has as many sums as a kernel.
                     unsafe {
                         let sum = |m: usize, q: usize| sums.add(m * n + q).cast::<f32>();
                         multiply_parts(

@@ -17,7 +17,6 @@ pub const SLACK: usize = (ROWS - 1) * 2 * 16 + 16;
 pub struct Halo {
     depth: Depth,
     map: Map,
-    size: Tile,
     /// Input voxels that the tile reads, (D, H, W).
     extent: [usize; 3],
     /// Voxels of a row in memory.
@@ -33,10 +32,10 @@ impl Halo {
         // Anchors of different rows must lie a whole number of positions apart.
         let (row, rows) = match depth {
             Depth::Channels | Depth::Taps => (extent[2], extent[1]),
-            Depth::Image => (extent[2].next_multiple_of(map.stride()), size.h),
+            Depth::Records { .. } => (extent[2].next_multiple_of(map.stride()), size.h),
             Depth::Band => (extent[2].next_multiple_of(BAND), extent[1]),
         };
-        Halo { depth, map, size, extent, row, rows }
+        Halo { depth, map, extent, row, rows }
     }
 
     /// Elements of a block.
@@ -58,7 +57,7 @@ impl Halo {
     pub fn pitches(&self) -> (usize, usize) {
         match self.depth {
             Depth::Channels | Depth::Taps => (self.rows, self.row),
-            Depth::Image => (self.map.stride() * self.rows, self.row / self.map.stride()),
+            Depth::Records { .. } => (self.map.stride() * self.rows, self.row / self.map.stride()),
             Depth::Band => (self.rows, self.row / BAND),
         }
     }
@@ -76,8 +75,8 @@ impl Halo {
                         .depth
                         .along_w(class.taps_w.len())
                         .for_each(|(tap, _)| push(row(hh) + tap * self.depth.pitch())),
-                    Depth::Image if hh > 0 => {}
-                    Depth::Image | Depth::Band => push(row(hh)),
+                    Depth::Records { .. } if hh > 0 => {}
+                    Depth::Records { .. } | Depth::Band => push(row(hh)),
                 }
             }
         }
@@ -89,8 +88,8 @@ impl Halo {
         if block.len < self.depth.channels() {
             tile.fill(0.0);
         }
-        if self.depth == Depth::Image {
-            return self.load_image(source, place, tile, row);
+        if let Depth::Records { channels } = self.depth {
+            return self.load_records(source, channels, place, tile, row);
         }
         // A row in memory that is longer than what is read is loaded as if it were.
         let anchors_w = place.anchors_w + self.row - self.extent[2];
@@ -98,32 +97,45 @@ impl Halo {
         load(source, block, &Place { anchors_w, ..*place }, layout, tile, row);
     }
 
-    /// Records of three voxels along h: [plane][anchor along h][w][kh].
-    fn load_image(&self, source: &Source, place: &Place, tile: &mut [f32], plane: &mut Vec<f32>) {
+    /// Records: [plane][anchor along h][w][kh][channel].
+    fn load_records(
+        &self,
+        source: &Source,
+        channels: usize,
+        place: &Place,
+        tile: &mut [f32],
+        plane: &mut Vec<f32>,
+    ) {
         let Place { space: [sd, sh, sw], origin: &(n, d0, h0, _), .. } = *place;
         let ([ed, eh, ew], stride, pad) = (self.extent, self.map.stride(), self.map.pad());
         let inside_w = sw.min(ew - pad);
-        let affine = source.affine(n, Block { tensor: 0, first: 0, len: 1 });
+        let affine = source.affine(n, Block { tensor: 0, first: 0, len: channels });
         // Rows of a plane with zeros around.
+        let row_floats = self.row * channels;
         plane.clear();
-        plane.resize(eh * self.row, 0.0);
+        plane.resize(eh * row_floats, 0.0);
         let record_row = self.row * self.depth.pitch();
         for (d, out) in tile.chunks_exact_mut(self.rows * record_row).take(ed).enumerate() {
             // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
             let d = (d0 * stride + d).wrapping_sub(pad);
-            for (h, row) in plane.chunks_exact_mut(self.row).enumerate() {
+            for (h, row) in plane.chunks_exact_mut(row_floats).enumerate() {
                 let h = (h0 * stride + h).wrapping_sub(pad);
-                let row = &mut row[pad..pad + inside_w];
+                let row = &mut row[pad * channels..][..inside_w * channels];
                 if d < sd && h < sh {
-                    let x = &source.data[((n * sd + d) * sh + h) * sw..][..inside_w];
-                    transform_row(row, 1, x, 1, 1, affine);
+                    let x = &source.data[((n * sd + d) * sh + h) * sw * channels..][..inside_w * channels];
+                    transform_row(row, channels, x, channels, channels, affine);
                 } else {
                     row.fill(0.0);
                 }
             }
-            for (h, out) in out.chunks_exact_mut(record_row).enumerate().take(self.size.h) {
-                let rows = &plane[h * stride * self.row..];
-                records(rows, &rows[self.row..], &rows[2 * self.row..], out);
+            for (h, out) in out.chunks_exact_mut(record_row).enumerate() {
+                let rows = &plane[h * stride * row_floats..];
+                let (first, second, third) = (rows, &rows[row_floats..], &rows[2 * row_floats..]);
+                if channels == 1 {
+                    records(first, second, third, out);
+                } else {
+                    paired_records(first, second, third, out);
+                }
             }
         }
     }
@@ -134,6 +146,14 @@ vectorised! {
     fn records(first: &[f32], second: &[f32], third: &[f32], out: &mut [f32]) {
         for (((out, &a), &b), &c) in out.as_chunks_mut::<2>().0.iter_mut().zip(first).zip(second).zip(third) {
             *out = [pair(a, b), pair(c, 0.0)];
+        }
+    }
+
+    /// `out[4 w + i]` = the two channels of row i, or zeros.
+    fn paired_records(first: &[f32], second: &[f32], third: &[f32], out: &mut [f32]) {
+        let rows = [first, second, third].map(|row| row.as_chunks::<2>().0);
+        for (((out, a), b), c) in out.as_chunks_mut::<4>().0.iter_mut().zip(rows[0]).zip(rows[1]).zip(rows[2]) {
+            *out = [pair(a[0], a[1]), pair(b[0], b[1]), pair(c[0], c[1]), 0.0];
         }
     }
 }

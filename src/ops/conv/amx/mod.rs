@@ -26,18 +26,15 @@ mod wgrad;
 pub use gather::correlate;
 pub use wgrad::wgrad;
 
-use super::plan::LANES;
+use super::plan::{LANES, Map};
 use super::run::THIN_CHANNELS;
 use super::{Head, Problem, Source};
 use crate::device::bf16::Operands;
 use crate::device::cpu::amx;
-use scheme::Scheme;
+use scheme::{MIN_CHANNELS, Scheme};
 
 /// Lane blocks that a kernel takes at most.
 const LANE_BLOCKS: usize = 2;
-
-/// Fewer source channels than this leave three quarters of the rows of A empty: the vector units are as fast then.
-const MIN_CHANNELS: usize = 4;
 
 /// Whether AMX is in use for these operands.
 fn on(problem: &Problem) -> bool {
@@ -54,8 +51,13 @@ pub fn gathers(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
 /// Whether [`wgrad`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
     on(problem)
-        && sources.iter().any(|s| s.channels >= MIN_CHANNELS)
+        && (is_thin(problem.map, sources) || sources.iter().any(|s| s.channels >= MIN_CHANNELS))
         && lane_sources.iter().any(|s| s.channels > THIN_CHANNELS)
+}
+
+/// Whether [`wgrad`] makes channels of the only source's taps.
+fn is_thin(map: Map, sources: &[Source]) -> bool {
+    map.kernel() == 3 && sources.len() == 1 && sources[0].channels < MIN_CHANNELS
 }
 
 /// A pointer's bytes.

@@ -4,13 +4,14 @@ use super::fold::Fold;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, lane_blocks};
 use crate::ops::conv::run::THIN_CHANNELS;
 
-/// Fewer source channels than this leave seven eighths of K to zeros: the vector units are as fast then.
-const MIN_CHANNELS: usize = 4;
+/// Fewer source channels than this leave seven eighths of K, or three quarters of the rows of A, to zeros, if taps do not
+/// fill them: the vector units are as fast then.
+pub const MIN_CHANNELS: usize = 4;
 
 /// Anchors along w that share a row of A in a band.
 pub const BAND: usize = 8;
 
-/// Voxels along h, padded to a power of two, of a record of the image.
+/// Voxels along h of a record, padded to a power of two.
 const RECORD: usize = 4;
 
 /// What K is made of.
@@ -20,9 +21,12 @@ pub enum Depth {
     Channels,
     /// 16 channels of a tap and of the next one along w.
     Taps,
-    /// The only channel of an image: all taps along h of all taps along w. A halo tile holds a record of the three voxels
-    /// along h, and a 0, for every voxel that an anchor may read first.
-    Image,
+    /// One or two channels of all taps along h of all taps along w. A halo tile holds a record of three voxels along h, and
+    /// zeros for a fourth, for every voxel that an anchor may read first.
+    Records {
+        /// Of the only source.
+        channels: usize,
+    },
     /// Two channels of the 10 voxels along w that 8 neighbouring anchors read; see [`Fold::Band`].
     Band,
 }
@@ -40,8 +44,8 @@ impl Scheme {
         let wide = heads.iter().any(|&c| c > THIN_CHANNELS);
         let classes = map.classes();
         match (map, sources, heads) {
-            (Map::Gather { kernel: 3, .. }, [1], _) if wide => {
-                Some(Scheme { depth: Depth::Image, fold: None, classes })
+            (Map::Gather { kernel: 3, .. }, &[channels @ (1 | 2)], _) if wide => {
+                Some(Scheme { depth: Depth::Records { channels }, fold: None, classes })
             }
             (Map::Gather { kernel: 3, stride: 1 }, [2], &[channels @ (1 | 2)]) => {
                 Some(Scheme { depth: Depth::Band, fold: Some(Fold::Band { channels }), classes })
@@ -81,7 +85,7 @@ impl Depth {
         match self {
             Depth::Channels => 32,
             Depth::Taps => 16,
-            Depth::Image => 1,
+            Depth::Records { channels } => channels,
             Depth::Band => 2,
         }
     }
@@ -90,7 +94,7 @@ impl Depth {
     pub fn pitch(self) -> usize {
         match self {
             Depth::Channels | Depth::Taps | Depth::Band => self.channels() / 2,
-            Depth::Image => RECORD / 2,
+            Depth::Records { channels } => channels * RECORD / 2,
         }
     }
 
@@ -98,7 +102,7 @@ impl Depth {
     pub fn elements(self) -> usize {
         match self {
             Depth::Channels | Depth::Taps => 16,
-            Depth::Image => 3 * RECORD / 2,
+            Depth::Records { channels } => channels * 3 * RECORD / 2,
             Depth::Band => BAND + 2,
         }
     }
@@ -107,7 +111,7 @@ impl Depth {
     pub fn steps(self, class: &Class) -> usize {
         match self {
             Depth::Channels | Depth::Taps => class.rows.len() * self.along_w(class.taps_w.len()).count(),
-            Depth::Image => class.rows.len() / 3,
+            Depth::Records { .. } => class.rows.len() / 3,
             Depth::Band => class.rows.len(),
         }
     }
@@ -143,9 +147,9 @@ impl Depth {
                         }
                     }
                 }
-                Depth::Image => places.extend(
-                    (0..taps).map(|tap| (row * taps + tap, row / 3 * 2 * LANES + tap * RECORD + row % 3)),
-                ),
+                Depth::Records { channels } => places.extend((0..taps).map(|tap| {
+                    (row * taps + tap, row / 3 * 2 * LANES + channels * (tap * RECORD + row % 3))
+                })),
                 Depth::Band => {
                     places.extend((0..taps).map(|tap| (row * taps + tap, row * 2 * LANES + 2 * tap)))
                 }
@@ -169,7 +173,8 @@ mod tests {
     fn every_tap_has_a_place_of_its_own() {
         let maps = [(GATHER, 27), (Map::Gather { kernel: 1, stride: 1 }, 1), (Map::Scatter, 27)];
         for (map, taps) in maps {
-            for depth in [Depth::Channels, Depth::Taps, Depth::Image, Depth::Band] {
+            let records = [1, 2].map(|channels| Depth::Records { channels });
+            for depth in records.into_iter().chain([Depth::Channels, Depth::Taps, Depth::Band]) {
                 if depth != Depth::Channels && map != GATHER {
                     continue;
                 }
@@ -196,9 +201,12 @@ mod tests {
         assert_eq!(depth(Map::Scatter, &[16, 16], &[2]), Some(Depth::Taps), "folded");
         assert_eq!(depth(Map::Scatter, &[16, 16], &[3]), None);
         assert_eq!(depth(Map::Gather { kernel: 1, stride: 1 }, &[16], &[16]), Some(Depth::Channels));
-        assert_eq!(depth(GATHER, &[1], &[16, 16]), Some(Depth::Image));
+        assert_eq!(depth(GATHER, &[1], &[16, 16]), Some(Depth::Records { channels: 1 }));
+        assert_eq!(
+            depth(Map::Gather { kernel: 3, stride: 2 }, &[2], &[16]),
+            Some(Depth::Records { channels: 2 })
+        );
         assert_eq!(depth(GATHER, &[2], &[2]), Some(Depth::Band));
-        assert_eq!(depth(GATHER, &[2], &[16]), None);
         assert_eq!(depth(GATHER, &[16], &[2]), None);
     }
 }
