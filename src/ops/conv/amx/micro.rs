@@ -82,35 +82,30 @@ pub fn parts_of_a(parts_of_b: usize) -> usize {
 /// # Safety
 /// As a kernel's.
 pub unsafe fn multiply_parts(
-    a: (&[*const u8], usize),
-    b: (&[*const u8], usize),
+    (a, a_stride): (&[*const u8], usize),
+    (b, b_stride): (&[*const u8], usize),
     steps: &[Step],
     sum: impl Fn(usize, usize) -> *mut f32,
     (stride, add): (usize, bool),
 ) {
-    let (parts, a_stride) = a;
-    let part = |m: usize| parts[m];
     let mut m = 0;
-    while m < parts.len() {
-        let left = parts.len() - m;
-        // SAFETY: by the caller's promise.
-        unsafe {
-            macro_rules! run {
-                ($kernel:ident, $m:literal, $n:literal) => {{
-                    let a = Operand::<$m> { starts: std::array::from_fn(|i| part(m + i)), stride: a_stride };
-                    let b = Operand::<$n> { starts: std::array::from_fn(|i| b.0[i]), stride: b.1 };
-                    let starts = std::array::from_fn(|i| sum(m + i / $n, i % $n));
-                    $kernel(a, b, steps, Sums { starts, stride, add });
-                    $m
-                }};
-            }
-            m += match (b.0.len(), left) {
-                (2, 2..) => run!(multiply_2x2, 2, 2),
-                (2, _) => run!(multiply_1x2, 1, 2),
-                (_, 4..) => run!(multiply_4x1, 4, 1),
-                (_, 2..) => run!(multiply_2x1, 2, 1),
-                _ => run!(multiply_1x1, 1, 1),
-            };
+    while m < a.len() {
+        macro_rules! run {
+            ($kernel:ident, $m:literal, [$($sum:expr),+]) => {{
+                let a = Operand { starts: std::array::from_fn::<_, $m, _>(|i| a[m + i]), stride: a_stride };
+                let b = Operand { starts: std::array::from_fn(|i| b[i]), stride: b_stride };
+                let starts = [$($sum),+].map(|(i, n)| sum(m + i, n));
+                // SAFETY: by the caller's promise.
+                unsafe { $kernel(a, b, steps, Sums { starts, stride, add }) };
+                $m
+            }};
         }
+        m += match (b.len(), a.len() - m) {
+            (2, 2..) => run!(multiply_2x2, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+            (2, _) => run!(multiply_1x2, 1, [(0, 0), (0, 1)]),
+            (_, 4..) => run!(multiply_4x1, 4, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+            (_, 2..) => run!(multiply_2x1, 2, [(0, 0), (1, 0)]),
+            _ => run!(multiply_1x1, 1, [(0, 0)]),
+        };
     }
 }
