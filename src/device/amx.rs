@@ -33,7 +33,7 @@ pub fn available() -> bool {
 }
 
 /// What CPUID says, and whether the kernel saves tiles when it switches threads.
-#[allow(unused_unsafe)] // CPUID is a safe function from Rust 1.94 on.
+#[allow(unused_unsafe)] // CPUID is a safe function in newer Rusts than the oldest that builds this.
 fn in_cpu() -> bool {
     const OSXSAVE: u32 = 1 << 27;
     const AMX_BF16: u32 = 1 << 22;
