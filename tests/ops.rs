@@ -1,6 +1,10 @@
 //! Every op against loops in f64 that follow its formula, against finite differences, and against itself on every
 //! vector unit and number of threads.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[path = "amx_emulator/mod.rs"]
+mod amx_emulator;
+
 use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
@@ -305,6 +309,7 @@ fn layer_bits(case: &Case, operands: Operands) -> Vec<u32> {
 #[test]
 fn bits_of_layers_do_not_depend_on_the_vector_unit() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    use_simd(Simd::Avx512);
     for (i, case) in CASES.iter().enumerate() {
         for operands in [Operands::Single, Operands::Bf16] {
             let want = layer_bits(case, operands);
@@ -321,6 +326,7 @@ fn bits_of_layers_do_not_depend_on_the_vector_unit() {
 #[test]
 fn bits_do_not_depend_on_threads_or_vector_unit() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    use_simd(Simd::Avx512);
     for (norm, operands) in
         [(Norm::Batch, Operands::Single), (Norm::Instance, Operands::Single), (Norm::Batch, Operands::Bf16)]
     {
@@ -344,6 +350,7 @@ fn bits_do_not_depend_on_threads_or_vector_unit() {
 #[test]
 fn bits_of_training_do_not_depend_on_the_vector_unit() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    use_simd(Simd::Avx512);
     for norm in [Norm::Batch, Norm::Instance] {
         for operands in [Operands::Single, Operands::Bf16] {
             let want = training_bits(norm, operands);
@@ -355,6 +362,59 @@ fn bits_of_training_do_not_depend_on_the_vector_unit() {
             }
         }
     }
+}
+
+/// Layers that fill tiles of AMX: whole and broken blocks of channels, rows shorter and longer than 16 voxels, both
+/// strides, several sources, more channels than one halo tile holds.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+const AMX_CASES: &[Case] = &[
+    conv([3, 4, 24], &[16], &[16], 3, 1),
+    conv([2, 3, 50], &[16], &[32], 3, 1),
+    conv([6, 6, 6], &[32], &[48], 3, 1),
+    conv([5, 7, 9], &[20], &[18], 3, 1),
+    conv([5, 6, 33], &[16], &[32, 32], 3, 2),
+    conv([4, 4, 12], &[40], &[24], 3, 2),
+    conv([3, 3, 4], &[160], &[16], 3, 1),
+    conv([3, 5, 6], &[40], &[70], 1, 1),
+    transposed([3, 3, 6], &[32, 32], &[16]),
+    transposed([2, 3, 17], &[16, 24], &[33]),
+    transposed([1, 1, 1], &[34], &[33]),
+    transposed([2, 3, 5], &[16, 16], &[1]),
+    transposed([3, 2, 19], &[16, 16], &[2]),
+    transposed([2, 2, 6], &[40], &[4]),
+    conv([5, 6, 27], &[1], &[16, 16], 3, 2),
+    conv([4, 3, 10], &[1], &[24], 3, 1),
+    conv([4, 3, 9], &[2], &[18], 3, 1),
+    transposed([2, 3, 14], &[16, 16], &[2]),
+    conv([3, 4, 40], &[2], &[2], 3, 1),
+    conv([2, 9, 21], &[2], &[1], 3, 1),
+];
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn convolutions_on_amx_match_their_definition() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    for (i, case) in AMX_CASES.iter().chain(CASES).enumerate() {
+        amx_emulator::turn_on();
+        compare(i, case, Operands::Bf16);
+    }
+    use_simd(Simd::Avx512);
+    assert_ne!(amx_emulator::emulated_products(), Some(0));
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[test]
+fn bits_on_amx_do_not_depend_on_threads() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    amx_emulator::turn_on();
+    let bits = [1, 2, 4].map(|threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+        let layers =
+            || AMX_CASES.iter().flat_map(|case| layer_bits(case, Operands::Bf16)).collect::<Vec<_>>();
+        pool.install(|| (network_bits(Norm::Batch, Operands::Bf16), layers()))
+    });
+    use_simd(Simd::Avx512);
+    assert!(bits[1..].iter().all(|b| *b == bits[0]));
 }
 
 /// An op on (x, parameters): its output and the ids of the x it read.

@@ -15,7 +15,7 @@ use super::{Outcome, interrupt, say};
 use crate::bench::inputs::Inputs;
 use crate::bench::{Bench, COPY, COPY_BYTES, PEAK, Samples, benches, measure};
 use crate::config::DeviceChoice;
-use crate::device::cpu::simd;
+use crate::device::cpu::units;
 use crate::{Error, Result};
 
 /// Time this machine on the work that training and inference consist of
@@ -115,7 +115,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     let rows = Rows { args, inputs: &inputs, stop };
     if !args.json {
-        say(format_args!("cpu: {}, {} threads", simd(), rayon::current_num_threads()));
+        say(format_args!("cpu: {}, {} threads", units(), rayon::current_num_threads()));
         say(format_args!(
             "{:<34} {:>11} {:>11} {:>5} {:>14} {:>8} {:>9}",
             "row", "median, ms", "min, ms", "runs", "rate", "of peak", "peak, MiB"

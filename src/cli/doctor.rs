@@ -72,7 +72,7 @@ pub fn run(args: &Args) -> Outcome {
     let mut findings = Findings { healthy: true };
     findings.say("program", format_args!("{} ({})", env!("CARGO_PKG_VERSION"), crate::COMMIT));
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    findings.say("cpu", format_args!("{}, {cores} cores", cpu::simd()));
+    findings.say("cpu", format_args!("{}, {cores} cores", cpu::units()));
     let gpus = driver(&mut findings);
     let nvrtc = compiler(&mut findings);
     let cache = KernelCache::open();

@@ -2,7 +2,8 @@
 //!
 //! AVX-512's VDPBF16PS adds two products to a float: `acc + a.odd b.odd`, rounded once, `+ a.even b.even`, rounded once,
 //! a denormal operand or result counting as 0. A product of bfloat16 is exact in f32, so two fused multiply-adds and
-//! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here.
+//! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here. Only AMX adds
+//! in another order: [`super::amx`].
 
 use super::cpu::{Lanes, Plain};
 

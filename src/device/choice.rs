@@ -2,7 +2,7 @@
 
 use super::Device;
 use super::bf16::Operands;
-use super::cpu::simd;
+use super::cpu::units;
 use super::cuda::native::Native;
 use super::cuda::nvrtc::{Nvrtc, OLDEST_CAPABILITY, Target};
 use super::cuda::{Cuda, Precision, libcuda};
@@ -102,5 +102,5 @@ fn cpu(operands: Operands) -> String {
         Operands::Single => "f32",
         Operands::Bf16 => "mixed precision (bfloat16)",
     };
-    format!("cpu ({}, {} threads) in {arithmetic}", simd(), rayon::current_num_threads())
+    format!("cpu ({}, {} threads) in {arithmetic}", units(), rayon::current_num_threads())
 }

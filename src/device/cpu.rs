@@ -1,13 +1,14 @@
-//! The CPU: which vector unit it has, 16-lane vectors and compiled loops on each of them, and disjoint writes from many
-//! threads.
+//! The CPU: which vector unit it has and whether a matrix unit beside it, 16-lane vectors and compiled loops on each of
+//! them, and disjoint writes from many threads.
 //!
 //! Kernels are written once over [`Lanes`] and instantiated for AVX-512, AVX2+FMA and plain Rust. Every
 //! instantiation does the same operations in the same order, a fused multiply-add each, so results do not depend
-//! on the machine. Loops that the compiler vectorises well by itself are written as `vectorised!` functions.
+//! on the machine. Loops that the compiler vectorises well by itself are written as `vectorised!` functions. Only AMX
+//! sums bfloat16 products in an order of its own ([`super::amx`]).
 
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The vector unit a kernel is instantiated for, widest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,7 +50,10 @@ static IN_USE: AtomicU8 = AtomicU8::new(UNSET);
 const UNSET: u8 = u8::MAX;
 const UNITS: [Simd; 3] = [Simd::Avx512, Simd::Avx2, Simd::Portable];
 
-/// The environment variable that forces a vector unit: avx512, avx2 or portable.
+/// Whether AMX is in use beside it.
+static AMX_IN_USE: AtomicBool = AtomicBool::new(false);
+
+/// The environment variable that forces a unit: amx, avx512, avx2 or portable.
 const VARIABLE: &str = "SPLEEN_SIMD";
 
 /// The vector unit kernels run on: the best one, or the one that `SPLEEN_SIMD` names.
@@ -63,37 +67,74 @@ pub fn simd() -> Simd {
     }
 }
 
-/// Runs kernels on the unit that the environment variable `SPLEEN_SIMD` names (avx512, avx2, portable), or on the best
-/// one where it is not set or empty; returns which.
+/// Whether bfloat16 matrices are multiplied by AMX, where that is faster than the vector unit.
+///
+/// # Panics
+/// As [`simd`].
+pub fn amx() -> bool {
+    // The first question decides both.
+    simd();
+    AMX_IN_USE.load(Ordering::Relaxed)
+}
+
+/// What kernels run on, in words: "AVX-512", "AVX-512 and AMX".
+pub fn units() -> String {
+    let and_amx = if amx() { " and AMX" } else { "" };
+    format!("{}{and_amx}", simd())
+}
+
+/// Runs kernels on the unit that the environment variable `SPLEEN_SIMD` names (amx, avx512, avx2, portable), or on the
+/// best ones where it is not set or empty; returns which vector unit that is. The best vector unit comes with AMX.
 ///
 /// # Errors
 /// [`Error::Usage`] when it names none of these or one that this machine has not.
 pub fn obey_environment() -> Result<Simd> {
     let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else {
-        return Ok(use_simd(Simd::Avx512));
+        return Ok(use_units(detect(), amx_available()));
     };
+    let has_not =
+        || Err(Error::Usage(format!("{VARIABLE}={}: this machine has {}", value.display(), detect())));
     let unit = match value.to_str() {
+        Some("amx") if amx_available() => return Ok(use_units(detect(), true)),
+        Some("amx") => return has_not(),
         Some("avx512") => Simd::Avx512,
         Some("avx2") => Simd::Avx2,
         Some("portable") => Simd::Portable,
         _ => {
-            let text = format!("{VARIABLE}={}: it is avx512, avx2 or portable", value.display());
+            let text = format!("{VARIABLE}={}: it is amx, avx512, avx2 or portable", value.display());
             return Err(Error::Usage(text));
         }
     };
-    if unit < detect() {
-        let text = format!("{VARIABLE}={}: this machine has {}", value.display(), detect());
-        return Err(Error::Usage(text));
-    }
-    Ok(use_simd(unit))
+    if unit < detect() { has_not() } else { Ok(use_simd(unit)) }
 }
 
-/// Runs kernels on `unit`, or on the best one this machine has where that is narrower; returns which. Results do
-/// not depend on it: this is for measuring and for proving just that.
+/// Runs kernels on `unit`, or on the best one this machine has where that is narrower, and without AMX; returns which.
+/// Results do not depend on it: this is for measuring and for proving just that.
 pub fn use_simd(unit: Simd) -> Simd {
-    let chosen = unit.max(detect());
-    IN_USE.store(chosen as u8, Ordering::Relaxed);
-    chosen
+    use_units(unit.max(detect()), false)
+}
+
+/// Runs kernels on the best vector unit and bfloat16 matrices on AMX, found or not: for tests, which emulate it.
+///
+/// # Safety
+/// From now on every instruction of AMX in this process must be executed: by the CPU, or by a handler of the signal that
+/// it raises elsewhere.
+#[cfg(target_arch = "x86_64")]
+pub unsafe fn use_amx() {
+    use_units(detect(), true);
+}
+
+fn use_units(vectors: Simd, amx: bool) -> Simd {
+    AMX_IN_USE.store(amx, Ordering::Relaxed);
+    IN_USE.store(vectors as u8, Ordering::Relaxed);
+    vectors
+}
+
+fn amx_available() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return super::amx::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 /// The unit that products of bfloat16 pairs run on: AVX-512 only where it has the instruction for them.

@@ -1,5 +1,7 @@
 //! What computes: threads and vector units of the CPU and the memory they write, or a CUDA device.
 
+#[cfg(target_arch = "x86_64")]
+pub mod amx;
 pub mod arena;
 pub mod bf16;
 pub mod choice;

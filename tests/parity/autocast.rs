@@ -3,6 +3,7 @@
 //! its counting noise.
 
 use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::device::cpu;
 use spleen_hpc::nn::Mode;
 use spleen_hpc::tensor::Tape;
 
@@ -19,11 +20,22 @@ pub fn fp16(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     compare(golden, ledger, "torch's fp16 autocast", 3, Operands::Single)
 }
 
-/// The CPU's bfloat16 operands. Recomputed tensors that are written out are the float32 ones.
+/// The CPU's bfloat16 operands, on its vector unit and on AMX, which is emulated where there is none. Recomputed tensors
+/// that are written out are the float32 ones.
 pub fn bf16(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     let mut own = Ledger::new(Output::new(None));
     own.group = ledger.group;
+    cpu::use_simd(cpu::simd());
     compare(golden, &mut own, "torch's bf16 autocast", 0, Operands::Bf16)?;
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    {
+        crate::amx_emulator::turn_on();
+        compare(golden, &mut own, "torch's bf16 autocast (AMX)", 0, Operands::Bf16)?;
+        if crate::amx_emulator::emulated_products() == Some(0) {
+            return Err("AMX was on, but no product of tiles was seen".into());
+        }
+    }
+    cpu::obey_environment()?;
     ledger.rows.append(&mut own.rows);
     Ok(())
 }

@@ -3,6 +3,9 @@
 //! `cargo test --test parity [-- GROUP]`. `SPLEEN_GOLDEN` names another folder of the same layout,
 //! `SPLEEN_PARITY_OUT` a folder that receives every recomputed tensor.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[path = "../amx_emulator/mod.rs"]
+mod amx_emulator;
 mod autocast;
 mod case;
 mod convergence;

@@ -1,10 +1,13 @@
 //! The gather core: every output voxel is a sum over taps and channels of an input tile.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::kept::{self, Layout};
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, Tile, lane_blocks, source_blocks};
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Problem, Source, Weights, kept, run};
+use super::{Head, Problem, Source, Weights, run};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +29,10 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if amx::gathers(&problem, sources, heads) {
+        return amx::correlate(problem, sources, heads, weights);
+    }
     let Problem { map, operands, keep, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();
@@ -46,8 +53,11 @@ pub fn correlate<'a>(
         Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
     };
     let pack = || pack(map, &classes, &groups, &lanes, element, weights);
-    let packed =
-        if keep { kept::packed((map, element), [&blocks, &lanes], weights, pack) } else { Arc::new(pack()) };
+    let packed = if keep {
+        kept::packed((map, Layout::Vectors(element)), [&blocks, &lanes], weights, pack)
+    } else {
+        Arc::new(pack())
+    };
     let voxel_floats =
         |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
     let widest = groups.iter().map(voxel_floats).max().unwrap_or(1);

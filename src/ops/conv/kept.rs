@@ -5,16 +5,28 @@
 //! that is dropped takes its tensors with it.
 
 use super::Weights;
+#[cfg(target_arch = "x86_64")]
+use super::amx::{Depth, Fold};
 use super::pack::Packed;
 use super::plan::{Block, Map};
 use super::tile::Element;
 use std::sync::{Arc, Mutex, Weak};
 
+/// What a lane block of packed weights is made of.
+#[derive(PartialEq)]
+pub enum Layout {
+    /// Vectors of such elements.
+    Vectors(Element),
+    /// B tiles of AMX.
+    #[cfg(target_arch = "x86_64")]
+    Tiles(Depth, Option<Fold>),
+}
+
 /// Everything but the values that a pack depends on: the pass, its blocks, and where each pair's weights lie.
 #[derive(PartialEq)]
 struct Key {
     map: Map,
-    element: Element,
+    layout: Layout,
     sources: Vec<Block>,
     heads: Vec<Block>,
     /// (offset, head stride, source stride, mirrored) of every source and head.
@@ -32,7 +44,7 @@ static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
 
 /// The pack of these weights: a kept one, or what `pack` makes, kept from now on.
 pub fn packed<'a>(
-    (map, element): (Map, Element),
+    (map, layout): (Map, Layout),
     [sources, heads]: [&[Block]; 2],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
     pack: impl FnOnce() -> Packed,
@@ -43,7 +55,7 @@ pub fn packed<'a>(
         .collect();
     let key = Key {
         map,
-        element,
+        layout,
         sources: sources.to_vec(),
         heads: heads.to_vec(),
         places: pairs.iter().map(|w| (w.offset, w.head_stride, w.source_stride, w.mirrored)).collect(),
@@ -78,7 +90,7 @@ mod tests {
         let mut packs = 0;
         let mut first_lane = |data: &Arc<Vec<f32>>, offset: usize| {
             let weights = |_, _| Weights { data, offset, head_stride: 1, source_stride: 1, mirrored: false };
-            let packed = packed((map, Element::Single), [&block, &block], &weights, || {
+            let packed = packed((map, Layout::Vectors(Element::Single)), [&block, &block], &weights, || {
                 packs += 1;
                 pack(map, &map.classes(), &[&block], &block, Element::Single, &weights)
             });

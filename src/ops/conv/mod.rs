@@ -15,13 +15,18 @@
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several outputs (a
 //! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. No
-//! result depends on the number of threads: tasks are cut by shape alone, and every sum has one order.
+//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. On a CPU
+//! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number
+//! of threads: every sum has one order.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod correlate;
 mod kept;
 mod micro;
+mod narrow;
 mod pack;
+mod partials;
 mod plan;
 mod run;
 mod thin_wgrad;
@@ -72,6 +77,16 @@ impl<'a> From<&'a Activation> for Source<'a> {
 impl<'a> From<&'a Tensor> for Source<'a> {
     fn from(x: &'a Tensor) -> Self {
         Source { data: x.data(), channels: x.shape().c, pending: None }
+    }
+}
+
+impl<'a> Source<'a> {
+    /// The map of a block's channels in sample `n`.
+    fn affine(&self, n: usize, block: plan::Block) -> Affine<'a> {
+        self.pending.map(|p| {
+            let (scale, shift) = p.of_sample(n, self.channels);
+            (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
 use rayon::prelude::*;
 
-/// Packed weights: [group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes].
+/// Packed weights, [group][class][lane block] and what a lane block's layout is.
 pub struct Packed {
     data: Buffer,
     /// Start of (group, class), classes fastest.
@@ -17,6 +17,11 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// `starts` of (group, class), classes fastest, and the end.
+    pub fn new(data: Buffer, starts: Vec<usize>, classes: usize) -> Self {
+        Packed { data, starts, classes }
+    }
+
     /// Weights of one group of source blocks and one class: lane blocks follow each other.
     pub fn of(&self, group: usize, class: usize) -> &[f32] {
         let i = group * self.classes + class;
@@ -29,7 +34,8 @@ pub fn lane_block_floats(class: &Class, group: &[Block], element: Element) -> us
     class.rows.len() * class.taps_w.len() * group.iter().map(|b| element.of(b.len)).sum::<usize>() * LANES
 }
 
-/// Packs; `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
+/// Packs to lane blocks of [block of the group][row][tap along w][channel or pair of them][16 lanes];
+/// `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
 pub fn pack<'a>(
     map: Map,
     classes: &[Class],
@@ -93,12 +99,12 @@ pub fn pack<'a>(
             fill(out);
         }
     });
-    Packed { data, starts, classes: classes.len() }
+    Packed::new(data, starts, classes.len())
 }
 
 vectorised! {
     /// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
-    fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
+    pub fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
         let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
         for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
             let (even, odd) = x.split_at(LANES);

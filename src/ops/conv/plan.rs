@@ -120,7 +120,7 @@ pub struct Block {
 }
 
 /// Cuts the channels of each tensor into runs of at most `size`, never across tensors.
-fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> {
+pub fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> {
     let cut = |(tensor, c): (usize, usize)| {
         (0..c).step_by(size).map(move |first| Block { tensor, first, len: size.min(c - first) })
     };

@@ -1,6 +1,7 @@
 //! Loading an input tile with its halo, norm and PReLU applied on the way.
 
 use super::Source;
+use super::narrow::transform_pairs;
 use super::plan::{Block, Map, Origin};
 use super::transpose::transpose;
 use crate::device::bf16::{self, pair};
@@ -126,10 +127,7 @@ pub fn load(
     let inside_w = sw.min(ew - pad);
     let elements = element.of(len);
     let row_floats = order.row_floats(ew, elements);
-    let pending = source.pending.map(|p| {
-        let (scale, shift) = p.of_sample(n, c);
-        (&scale[block.first..block.first + len], &shift[block.first..block.first + len], p.slope)
-    });
+    let pending = source.affine(n, block);
     let shared = before.map_or(0, |before| origin.shared_planes(map, before));
     if let Some(before) = before {
         let (plane, first) = (eh * row_floats, before.size.d * stride);
@@ -155,8 +153,8 @@ pub fn load(
             (Order::Voxels { pitch }, Element::Channels) => {
                 out[..pad * pitch].fill(0.0);
                 out[inside.end * pitch..].fill(0.0);
-                transform_row(&mut row[..inside_w * len], len, x, c, len, pending);
-                pair_channels(&row[..inside_w * len], len, &mut out[pad * pitch..inside.end * pitch], pitch);
+                let out = &mut out[pad * pitch..inside.end * pitch];
+                transform_pairs((out, pitch), (x, c), len, pending, row);
             }
             (Order::Voxels { .. }, _) => {
                 row[..pad * len].fill(0.0);
@@ -193,7 +191,7 @@ pub fn load(
 
 vectorised! {
     /// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
-    fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    pub fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
         if len == 1 && pitch == 1 {
             out.iter_mut().zip(x).for_each(|(o, &x)| *o = pair(x, 0.0));
             return;

@@ -1,10 +1,12 @@
 //! The outer-product core: gradients of weights.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::micro::outer_product;
-use super::plan::{Block, LANES, Origin, Tile, lane_blocks, source_blocks};
+use super::partials::{Partials, Task};
+use super::plan::{Block, LANES, Origin, Tile};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
-use super::transpose::transpose;
 use super::{Problem, Source};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -12,18 +14,6 @@ use crate::device::bf16::{Operands, Pairs};
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
-
-/// Source channels that a task takes at once.
-const CHANNELS: usize = 32;
-
-/// Floats that all partial sums of a layer together may have: 8 MB, so that they stay in L3.
-const PARTIAL_FLOATS: usize = 2 << 20;
-
-/// Tasks that a layer is split into, where its shape allows.
-const MIN_TASKS: usize = 32;
-
-/// Floats of a partial sum that a task adds up.
-const REDUCE_CHUNK: usize = 1 << 12;
 
 /// `dw[lane channel][source channel][tap]` = sum over samples and anchors of
 /// `source[anchor * stride + tap - pad] * lane_source[anchor]`.
@@ -42,6 +32,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
             &lane_sources[0],
         ))];
     }
+    #[cfg(target_arch = "x86_64")]
+    if amx::multiplies(&problem, sources, lane_sources) {
+        return amx::wgrad(problem, sources, lane_sources);
+    }
     // The sums run over voxels: so do pairs.
     let (element, voxels) = match operands {
         Operands::Single => (Element::Single, 1),
@@ -49,32 +43,23 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     };
     let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
-    let channels = source_blocks(sources, CHANNELS);
-    let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
-    let widest = channels.iter().map(|b| b.len).max().unwrap_or(1);
-    let largest = Tile::choose(map, anchors, widest);
-    let tiles = largest.origins(n, anchors);
-    let rows_of = |len: usize| class.rows.len() * class.taps_w.len() * len;
-    let dw_floats: usize = channels.iter().map(|b| rows_of(b.len) * lanes.len() * LANES).sum();
-    // Tiles are dealt to splits, each with partial sums of its own. Layers whose sums are too large for that split
-    // their lanes instead: the tiles are loaded again, which costs little where there are many lanes.
-    let splits = (PARTIAL_FLOATS / dw_floats).clamp(1, 64).min(tiles.len());
-    let per_split = tiles.len().div_ceil(splits);
-    let parts = MIN_TASKS.div_ceil(channels.len() * splits).min(lanes.len().div_ceil(2));
-    let lane_parts: Vec<&[Block]> = lanes.chunks(lanes.len().div_ceil(parts)).collect();
-    let parts = lane_parts.len();
-    let mut partials: Vec<Buffer> = Vec::new();
-    (0..channels.len() * parts * splits)
+    let (mut largest, mut tiles) = (Tile { d: 1, h: 1 }, Vec::new());
+    let partials = Partials::new(map, sources, lane_sources, 1, |channels| {
+        largest = Tile::choose(map, anchors, channels);
+        tiles = largest.origins(n, anchors);
+        tiles.len()
+    });
+    let mut sums: Vec<Buffer> = Vec::new();
+    (0..partials.tasks())
         .into_par_iter()
         .map_init(
             || (Vec::new(), Vec::new(), Vec::new()),
             |(tile, lane_tile, row), task| {
-                let (block, split) = (channels[task / (parts * splits)], task % splits);
-                let lanes = lane_parts[task / splits % parts];
+                let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
                 let width = lanes.len() * LANES;
-                let mut sum = Buffer::dirty(rows_of(block.len) * width);
+                let mut sum = Buffer::dirty(floats);
                 let mut before = None;
-                for origin in tiles.iter().skip(split * per_split).take(per_split) {
+                for origin in &tiles[of_split] {
                     let size = origin.size;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
                     tile.resize(map.extent(largest.d) * eh * ew * block.len, 0.0);
@@ -115,55 +100,8 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 sum
             },
         )
-        .collect_into_vec(&mut partials);
-    for of_block in partials.chunks_mut(splits) {
-        let (sum, others) = of_block.split_first_mut().expect("at least one split");
-        sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
-            for other in others.iter() {
-                let other = &other[i * REDUCE_CHUNK..];
-                sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
-            }
-        });
-    }
-    let taps = map.kernel().pow(3);
-    let source_channels: usize = sources.iter().map(|s| s.channels).sum();
-    let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
-    let mut dw: Vec<Buffer> =
-        lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
-    let targets: Vec<_> = dw
-        .iter_mut()
-        .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
-        .zip(&lanes)
-        .enumerate()
-        .collect();
-    targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
-        let part = lane_index / lane_parts[0].len();
-        let (width, lane_index) = (lane_parts[part].len() * LANES, lane_index % lane_parts[0].len());
-        let mut by_tap = vec![0.0; taps.next_multiple_of(LANES) * LANES];
-        let mut by_lane = by_tap.clone();
-        let tap_pitch = taps.next_multiple_of(LANES);
-        for (block_index, block) in channels.iter().enumerate() {
-            let sum = &partials[(block_index * parts + part) * splits];
-            let start = (first_channel(block.tensor) + block.first) * taps;
-            for channel in 0..block.len {
-                let mut row = 0;
-                for &(_, _, kd, kh) in &class.rows {
-                    for &kw in &class.taps_w {
-                        let tap = (kd * map.kernel() + kh) * map.kernel() + kw;
-                        let from = &sum[(row * block.len + channel) * width + lane_index * LANES..][..LANES];
-                        by_tap[tap * LANES..][..LANES].copy_from_slice(from);
-                        row += 1;
-                    }
-                }
-                transpose(&by_tap, LANES, &mut by_lane, tap_pitch);
-                for l in 0..lane.len {
-                    let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
-                    to.copy_from_slice(&by_lane[l * tap_pitch..][..taps]);
-                }
-            }
-        }
-    });
-    dw
+        .collect_into_vec(&mut sums);
+    partials.finish(sums, sources, lane_sources)
 }
 
 /// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16]. Lanes beyond a tensor's channels are
@@ -184,10 +122,7 @@ fn load_lanes(
     out.resize(size.d * size.h * row_floats, 0.0);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
-        let pending = s.pending.map(|p| {
-            let (scale, shift) = p.of_sample(n, s.channels);
-            (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
-        });
+        let pending = s.affine(n, *block);
         for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
             let x = &s.data[voxel * s.channels + block.first..];

@@ -1,0 +1,111 @@
+//! The register tiles: up to 2 x 2 or 4 x 1 accumulators of 16 x 16 floats stay in tile registers over a whole reduction.
+//!
+//! A product takes 16 cycles and a load of 16 rows that lie in L1 takes 8. 2 x 2 needs four loads for four products, 4 x 1
+//! five: both leave the multiplier busy. 1 x 1 is bound by the latency of a product, 52 cycles, three times as slow.
+
+use crate::device::amx::{load, multiply, store, zero};
+
+/// One step of a reduction: where its A and its B begin, in bytes from the operands' own starts.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// Of A.
+    pub a: usize,
+    /// Of B.
+    pub b: usize,
+}
+
+/// A matrix operand's parts.
+#[derive(Clone, Copy)]
+pub struct Operand<const N: usize> {
+    /// First row of each part, in step (0, 0).
+    pub starts: [*const u8; N],
+    /// Bytes between rows.
+    pub stride: usize,
+}
+
+/// Sums, row by row of the left operand's parts.
+#[derive(Clone, Copy)]
+pub struct Sums<const MN: usize> {
+    /// First row of each.
+    pub starts: [*mut f32; MN],
+    /// Bytes between rows.
+    pub stride: usize,
+    /// Whether they are added to; they are overwritten if not.
+    pub add: bool,
+}
+
+/// `$name`: M parts of A by N of B. Each part has a tile register, `part tile`; two parts of A may share one.
+macro_rules! kernel {
+    ($name:ident, $m:literal, $n:literal, $mn:literal, b [$($b:literal $bt:literal),+],
+     a [$($a:literal $at:literal: $($sum:literal += $with:literal),+);+]) => {
+        /// sums (+)= sum over steps of A B.
+        ///
+        /// # Safety
+        /// The thread must hold [`crate::device::amx::Tiles`]; the rows they are configured for must be readable at every
+        /// part of both operands in every step, and writable, and readable to add, at every sum.
+        #[inline]
+        unsafe fn $name(a: Operand<$m>, b: Operand<$n>, steps: &[Step], sums: Sums<$mn>) {
+            // SAFETY: by the caller's promise.
+            unsafe {
+                if sums.add {
+                    $($(load::<$sum>(sums.starts[$sum].cast(), sums.stride);)+)+
+                } else {
+                    $($(zero::<$sum>();)+)+
+                }
+                for step in steps {
+                    $(load::<$bt>(b.starts[$b].add(step.b), b.stride);)+
+                    $(
+                        load::<$at>(a.starts[$a].add(step.a), a.stride);
+                        $(multiply::<$sum, $at, $with>();)+
+                    )+
+                }
+                $($(store::<$sum>(sums.starts[$sum].cast(), sums.stride);)+)+
+            }
+        }
+    };
+}
+
+kernel!(multiply_2x2, 2, 2, 4, b [0 6, 1 7], a [0 4: 0 += 6, 1 += 7; 1 5: 2 += 6, 3 += 7]);
+kernel!(multiply_1x2, 1, 2, 2, b [0 6, 1 7], a [0 4: 0 += 6, 1 += 7]);
+kernel!(multiply_4x1, 4, 1, 4, b [0 6], a [0 4: 0 += 6; 1 5: 1 += 6; 2 4: 2 += 6; 3 5: 3 += 6]);
+kernel!(multiply_2x1, 2, 1, 2, b [0 6], a [0 4: 0 += 6; 1 5: 1 += 6]);
+kernel!(multiply_1x1, 1, 1, 1, b [0 6], a [0 4: 0 += 6]);
+
+/// Number of parts of A that the widest kernel for this many parts of B takes.
+pub fn parts_of_a(parts_of_b: usize) -> usize {
+    if parts_of_b == 2 { 2 } else { 4 }
+}
+
+/// Runs the kernels over as many parts of A as are given, by one or two parts of B: sum of part m of A and n of B at
+/// `sum(m, n)`.
+///
+/// # Safety
+/// As a kernel's.
+pub unsafe fn multiply_parts(
+    (a, a_stride): (&[*const u8], usize),
+    (b, b_stride): (&[*const u8], usize),
+    steps: &[Step],
+    sum: impl Fn(usize, usize) -> *mut f32,
+    (stride, add): (usize, bool),
+) {
+    let mut m = 0;
+    while m < a.len() {
+        macro_rules! run {
+            ($kernel:ident, $m:literal, [$($sum:expr),+]) => {{
+                let a = Operand { starts: std::array::from_fn::<_, $m, _>(|i| a[m + i]), stride: a_stride };
+                let b = Operand { starts: std::array::from_fn(|i| b[i]), stride: b_stride };
+                let starts = [$($sum),+].map(|(i, n)| sum(m + i, n));
+                // SAFETY: by the caller's promise.
+                unsafe { $kernel(a, b, steps, Sums { starts, stride, add }) };
+                $m
+            }};
+        }
+        m += match (b.len(), a.len() - m) {
+            (2, 2..) => run!(multiply_2x2, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),
+            (2, _) => run!(multiply_1x2, 1, [(0, 0), (0, 1)]),
+            (_, 4..) => run!(multiply_4x1, 4, [(0, 0), (1, 0), (2, 0), (3, 0)]),
+            (_, 2..) => run!(multiply_2x1, 2, [(0, 0), (1, 0)]),
+            _ => run!(multiply_1x1, 1, [(0, 0)]),
+        };
+    }
+}

@@ -1,0 +1,119 @@
+//! Rows of voxels to pairs of bfloat16 channels, norm and PReLU applied on the way.
+
+use super::tile::{Affine, pair_channels, transform_row};
+
+/// `out[v * pitch + i]` = channels 2 i and 2 i + 1, mapped if there is a map, of voxel v of `x`, whose voxels are
+/// `x_pitch` floats apart and have `len` channels. `row` is scratch.
+pub fn transform_pairs(
+    (out, pitch): (&mut [f32], usize),
+    (x, x_pitch): (&[f32], usize),
+    len: usize,
+    map: Affine,
+    row: &mut [f32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if len == 2 * pitch && len.is_multiple_of(16) && x86::available() {
+        let voxels = out.len() / pitch;
+        assert!(voxels == 0 || x.len() >= (voxels - 1) * x_pitch + len, "{voxels} voxels");
+        assert!(
+            map.is_none_or(|(scale, shift, _)| scale.len() == len && shift.len() == len),
+            "{len} channels"
+        );
+        for first in (0..len).step_by(16) {
+            let map = map.map(|(scale, shift, slope)| (&scale[first..], &shift[first..], slope));
+            // SAFETY: the CPU has the features; lengths were just checked.
+            unsafe {
+                let (out, x) = (out[first / 2..].as_mut_ptr(), x[first..].as_ptr());
+                x86::voxels_16((out, pitch), (x, x_pitch), voxels, map);
+            }
+        }
+        return;
+    }
+    let row = &mut row[..out.len() / pitch * len];
+    transform_row(row, len, x, x_pitch, len, map);
+    pair_channels(row, len, out, pitch);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Affine;
+    use crate::device::cpu::{Simd, simd};
+    use std::arch::x86_64::*;
+
+    /// Whether [`voxels_16`] may be called.
+    pub fn available() -> bool {
+        simd() == Simd::Avx512 && is_x86_feature_detected!("avx512bf16")
+    }
+
+    /// Sixteen channels of each voxel. The instruction rounds as [`crate::device::bf16::round`] does: to nearest even,
+    /// denormals to 0, NaN to quiet ones.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512F and AVX512_BF16; every voxel 16 readable floats, 8 writable ones, and the map 16 of both.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn voxels_16(
+        (out, pitch): (*mut f32, usize),
+        (x, x_pitch): (*const f32, usize),
+        voxels: usize,
+        map: Affine,
+    ) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let load = |v: usize| _mm512_loadu_ps(x.add(v * x_pitch));
+            let store = |v: usize, values: __m512| {
+                let pairs = std::mem::transmute::<__m256bh, __m256>(_mm512_cvtneps_pbh(values));
+                _mm256_storeu_ps(out.add(v * pitch), pairs);
+            };
+            let Some((scale, shift, slope)) = map else {
+                return (0..voxels).for_each(|v| store(v, load(v)));
+            };
+            let (scale, shift) = (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(shift.as_ptr()));
+            let slope = _mm512_set1_ps(slope);
+            for v in 0..voxels {
+                // Not fused: as every other copy of the map.
+                let z = _mm512_add_ps(_mm512_mul_ps(load(v), scale), shift);
+                let rest = _mm512_cmp_ps_mask::<_CMP_NGT_UQ>(z, _mm512_setzero_ps());
+                store(v, _mm512_mask_mul_ps(z, rest, slope, z));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::bf16::pair;
+
+    #[test]
+    fn every_value_is_mapped_and_rounded_as_one_by_one() {
+        let special =
+            [0.0, -0.0, 1e-40, -1e-40, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0 + f32::EPSILON];
+        let (scale, shift): (Vec<f32>, Vec<f32>) =
+            (0..32).map(|i| (1.0 - i as f32 / 7.0, if i % 3 == 0 { 0.0 } else { 0.1 * i as f32 })).unzip();
+        for (len, pitch, x_pitch) in [(16, 8, 16), (32, 16, 48), (5, 8, 5), (1, 1, 1), (16, 8, 40)] {
+            let x: Vec<f32> = (0..7 * x_pitch)
+                .map(|i| if i % 5 == 0 { special[i / 5 % 8] } else { (i as f32).sin() * 1e3 })
+                .collect();
+            for slope in [None, Some(0.25)] {
+                let map: Affine = slope.map(|slope| (&scale[..len], &shift[..len], slope));
+                let mut out = vec![0.0; 7 * pitch];
+                transform_pairs((&mut out, pitch), (&x, x_pitch), len, map, &mut vec![0.0; 7 * len]);
+                let value = |v: usize, c: usize| {
+                    let x = if c < len { x[v * x_pitch + c] } else { 0.0 };
+                    match map {
+                        Some((scale, shift, slope)) if c < len => {
+                            let z = x * scale[c] + shift[c];
+                            if z > 0.0 { z } else { slope * z }
+                        }
+                        _ => x,
+                    }
+                };
+                for (i, out) in out.iter().enumerate() {
+                    let (v, c) = (i / pitch, 2 * (i % pitch));
+                    let want = if c < len { pair(value(v, c), value(v, c + 1)) } else { 0.0 };
+                    assert_eq!(out.to_bits(), want.to_bits(), "{len} channels, voxel {v}, channel {c}");
+                }
+            }
+        }
+    }
+}
