@@ -74,7 +74,7 @@ fn run(args: &Args) -> Result<()> {
             their_seconds.push(timed(&mut their_work)?);
             std::thread::sleep(PAUSE);
         }
-        let flop = our_work.and_then(|work| work.flop);
+        let flop = our_work.map(|work| work.costs.iter().map(|cost| cost.flop).sum::<f64>());
         // The first run of each warms up.
         let kept = |runs: &[[f64; 2]], which: usize| {
             let kept: Vec<f64> = runs.iter().skip(1).map(|run| run[which]).collect();
