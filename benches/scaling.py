@@ -42,7 +42,7 @@ def measure(args):
     end = datetime.datetime.now()
     version = output(program, "--version").split("(")[-1].strip(" )\n")
     about = (f"{begin:%Y-%m-%d %H:%M} to {end:%H:%M}, {args.threads or os.cpu_count()} threads; load average "
-             f"{load[0]:.1f} before. spleen-hpc {version}, medians of {args.rounds} rounds of `benches/scaling.py`.")
+             f"{load[0]:.1f} before. spleen-hpc {version}, {args.rounds} rounds of `benches/scaling.py`.")
     return [{"about": about}, *rows]
 
 

@@ -1,7 +1,7 @@
 //! What a user waits for, ready to be timed: peaks of the machine, the network and its layers, a scan's way through.
 //!
-//! Sizes are those of the bundle, channels 16 to 256, patches of 96^3, scans of 512 x 512 x 90; rows of [`scaling`] vary
-//! them. Multiply-adds are counted from the network's own weights, two FLOP each; norms, PReLU and sums are not counted.
+//! Sizes are those of the bundle: channels 16 to 256, patches of 96^3, scans of 512 x 512 x 90; rows `scale_*` vary them.
+//! Multiply-adds are counted from the network's own weights, two FLOP each; norms, PReLU and sums are not counted.
 //!
 //! A [`Bench`] is a name and a way to prepare [`Work`]; whoever measures repeats the work with [`measure`], or in
 //! turn with another program's.

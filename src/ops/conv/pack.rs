@@ -8,7 +8,7 @@ use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
 use rayon::prelude::*;
 
-/// Packed weights: [group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes].
+/// Packed weights: `[group][class][lane block][block of the group][row][tap along w][channel or pair of them][16 lanes]`.
 pub struct Packed {
     data: Buffer,
     /// Start of (group, class), classes fastest.
@@ -94,7 +94,7 @@ pub fn pack<'a>(
 }
 
 vectorised! {
-    /// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
+    /// Pairs of channels of every tap: `x` is `[tap][channel][16]` with `tap_floats` floats a tap, `out` `[tap][pair][16]`.
     fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
         let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
         for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {

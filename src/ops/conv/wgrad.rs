@@ -153,7 +153,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     dw
 }
 
-/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16], zero beyond each tensor's channels.
+/// Copies the lane side of a tile, mapped, to `[voxel or pair of them][lane block][16]`, zero beyond each tensor's channels.
 fn load_lanes(
     sources: &[Source],
     lanes: &[super::plan::Block],
@@ -210,7 +210,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// sum[row][lane] += the tile's outer products.
+    /// `sum[row][lane]` += the tile's outer products.
     fn run(&self, sum: &mut [f32]) {
         match (self.operands, simd()) {
             (Operands::Bf16, _) => self.run_pairs(sum),
