@@ -5,14 +5,13 @@
 #   scripts/gpu_check.sh --pack DIR           builds, puts the binaries and goldens that a GPU machine needs into DIR
 #   scripts/gpu_check.sh --bin DIR            checks with what --pack left: no cargo needed
 #   scripts/gpu_check.sh --device emulated    the same on the emulator: a rehearsal
-#   scripts/gpu_check.sh --only 'doctor goldens'   some of doctor, kernels, goldens, engine, determinism, sanitizer
+#   scripts/gpu_check.sh --only 'doctor goldens'   some of: doctor kernels goldens engine determinism sanitizer
 #
 # Logs go to --out (default: target/gpu_check). Exit code 1 if a check failed.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-target=${CARGO_TARGET_DIR:-$root/target}
 
-device=cuda bin= pack= out=$target/gpu_check golden=${SPLEEN_GOLDEN:-$root/../shared/golden} steps=200 only=
+device=cuda bin= pack= out=$root/target/gpu_check golden=${SPLEEN_GOLDEN:-$root/../shared/golden} steps=200 only=
 while (($#)); do
   case $1 in
     --device) device=$2 ;;
@@ -28,18 +27,28 @@ while (($#)); do
 done
 tests=(kernels parity device_engine)
 
+checks=(doctor kernels goldens engine determinism sanitizer)
+for name in $only; do
+  [[ " ${checks[*]} " == *" $name "* ]] || { echo "gpu_check.sh: --only $name: there are ${checks[*]}" >&2; exit 2; }
+done
+
+# Copies the executable of target $1 to $2: of what cargo says on stdin, it is the last quoted path of a target's line.
+executable() {
+  local exe
+  exe=$(grep "\"name\":\"$1\"" | grep -o '"executable":"[^"]*"' | tail -1 | cut -d'"' -f4)
+  cp "$exe" "$2"
+}
+
 # The executables of tests and of the program, built with the emulator's feature, into folder $1.
 build() {
-  local json
+  local json t
   json=$(cd "$root" && cargo test --release --no-run --message-format=json "${tests[@]/#/--test=}") || return 1
   mkdir -p "$1"
   for t in "${tests[@]}"; do
-    # One line a target; the executable is its last quoted path.
-    local exe
-    exe=$(grep "\"name\":\"$t\"" <<<"$json" | grep -o '"executable":"[^"]*"' | tail -1 | cut -d'"' -f4)
-    cp "$exe" "$1/$t" || return 1
+    executable "$t" "$1/$t" <<<"$json" || return 1
   done
-  (cd "$root" && cargo build --release --features emulator) && cp "$target/release/spleen-hpc" "$1/" || return 1
+  json=$(cd "$root" && cargo build --release --features emulator --message-format=json) || return 1
+  executable spleen-hpc "$1/spleen-hpc" <<<"$json" || return 1
   strip "$1"/spleen-hpc "${tests[@]/#/$1/}" 2>/dev/null || true
 }
 
@@ -52,7 +61,7 @@ if [[ -n $pack ]]; then
   exit 0
 fi
 if [[ -z $bin ]]; then
-  bin=$target/gpu_check_bin
+  bin=$root/target/gpu_check_bin
   build "$bin" || exit 1
 elif [[ -d $bin/golden ]]; then
   golden=$bin/golden

@@ -33,7 +33,7 @@ use crate::{Error, Result};
 /// of the network's convolutions; their rate is that of the median, the peaks' and the copy's that of the fastest run.
 /// Shares are of what as many threads reach: of the peak of the row's operands, and of the roofline, where each
 /// convolution takes the longer of its FLOP at that peak and its input, output and weights in f32, once each, at the
-/// copy's speed. All rows but scale_* take about 5 minutes on 2 cores, those as long again.
+/// copy's speed. All rows but scale_* take about 4 minutes on 2 cores, those another 3.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   spleen-hpc bench

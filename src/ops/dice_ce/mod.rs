@@ -46,7 +46,7 @@ pub struct DiceCe {
 /// (softmax of two logits, f, m) with -ln `p[label]` = ln f + m; the exponential in the logits' own precision.
 #[inline(always)]
 fn softmax<T: Float>(l: &[T], label: u8) -> ([f64; 2], f64, f64) {
-    // p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln `p[label]` = ln(1 + exp(-m)) of the label's margin m = +-x: both
+    // p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both
     // from e = exp(-|x|), which cannot overflow.
     let x = (l[1] - l[0]).to_f64();
     let e = T::new(-x.abs()).exp();
