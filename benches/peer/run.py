@@ -46,7 +46,8 @@ SCAN = [
     ("process start to first window", "start_to_first_window", "", 20.0),
 ]
 START = "start_to_first_window"
-ROOFS = ["peak_fma_f32", "copy_bandwidth"]
+PEAKS = {"f32": "peak_fma_f32", "bf16": "peak_bf16"}
+COPY = "copy_bandwidth"
 # Timed runs of MONAI's side in a round; long ones are left to the rounds.
 RUNS = {"preprocess_512x512x90": 3, "postprocess_512x512x90": 5}
 
@@ -132,7 +133,7 @@ def measure(args):
         output([spleen, "export", f"{inputs}/network.safetensors", "--out", f"{inputs}/network.pt"])
         for threads in args.threads:
             say(f"network, {threads} threads")
-            runner.ours(ROOFS, threads)
+            runner.ours([*PEAKS.values(), COPY], threads)
             network = [name for _, name, _ in NETWORK if wanted(name)]
             if network:
                 runner.in_turn(threads, network)
@@ -196,6 +197,26 @@ def ratio(ours, theirs):
     return f"{theirs / ours:.2f}" if ours and theirs else ""
 
 
+def percent(share):
+    return f"{100 * share:.0f} %" if share else ""
+
+
+def shares(rows, roofs, name, threads):
+    """What a row of ours reaches of the peak of its operands and of the roofline, where each convolution takes the longer
+    of its FLOP at that peak and its bytes at the speed of the copy."""
+    found = [row for row in rows if row.get("name") == name and row.get("threads") == threads and row["side"] != "theirs"]
+    known = [(row["share_of_peak"], row["share_of_roofline"]) for row in found if row.get("share_of_roofline")]
+    peak = roofs.get((PEAKS.get(name.rpartition("_")[2], PEAKS["f32"]), threads))
+    copy = roofs.get((COPY, threads))
+    for row in found:
+        if row.get("costs") and row.get("ours") and peak and copy:
+            flops, bandwidth = 1e9 * peak["gflops"], 1e9 * copy["gbytes_per_second"]
+            seconds = statistics.median(row["ours"])
+            known.append((sum(flop for flop, _ in row["costs"]) / flops / seconds,
+                          sum(max(flop / flops, size / bandwidth) for flop, size in row["costs"]) / seconds))
+    return [statistics.median(column) for column in zip(*known)] or [None, None]
+
+
 def table(head, rows):
     if not rows:
         return
@@ -210,13 +231,14 @@ def render(rows):
     """Prints the tables."""
     ours, theirs = Figures(rows, "ours"), Figures(rows, "theirs")
     threads = sorted({row["threads"] for row in rows if "threads" in row})
+    roofs = {(row["name"], row["threads"]): row for row in rows if row.get("name") in (*PEAKS.values(), COPY)}
     for row in rows:
         if row["side"] == "about":
             print(row["text"] + "\n")
-        elif row.get("name") == ROOFS[0]:
-            print(f"Threads: {row['threads']}; {row['gflops']:.0f} GFLOP/s f32 FMA;", end=" ")
-        elif row.get("name") == ROOFS[1]:
-            print(f"{row['gbytes_per_second']:.1f} GB/s copy (read and written).\n")
+    for n in threads:
+        peaks = [f"{roofs[name, n]['gflops']:.0f} GFLOP/s {dtype}" for dtype, name in PEAKS.items() if (name, n) in roofs]
+        copy = [f"{roofs[COPY, n]['gbytes_per_second']:.1f} GB/s copy (read and written)"] if (COPY, n) in roofs else []
+        print(f"Threads: {n}; at best {', '.join(peaks + copy)}.\n")
 
     def pair(figures, name, variant, n):
         return getattr(ours, figures).get((name, n)), getattr(theirs, figures).get((name + variant, n))
@@ -224,9 +246,11 @@ def render(rows):
     work = [(label, name, "", aim) for label, name, aim in NETWORK] + SCAN
     lines = [(label, name, variant, n, aim) for n in threads for label, name, variant, aim in work
              if any(pair("median", name, variant, n))]
-    table(["work", "threads", "ours, s", "theirs, s", "theirs / ours", "of the fastest", "of CPU time", "aim"],
+    table(["work", "threads", "ours, s", "theirs, s", "theirs / ours", "of the fastest", "of CPU time", "aim",
+           "ours, of peak", "of roofline"],
           [[label, str(n), *map(number, pair("median", name, variant, n)), ratio(*pair("median", name, variant, n)),
-            ratio(*pair("min", name, variant, n)), ratio(*pair("cpu", name, variant, n)), f"≥ {aim:g}" if aim else ""]
+            ratio(*pair("min", name, variant, n)), ratio(*pair("cpu", name, variant, n)), f"≥ {aim:g}" if aim else "",
+            *map(percent, shares(rows, roofs, name, n))]
            for label, name, variant, n, aim in lines])
     table(["peak memory", "threads", "ours, MiB", "theirs, MiB", "theirs / ours", "aim"],
           [[label, str(n), *map(number, pair("peak", name, "", n)), ratio(*pair("peak", name, "", n)), "≥ 2"]
@@ -235,8 +259,9 @@ def render(rows):
         layers = [row for row in rows if row.get("name", "").startswith("layer_") and row["threads"] == n]
         if layers:
             print(f"Each convolution by itself, 4 patches of 96^3, f32; threads: {n}\n")
-            table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "of the fastest", "of CPU time"],
-                  [layer(row, pair) for row in layers])
+            table(["layer", "pass", "ours, ms", "theirs, ms", "theirs / ours", "of the fastest", "of CPU time",
+                   "ours, of peak", "of roofline"],
+                  [layer(row, pair) + [*map(percent, shares(rows, roofs, row["name"], n))] for row in layers])
 
 
 def layer(row, pair):

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::{Work, inputs::uniform};
+use super::{Cost, Work, inputs::uniform};
 use crate::config::Net;
 use crate::device::bf16::Operands;
 use crate::nn::state_dict::names;
@@ -120,15 +120,17 @@ pub fn layers(net: &Net) -> Vec<Layer> {
     list
 }
 
-/// FLOP of a forward pass of `net` on `n` patches of `side`^3.
-pub fn forward_flop(net: &Net, n: usize, side: usize) -> f64 {
-    layers(net).iter().map(|l| l.flop(n, [side; 3])).sum()
+/// Costs of a forward pass of `net` on `n` patches of `side`^3.
+pub fn forward_costs(net: &Net, n: usize, side: usize) -> Vec<Cost> {
+    layers(net).iter().map(|l| l.cost(n, [side; 3])).collect()
 }
 
-/// FLOP of a forward and a backward pass; the image's gradient is not computed.
-pub fn step_flop(net: &Net, n: usize, side: usize) -> f64 {
-    let passes = |l: &Layer| PASSES.into_iter().filter(|&pass| l.has(pass)).count() as f64;
-    layers(net).iter().map(|l| passes(l) * l.flop(n, [side; 3])).sum()
+/// Costs of a forward and a backward pass; the image's gradient is not computed.
+pub fn step_costs(net: &Net, n: usize, side: usize) -> Vec<Cost> {
+    let costs = |l: Layer| {
+        PASSES.into_iter().filter(|&pass| l.has(pass)).map(|_| l.cost(n, [side; 3])).collect::<Vec<_>>()
+    };
+    layers(net).into_iter().flat_map(costs).collect()
 }
 
 impl Layer {
@@ -147,11 +149,21 @@ impl Layer {
         self.input_space(patch).map(|side| if self.transposed { 2 * side } else { side / self.stride })
     }
 
-    /// FLOP of one pass, the same for each: every weight meets every voxel of the coarser side once.
-    pub fn flop(&self, n: usize, patch: [usize; 3]) -> f64 {
-        let coarse = if self.transposed { self.input_space(patch) } else { self.output_space(patch) };
+    /// Cost of one pass, the same for each: every weight meets every voxel of the coarser side once, and input, output
+    /// and weights or their gradients, of 4 bytes a value, are each read or written once.
+    pub fn cost(&self, n: usize, patch: [usize; 3]) -> Cost {
+        let voxels = |space: [usize; 3]| n * space.iter().product::<usize>();
+        let (input, output) = (voxels(self.input_space(patch)), voxels(self.output_space(patch)));
         let weights: usize = self.weights.iter().map(|w| w.iter().product::<usize>()).sum();
-        2.0 * (n * coarse.iter().product::<usize>() * weights) as f64
+        let inputs: usize = self.inputs.iter().sum();
+        let outputs: usize = self.weights.iter().map(|w| self.outputs(w)).sum();
+        let values = input * inputs + output * outputs + weights;
+        Cost { flop: 2.0 * (input.min(output) * weights) as f64, bytes: (size_of::<f32>() * values) as f64 }
+    }
+
+    /// Output channels of a filter.
+    fn outputs(&self, weight: &[usize; 5]) -> usize {
+        if self.transposed { weight[1] } else { weight[0] }
     }
 
     /// One pass in f32 on `n` patches of random numbers.
@@ -171,7 +183,7 @@ impl Layer {
                 raw => raw.into(),
             })
             .collect();
-        let outputs = |w: &[usize; 5]| if self.transposed { w[1] } else { w[0] };
+        let outputs = |w: &[usize; 5]| self.outputs(w);
         let dys: Vec<Tensor> =
             self.weights.iter().map(|w| random(self.output_space(patch), outputs(w))).collect();
         let param = |shape: &[usize]| {
@@ -180,9 +192,9 @@ impl Layer {
         let weights: Vec<Param> = self.weights.iter().map(|w| param(w)).collect();
         let biases: Vec<Option<Param>> =
             self.weights.iter().zip(&self.biased).map(|(w, &b)| b.then(|| param(&[outputs(w)]))).collect();
-        let (flop, stride, kernel) = (Some(self.flop(n, patch)), self.stride, self.weights[0][2]);
+        let (costs, stride, kernel) = (vec![self.cost(n, patch)], self.stride, self.weights[0][2]);
         match (pass, self.transposed) {
-            (Pass::Fprop, false) => Work::new(flop, move || {
+            (Pass::Fprop, false) => Work::new(costs, move || {
                 let filters: Vec<Filter> = weights
                     .iter()
                     .zip(&biases)
@@ -190,21 +202,21 @@ impl Layer {
                     .collect();
                 conv3d(&mut Tape::off(), &xs[0], &filters, stride)
             }),
-            (Pass::Fprop, true) => Work::new(flop, move || {
+            (Pass::Fprop, true) => Work::new(costs, move || {
                 let inputs: Vec<&Activation> = xs.iter().collect();
                 conv_transpose3d(&mut Tape::off(), &inputs, &weights[0], None)
             }),
-            (Pass::Dgrad, false) => Work::new(flop, move || {
+            (Pass::Dgrad, false) => Work::new(costs, move || {
                 Ok(conv3d::cpu::dgrad(xs[0].shape(), &dys, &weights, (kernel, stride), SINGLE))
             }),
             (Pass::Dgrad, true) => {
-                Work::new(flop, move || Ok(conv_transpose3d::cpu::dgrad(&xs, &dys[0], &weights[0], SINGLE)))
+                Work::new(costs, move || Ok(conv_transpose3d::cpu::dgrad(&xs, &dys[0], &weights[0], SINGLE)))
             }
             (Pass::Wgrad, false) => {
-                Work::new(flop, move || Ok(conv3d::cpu::wgrad(&xs[0], &dys, kernel, stride, SINGLE)))
+                Work::new(costs, move || Ok(conv3d::cpu::wgrad(&xs[0], &dys, kernel, stride, SINGLE)))
             }
             (Pass::Wgrad, true) => {
-                Work::new(flop, move || Ok(conv_transpose3d::cpu::wgrad(&xs, &dys[0], SINGLE)))
+                Work::new(costs, move || Ok(conv_transpose3d::cpu::wgrad(&xs, &dys[0], SINGLE)))
             }
         }
     }
@@ -221,10 +233,25 @@ mod tests {
     #[test]
     fn the_bundle_costs_what_it_is_known_to_cost() {
         let net = config().net;
-        let close = |flop: f64, giga: f64, digit: f64| (flop / 1e9 - giga).abs() <= digit / 2.0;
-        assert!(close(forward_flop(&net, 1, 96), 10.24, 0.01), "{}", forward_flop(&net, 1, 96));
-        assert!(close(forward_flop(&net, 1, 160), 47.4, 0.1), "{}", forward_flop(&net, 1, 160));
-        assert!((step_flop(&net, 8, 96) / 1e9 - 246.0).abs() < 2.0, "{}", step_flop(&net, 8, 96));
+        let giga = |costs: Vec<Cost>| costs.iter().map(|cost| cost.flop / 1e9).sum::<f64>();
+        let patch = giga(forward_costs(&net, 1, 96));
+        assert!((patch - 10.24).abs() < 0.005, "{patch}");
+        let window = giga(forward_costs(&net, 1, 160));
+        assert!((window - 47.4).abs() < 0.05, "{window}");
+        let step = giga(step_costs(&net, 8, 96));
+        assert!((step - 246.0).abs() < 2.0, "{step}");
+    }
+
+    /// By hand, for one patch of 96^3: 16 channels of 48^3 voxels in and out; 32 channels of 48^3 in, 2 of 96^3 out.
+    #[test]
+    fn bytes_are_input_output_and_weights() {
+        let net = config().net;
+        let bytes = |name: &str| {
+            let layer = layers(&net).into_iter().find(|l| l.name == name).expect("the bundle has it");
+            layer.cost(1, [96; 3]).bytes
+        };
+        assert_eq!(bytes("down0_conv1"), 4.0 * (2 * 16 * 110_592 + 27 * 16 * 16) as f64);
+        assert_eq!(bytes("up0_transposed"), 4.0 * (32 * 110_592 + 2 * 884_736 + 27 * 32 * 2) as f64);
     }
 
     /// No weight is forgotten and none is counted twice, whatever the network.

@@ -1,9 +1,10 @@
 //! The network: a forward pass, a training step, a volume by windows, and the first window of a process.
 
 use super::inputs::{Inputs, uniform};
-use super::layers::{forward_flop, step_flop};
-use super::{FORWARD_BATCH, SIDE, STEP_BATCH, VOLUME, Work, config};
+use super::layers::{forward_costs, step_costs};
+use super::{SIDE, VOLUME, Work, config};
 use crate::Result;
+use crate::config::Net;
 use crate::device::bf16::Operands;
 use crate::infer::predict::CLASSES;
 use crate::infer::sliding_window::{self, Windows};
@@ -11,28 +12,26 @@ use crate::nn::UNet;
 use crate::nn::weights::read_any;
 use crate::train::trainer::Trainer;
 
-/// Voxels of a patch.
-const PATCH: usize = SIDE * SIDE * SIDE;
+/// Prepares work on `n` patches of `side`^3.
+pub type Prepare = fn(net: &Net, n: usize, side: usize, operands: Operands) -> Result<Work>;
 
 /// Logits of a batch of patches.
-pub fn forward(operands: Operands) -> Result<Work> {
-    let config = config();
-    let mut net = UNet::new(&config.net, 1)?;
+pub fn forward(net: &Net, n: usize, side: usize, operands: Operands) -> Result<Work> {
+    let costs = forward_costs(net, n, side);
+    let mut net = UNet::new(net, 1)?;
     net.set_operands(operands);
-    let images = uniform(FORWARD_BATCH * PATCH);
-    let flop = forward_flop(&config.net, FORWARD_BATCH, SIDE);
-    Ok(Work::new(Some(flop), move || net.infer(&images, [FORWARD_BATCH, SIDE, SIDE, SIDE])))
+    let images = uniform(n * side.pow(3));
+    Ok(Work::new(costs, move || net.infer(&images, [n, side, side, side])))
 }
 
 /// Forward, DiceCE, backward and Adam.
-pub fn step(operands: Operands) -> Result<Work> {
-    let config = config();
-    let mut trainer = Trainer::new(&config.net, config.loss, config.optim, 1)?;
+pub fn step(net: &Net, n: usize, side: usize, operands: Operands) -> Result<Work> {
+    let (config, costs) = (config(), step_costs(net, n, side));
+    let mut trainer = Trainer::new(net, config.loss, config.optim, 1)?;
     trainer.net.set_operands(operands);
-    let images = uniform(STEP_BATCH * PATCH);
+    let images = uniform(n * side.pow(3));
     let labels: Vec<u8> = images.iter().map(|&v| u8::from(v > 0.9)).collect();
-    let flop = step_flop(&config.net, STEP_BATCH, SIDE);
-    Ok(Work::new(Some(flop), move || trainer.step(&images, &labels, [STEP_BATCH, SIDE, SIDE, SIDE])))
+    Ok(Work::new(costs, move || trainer.step(&images, &labels, [n, side, side, side])))
 }
 
 /// Blended logits of a volume.
@@ -42,9 +41,9 @@ pub fn sliding_window(operands: Operands) -> Result<Work> {
     net.set_operands(operands);
     let volume = uniform(VOLUME.iter().product());
     let windows = Windows::new(VOLUME, &config.window).corners().len();
-    let flop = forward_flop(&config.net, windows, SIDE);
+    let costs = forward_costs(&config.net, windows, SIDE);
     let [d, h, w] = config.window.roi;
-    Ok(Work::new(Some(flop), move || {
+    Ok(Work::new(costs, move || {
         let mut predict = |x: &[f32], n: usize, _| net.infer(x, [n, d, h, w]);
         sliding_window::sliding_window(&volume, VOLUME, &config.window, CLASSES, &mut predict)
     }))
@@ -52,8 +51,8 @@ pub fn sliding_window(operands: Operands) -> Result<Work> {
 
 /// The network read and its first window's logits: of interest where nothing was done before in the process.
 pub fn first_window(inputs: &Inputs) -> Result<Work> {
-    let (path, image) = (inputs.network(), vec![0.5; PATCH]);
-    Ok(Work::new(None, move || {
+    let (path, image) = (inputs.network(), vec![0.5; SIDE.pow(3)]);
+    Ok(Work::new(Vec::new(), move || {
         let net = UNet::from_state_dict(&read_any(&path)?)?;
         net.infer(&image, [1, SIDE, SIDE, SIDE])
     }))

@@ -3,6 +3,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use super::Cost;
 use crate::Result;
 
 /// Fewest runs of a row: a median needs three.
@@ -14,20 +15,20 @@ const SECONDS: f64 = 2.0;
 
 /// Something that can be done again and again.
 pub struct Work {
-    /// Floating-point operations of one run, where they are the measure.
-    pub flop: Option<f64>,
+    /// What the layers of one run cost; empty where FLOP are not the measure.
+    pub costs: Vec<Cost>,
     once: Box<dyn FnMut() -> Result<f64>>,
 }
 
 impl Work {
     /// Times `work`; its result is dropped after the clock has stopped.
-    pub fn new<R>(flop: Option<f64>, mut work: impl FnMut() -> Result<R> + 'static) -> Self {
-        Self::with_setup(flop, || (), move |()| work())
+    pub fn new<R>(costs: Vec<Cost>, mut work: impl FnMut() -> Result<R> + 'static) -> Self {
+        Self::with_setup(costs, || (), move |()| work())
     }
 
     /// Times `work` on what `setup` makes before the clock starts.
     pub fn with_setup<T, R>(
-        flop: Option<f64>,
+        costs: Vec<Cost>,
         mut setup: impl FnMut() -> T + 'static,
         mut work: impl FnMut(T) -> Result<R> + 'static,
     ) -> Self {
@@ -39,7 +40,7 @@ impl Work {
             drop(result);
             Ok(seconds)
         };
-        Work { flop, once: Box::new(once) }
+        Work { costs, once: Box::new(once) }
     }
 
     /// Does it once; the seconds it took.

@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::inputs::Inputs;
-use super::layers::forward_flop;
+use super::layers::forward_costs;
 use super::{SIDE, Work, config};
 use crate::data::{nifti, nifti_write, preprocess as transforms, scan};
 use crate::device::bf16::Operands;
@@ -24,7 +24,7 @@ const STRAY: usize = 20_011;
 /// .nii.gz to intensities on the network's grid, without a label.
 pub fn preprocess(inputs: &Inputs) -> Result<Work> {
     let (path, config) = (inputs.ct(), config().preprocess);
-    Ok(Work::new(None, move || scan::read(&path, &config)))
+    Ok(Work::new(Vec::new(), move || scan::read(&path, &config)))
 }
 
 /// Logits on the network's grid to a u8 mask on the scan's grid in a .nii.gz: softmax, inverse resampling, argmax,
@@ -40,7 +40,7 @@ pub fn postprocess(inputs: &Inputs) -> Result<Work> {
     let logits: Vec<f32> = voxels.flat_map(|o| if o { [-SURE, SURE] } else { [SURE, -SURE] }).collect();
     let (header, geometry, path) = (file.header, prepared.geometry, inputs.folder().join("post.nii.gz"));
     let setup = move || logits.clone();
-    Ok(Work::with_setup(None, setup, move |mut probabilities| {
+    Ok(Work::with_setup(Vec::new(), setup, move |mut probabilities| {
         softmax(&mut probabilities);
         let mask = geometry.invert_argmax(bytemuck::cast_slice(&probabilities))?;
         nifti_write::write_mask(&path, &header, &mask)
@@ -56,7 +56,7 @@ pub fn infer(inputs: &Inputs, operands: Operands) -> Result<Work> {
     let header = nifti::read_header(inputs.ct())?;
     let geometry = transforms::Geometry::plan(header.shape, &header.affine, config.preprocess.spacing_mm)?;
     let windows = Windows::new(geometry.prepared_shape(), &config.window).corners().len();
-    Ok(Work::new(Some(forward_flop(&config.net, windows, SIDE)), move || {
+    Ok(Work::new(forward_costs(&config.net, windows, SIDE), move || {
         let network = |x: &[f32], shape| net.infer(x, shape);
         let numbers = (&config.preprocess, &config.window);
         let results = segment(&jobs, &network, numbers, Style::Mask, &AtomicBool::new(false), |_, _| {});

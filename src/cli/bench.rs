@@ -1,40 +1,45 @@
 //! `spleen-hpc bench`
 
-use std::io::{BufRead, BufReader};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use glob::Pattern;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use super::bench_row::{self, Report};
 use super::settings::use_threads;
 use super::{Outcome, interrupt, say};
 use crate::bench::inputs::Inputs;
-use crate::bench::{Bench, COPY, COPY_BYTES, PEAK, Samples, benches, measure};
+use crate::bench::{Bench, COPY, Cost, PEAK_BF16, PEAK_F32, Roof, Samples, benches};
 use crate::config::DeviceChoice;
 use crate::device::cpu::units;
 use crate::{Error, Result};
 
 /// Time this machine on the work that training and inference consist of
 ///
-/// Rows: the peak of fused multiply-adds in f32 and the bandwidth of a copy (bytes read plus bytes written); a forward
-/// pass of 4 patches of 96^3, a training step of 2, a sliding window over 256 x 256 x 128 voxels, each in f32 and in
-/// bfloat16 (_bf16: --amp on); preprocessing,
-/// post-processing and the whole inference of a synthetic CT of 512 x 512 x 90 voxels, from file to file; the start of
-/// a process until its first window is predicted; and every convolution of the network at 4 patches, pass by pass.
+/// Rows: the peaks of multiply-adds of f32 and of bfloat16 operands, and the bandwidth of a copy (bytes read plus bytes
+/// written); a forward pass of 4 patches of 96^3, a training step of 2, a sliding window over 256 x 256 x 128 voxels, each
+/// in f32 and in bfloat16 (_bf16: --amp on); preprocessing, post-processing and the whole inference of a synthetic CT of
+/// 512 x 512 x 90 voxels, from file to file; the start of a process until its first window is predicted; and every
+/// convolution of the network at 4 patches, pass by pass. Rows scale_* are timed only when --only names them: a forward
+/// pass and a training step against the patch's side, the batch and the channels of the first level, so that work which
+/// grows faster than its FLOP shows as a falling rate.
 ///
 /// Each row runs in a process of its own, so that its peak memory (inputs included) is its own: once to warm up, then
 /// until 2 seconds or 100 runs, 3 at least. A start needs a new process each time. FLOP are two for each multiply-add
-/// of the network's convolutions, their rate is that of the median (the peak's that of its fastest run), and the share
-/// is of the peak in f32 on as many threads, for bfloat16 too. All rows take about 4 minutes on 2 cores.
+/// of the network's convolutions; their rate is that of the median, the peaks' and the copy's that of the fastest run.
+/// Shares are of what as many threads reach: of the peak of the row's operands, and of the roofline, where each
+/// convolution takes the longer of its FLOP at that peak and its input, output and weights in f32, once each, at the
+/// copy's speed. All rows but scale_* take about 4 minutes on 2 cores, those another 3.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   spleen-hpc bench
   spleen-hpc bench --only forward_b4_96_f32 step_b2_96_f32 --threads 1
-  spleen-hpc bench --only 'layer_*_fprop' --json")]
+  spleen-hpc bench --only 'layer_*_fprop' --json
+  spleen-hpc bench --only 'scale_step_*_f32'")]
 pub struct Args {
     /// What computes; rows are timed on the CPU only
     #[arg(long, default_value = "cpu")]
@@ -59,14 +64,6 @@ pub struct Args {
     row: Option<String>,
 }
 
-/// What the process of a row reports.
-#[derive(Serialize, Deserialize)]
-struct Report {
-    seconds: Vec<f64>,
-    flop: Option<f64>,
-    peak_rss_mib: Option<f64>,
-}
-
 /// A row as it is printed; keys in this order.
 #[derive(Serialize)]
 struct Row<'a> {
@@ -75,8 +72,10 @@ struct Row<'a> {
     seconds_min: f64,
     runs: usize,
     gflops: Option<f64>,
-    /// Of the peak on as many threads, 0 to 1.
+    /// Of the peak of the same operands on as many threads, 0 to 1.
     share_of_peak: Option<f64>,
+    /// The roofline's seconds over the median, 0 to 1; `None` for the roofs themselves.
+    share_of_roofline: Option<f64>,
     peak_rss_mib: Option<f64>,
     gbytes_per_second: Option<f64>,
 }
@@ -89,7 +88,7 @@ pub fn run(args: &Args) -> Outcome {
     let all = benches();
     if let (Some(name), Some(folder)) = (&args.row, &args.inputs) {
         use_threads(args.threads)?;
-        return report(find(&all, name)?, &Inputs::new(folder));
+        return bench_row::answer(&all, name, &Inputs::new(folder));
     }
     if !matches!(args.device, DeviceChoice::Cpu | DeviceChoice::Auto) {
         return Err(Error::Usage(format!(
@@ -99,7 +98,9 @@ pub fn run(args: &Args) -> Outcome {
     }
     let chosen = choose(&all, &args.only)?;
     if args.list {
-        chosen.iter().for_each(|bench| say(&bench.name));
+        // Where nothing is named, the list is what could be.
+        let listed = if args.only.is_empty() { all.iter().collect() } else { chosen };
+        listed.iter().for_each(|bench| say(&bench.name));
         return Ok(ExitCode::SUCCESS);
     }
     use_threads(args.threads)?;
@@ -109,159 +110,126 @@ pub fn run(args: &Args) -> Outcome {
         None => Some(tempfile::tempdir().map_err(Error::io(std::env::temp_dir(), "write in"))?),
     };
     let folder = args.inputs.clone().or(temporary.as_ref().map(|t| t.path().to_owned()));
-    let inputs = Inputs::new(folder.expect("given or temporary"));
+    let rows = Rows { args, inputs: folder.expect("given or temporary"), stop };
     if chosen.iter().any(|bench| bench.reads_files) {
-        inputs.make()?;
+        rows.ask(bench_row::INPUTS)?;
     }
-    let rows = Rows { args, inputs: &inputs, stop };
     if !args.json {
         say(format_args!("cpu: {}, {} threads", units(), rayon::current_num_threads()));
         say(format_args!(
-            "{:<34} {:>11} {:>11} {:>5} {:>14} {:>8} {:>9}",
-            "row", "median, ms", "min, ms", "runs", "rate", "of peak", "peak, MiB"
+            "{:<34} {:>11} {:>11} {:>5} {:>14} {:>8} {:>8} {:>9}",
+            "row", "median, ms", "min, ms", "runs", "rate", "of peak", "of roof", "peak, MiB"
         ));
     }
-    let mut peak = None;
-    let has_flop = |bench: &&Bench| bench.name != COPY && !bench.fresh_process;
-    if chosen.iter().any(has_flop) {
-        let (samples, report) = rows.measure(find(&all, PEAK)?)?;
-        peak = report.flop.map(|flop| flop / samples.min() / 1e9);
-        if chosen[0].name == PEAK {
-            print(args, &Row::new(PEAK, &samples, &report, peak));
+    let wanted = |bench: &Bench| chosen.iter().any(|other| other.name == bench.name);
+    let mut roofs = Roofs::new();
+    for bench in all.iter().filter(|bench| is_roof(bench)) {
+        if wanted(bench) || chosen.iter().any(|other| is_needed(bench, other)) {
+            let measured = rows.measure(bench)?;
+            let amount = if bench.name == COPY { |cost: &Cost| cost.bytes } else { |cost: &Cost| cost.flop };
+            roofs.insert(bench.name.clone(), measured.rate(bench, amount));
+            if wanted(bench) {
+                print(args, &Row::new(bench, &measured, &roofs));
+            }
         }
     }
-    for bench in chosen.into_iter().filter(|bench| bench.name != PEAK) {
-        let (samples, report) = rows.measure(bench)?;
-        print(args, &Row::new(&bench.name, &samples, &report, peak));
+    for bench in chosen.into_iter().filter(|bench| !is_roof(bench)) {
+        print(args, &Row::new(bench, &rows.measure(bench)?, &roofs));
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The rows that `--only` names, in their own order; all where it names none.
+/// The rows that `--only` names, in their own order; where it names none, all that need not be named.
 fn choose<'a>(all: &'a [Bench], only: &[String]) -> Result<Vec<&'a Bench>> {
     let mut patterns = Vec::new();
     for name in only {
         let pattern = Pattern::new(name)
             .map_err(|err| Error::Usage(format!("--only {name}: not a pattern of names: {err}")))?;
         if !all.iter().any(|bench| pattern.matches(&bench.name)) {
-            return Err(unknown(all, name));
+            let what = format!("--only {name}: no row has that name; `spleen-hpc bench --list` has them all");
+            return Err(Error::Usage(what));
         }
         patterns.push(pattern);
     }
-    let wanted = |b: &&Bench| patterns.is_empty() || patterns.iter().any(|p| p.matches(&b.name));
+    let wanted = |b: &&Bench| match patterns.is_empty() {
+        true => !b.by_name,
+        false => patterns.iter().any(|p| p.matches(&b.name)),
+    };
     Ok(all.iter().filter(wanted).collect())
-}
-
-fn find<'a>(all: &'a [Bench], name: &str) -> Result<&'a Bench> {
-    all.iter().find(|bench| bench.name == name).ok_or_else(|| unknown(all, name))
-}
-
-fn unknown(all: &[Bench], name: &str) -> Error {
-    let names: Vec<&str> = all.iter().map(|bench| bench.name.as_str()).collect();
-    Error::Usage(format!("--only {name}: no row has that name; there are {}", names.join(", ")))
-}
-
-/// In the row's own process: measures it, or does it once where the process is what is timed, and says how it went.
-fn report(bench: &Bench, inputs: &Inputs) -> Outcome {
-    let mut work = bench.prepare(inputs)?;
-    let seconds =
-        if bench.fresh_process { vec![work.once()?] } else { measure(|| work.once())?.into_seconds() };
-    let report = Report { seconds, flop: work.flop, peak_rss_mib: peak_rss_mib() };
-    say(serde_json::to_string(&report).map_err(|err| Error::Internal(err.to_string()))?);
-    Ok(ExitCode::SUCCESS)
-}
-
-/// The most memory this process had resident; `None` where the system does not tell as Linux does.
-fn peak_rss_mib() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1024.0)
 }
 
 /// What all rows share.
 struct Rows<'a> {
     args: &'a Args,
-    inputs: &'a Inputs,
+    inputs: PathBuf,
     stop: &'a AtomicBool,
 }
 
 impl Rows<'_> {
-    /// Times of one row, and the rest of what its processes said.
-    fn measure(&self, bench: &Bench) -> Result<(Samples, Report)> {
-        if !bench.fresh_process {
-            let (report, _) = self.in_process(&bench.name)?;
-            return Ok((Samples::new(report.seconds.clone()), report));
-        }
-        // Brings the program into the page cache, as any earlier use of it would have.
-        let (report, _) = self.in_process(&bench.name)?;
-        let starts: Vec<f64> =
-            (0..STARTS).map(|_| Ok(self.in_process(&bench.name)?.1.as_secs_f64())).collect::<Result<_>>()?;
-        Ok((Samples::new(starts), report))
+    fn measure(&self, bench: &Bench) -> Result<Measured> {
+        // Of a start, it brings the program into the page cache, as any earlier use of it would have.
+        let (report, _) = self.ask(&bench.name)?;
+        let seconds = match bench.fresh_process {
+            true => (0..STARTS).map(|_| Ok(self.ask(&bench.name)?.1.as_secs_f64())).collect::<Result<_>>()?,
+            false => report.seconds.clone(),
+        };
+        Ok(Measured { samples: Samples::new(seconds), report })
     }
 
     /// The report of a new process, and the time from its start to the report.
-    fn in_process(&self, name: &str) -> Result<(Report, Duration)> {
-        let program = std::env::current_exe()
-            .map_err(|err| Error::Internal(format!("bench: cannot find this program: {err}")))?;
-        let mut command = Command::new(&program);
-        command.args(["bench", "--row", name, "--inputs"]).arg(self.inputs.folder());
-        command.args(["--threads", &self.args.threads.to_string()]);
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let start = Instant::now();
-        let mut child = Ended(command.spawn().map_err(Error::io(&program, "start"))?);
-        let stdout = child.0.stdout.take().expect("asked for a pipe");
-        let (send, receive) = channel();
-        std::thread::spawn(move || {
-            let mut line = String::new();
-            let read = BufReader::new(stdout).read_line(&mut line);
-            // Nobody listens any more when the row was given up.
-            send.send((read.map(|_| line), start.elapsed())).ok();
-        });
-        let failed = || Error::Internal(format!("bench: {name} did not end well"));
-        let (line, wall) = loop {
-            match receive.recv_timeout(Duration::from_millis(50)) {
-                Ok((line, wall)) => break (line.unwrap_or_default(), wall),
-                Err(RecvTimeoutError::Disconnected) => return Err(failed()),
-                Err(RecvTimeoutError::Timeout) if self.stop.load(Ordering::Relaxed) => {
-                    return Err(Error::Interrupted);
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-        };
-        let done = child.0.wait().is_ok_and(|status| status.success());
-        // Ctrl-C in a terminal goes to both processes.
-        if self.stop.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        let report = serde_json::from_str(&line).ok().filter(|_| done).ok_or_else(failed)?;
-        Ok((report, wall))
+    fn ask(&self, name: &str) -> Result<(Report, Duration)> {
+        bench_row::ask(name, &self.inputs, self.args.threads, self.stop)
     }
 }
 
-/// A process that does not outlive its owner.
-struct Ended(Child);
+/// Times of one row, and the rest of what its processes said.
+struct Measured {
+    samples: Samples,
+    report: Report,
+}
 
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Fails for one that has ended, which is what is wanted.
-        self.0.kill().ok();
-        self.0.wait().ok();
+impl Measured {
+    /// The time that counts: a roof is what the machine can do at best.
+    fn seconds(&self, bench: &Bench) -> f64 {
+        if is_roof(bench) { self.samples.min() } else { self.samples.median() }
     }
+
+    /// So much of its costs a second.
+    fn rate(&self, bench: &Bench, amount: fn(&Cost) -> f64) -> f64 {
+        self.report.costs.iter().map(amount).sum::<f64>() / self.seconds(bench)
+    }
+}
+
+/// FLOP or bytes a second of the roofs that were measured, by name.
+type Roofs = BTreeMap<String, f64>;
+
+fn is_roof(bench: &Bench) -> bool {
+    [PEAK_F32, PEAK_BF16, COPY].contains(&bench.name.as_str())
+}
+
+/// Whether the shares of `row` are of `roof`.
+fn is_needed(roof: &Bench, row: &Bench) -> bool {
+    !is_roof(row) && row.peak.is_some_and(|peak| [peak, COPY].contains(&roof.name.as_str()))
 }
 
 impl<'a> Row<'a> {
-    fn new(name: &'a str, samples: &Samples, report: &Report, peak: Option<f64>) -> Self {
-        let seconds = if name == PEAK { samples.min() } else { samples.median() };
-        let gflops = report.flop.map(|flop| flop / seconds / 1e9);
+    fn new(bench: &'a Bench, measured: &Measured, roofs: &Roofs) -> Self {
+        let Measured { samples, report } = measured;
+        let (flops, bandwidth) =
+            (measured.rate(bench, |cost| cost.flop), measured.rate(bench, |cost| cost.bytes));
+        let peak = bench.peak.and_then(|peak| roofs.get(peak));
+        let roof = peak.zip(roofs.get(COPY)).filter(|_| !is_roof(bench));
+        let least = roof.map(|(&flops, &bandwidth)| Roof { flops, bandwidth }.seconds(&report.costs));
         Row {
-            name,
+            name: &bench.name,
             seconds_median: samples.median(),
             seconds_min: samples.min(),
             runs: samples.runs(),
-            gflops,
-            share_of_peak: gflops.zip(peak).map(|(rate, peak)| rate / peak),
+            gflops: bench.peak.map(|_| flops / 1e9),
+            share_of_peak: peak.map(|peak| flops / peak),
+            share_of_roofline: least.map(|least| least / measured.seconds(bench)),
             peak_rss_mib: report.peak_rss_mib,
-            gbytes_per_second: (name == COPY).then_some(COPY_BYTES / seconds / 1e9),
+            gbytes_per_second: (bench.name == COPY).then_some(bandwidth / 1e9),
         }
     }
 }
@@ -276,14 +244,34 @@ fn print(args: &Args, row: &Row) {
         (None, Some(rate)) => format!("{rate:.1} GB/s"),
         (None, None) => String::new(),
     };
-    let share = row.share_of_peak.map_or(String::new(), |share| format!("{:.1} %", 100.0 * share));
+    let percent = |share: Option<f64>| share.map_or(String::new(), |share| format!("{:.1} %", 100.0 * share));
+    let (of_peak, of_roof) = (percent(row.share_of_peak), percent(row.share_of_roofline));
     let peak = row.peak_rss_mib.map_or(String::new(), |mib| format!("{mib:.0}"));
     let line = format!(
-        "{:<34} {:>11.3} {:>11.3} {:>5} {rate:>14} {share:>8} {peak:>9}",
+        "{:<34} {:>11.3} {:>11.3} {:>5} {rate:>14} {of_peak:>8} {of_roof:>8} {peak:>9}",
         row.name,
         1e3 * row.seconds_median,
         1e3 * row.seconds_min,
         row.runs
     );
     say(line.trim_end());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_sizes_are_timed_only_where_they_are_named() {
+        let all = benches();
+        let scaled = |only: &[&str]| {
+            let only: Vec<String> = only.iter().map(|&name| name.to_owned()).collect();
+            let chosen = choose(&all, &only).unwrap();
+            (chosen.len(), chosen.iter().filter(|bench| bench.name.starts_with("scale_")).count())
+        };
+        let (without, none) = scaled(&[]);
+        let (with, some) = scaled(&["*"]);
+        assert!(none == 0 && some > 0 && without + some == with);
+        assert_eq!(scaled(&["scale_step_b?_96_c16_f32"]), (4, 4));
+    }
 }

@@ -1,6 +1,7 @@
 //! The command line: flags in, exit code out, every failure one sentence on stderr.
 
 mod bench;
+mod bench_row;
 mod cache;
 mod doctor;
 mod evaluate;

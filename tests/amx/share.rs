@@ -48,7 +48,7 @@ fn share(layer: &Layer, pass: Pass, patch: [usize; 3]) -> (usize, f64) {
     let before = emulated_products().expect("emulated");
     run(layer, pass, patch);
     let products = emulated_products().expect("emulated") - before;
-    (products, layer.flop(1, patch) / (products * PRODUCT_FLOPS) as f64)
+    (products, layer.cost(1, patch).flop / (products * PRODUCT_FLOPS) as f64)
 }
 
 /// Whether a pass of a layer is one that AMX takes: all but the gradient of the weights between two channels and two.
@@ -84,7 +84,7 @@ fn table_of_shares() {
         let (mut all, mut needed, mut beside) = (0, 0.0, 0.0);
         for layer in layers(&config().net).iter().filter(|l| l.has(pass)) {
             let (products, share) = share(layer, pass, [96; 3]);
-            let flop = layer.flop(1, [96; 3]);
+            let flop = layer.cost(1, [96; 3]).flop;
             if products == 0 {
                 beside += flop;
                 println!("{:<28} {pass:>6} {:>10} {:>8.3} {:>6}", layer.name, "-", flop / 1e9, "-");

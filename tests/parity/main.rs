@@ -11,6 +11,7 @@ mod case;
 mod convergence;
 mod crop;
 mod end_to_end;
+mod forced;
 mod golden;
 mod hash;
 mod inverse;
@@ -122,9 +123,15 @@ fn replay(dir: &Path, filter: &str) -> Outcome<bool> {
     table::print(&ledger, &ran);
     let passed = ledger.rows.iter().filter(|r| r.passed()).count();
     let failed = ledger.rows.len() - passed;
+    let forced = forced::replay(&golden, filter)?;
     let on_device = on_device::replay(&golden, filter)?;
     println!("{passed} passed, {failed} failed, {} skipped", ledger.left_out.len());
-    Ok(failed == 0 && on_device)
+    Ok(failed == 0 && forced && on_device)
+}
+
+/// Whether there is time for everything.
+fn nightly() -> bool {
+    std::env::var_os("SPLEEN_NIGHTLY").is_some()
 }
 
 /// The test filter among the arguments that `cargo test` passes to every harness; None when only asked to list.

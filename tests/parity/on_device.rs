@@ -10,7 +10,7 @@ use crate::golden::Golden;
 use crate::ledger::Ledger;
 use crate::output::Output;
 use crate::{
-    Outcome, autocast, inverse, loss, network, ops, place, support, sw, table, unet_eval, unet_train,
+    Outcome, autocast, inverse, loss, network, nightly, ops, place, support, sw, table, unet_eval, unet_train,
 };
 
 /// Tables for the groups whose name contains `filter`; true if everything holds. Says so where there is no device.
@@ -50,10 +50,6 @@ const GROUPS: &[Group] = &[
     Group { name: "cuda unet", precision: Precision::Single, run: networks },
     Group { name: "cuda amp", precision: Precision::Half, run: autocast::fp16 },
 ];
-
-fn nightly() -> bool {
-    std::env::var_os("SPLEEN_NIGHTLY").is_some()
-}
 
 /// The sliding window.
 fn windows(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {

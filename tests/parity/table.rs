@@ -10,7 +10,7 @@ const SHOWN: usize = 12;
 /// One line a (group, tolerance): tensors, worst error and how much of its bound it uses, verdict.
 pub fn print(ledger: &Ledger, groups: &[&'static str]) {
     println!(
-        "\n{:<12} {:<34} {:>7} {:>10} {:>10} {:>7}  verdict",
+        "\n{:<17} {:<34} {:>7} {:>10} {:>10} {:>7}  verdict",
         "group", "tolerance", "tensors", "worst", "allowed", "used"
     );
     for &group in groups {
@@ -29,7 +29,7 @@ pub fn print(ledger: &Ledger, groups: &[&'static str]) {
                 (number(d.error), number(d.bound), format!("{:.1}%", 100.0 * d.fraction()))
             });
             println!(
-                "{group:<12} {tolerance:<34} {:>7} {error:>10} {bound:>10} {used:>7}  {verdict}{ties}",
+                "{group:<17} {tolerance:<34} {:>7} {error:>10} {bound:>10} {used:>7}  {verdict}{ties}",
                 rows.len()
             );
         }

@@ -74,7 +74,8 @@ fn run(args: &Args) -> Result<()> {
             their_seconds.push(timed(&mut their_work)?);
             std::thread::sleep(PAUSE);
         }
-        let flop = our_work.and_then(|work| work.flop);
+        let costs: Vec<[f64; 2]> =
+            our_work.iter().flat_map(|work| &work.costs).map(|cost| [cost.flop, cost.bytes]).collect();
         // The first run of each warms up.
         let kept = |runs: &[[f64; 2]], which: usize| {
             let kept: Vec<f64> = runs.iter().skip(1).map(|run| run[which]).collect();
@@ -85,7 +86,7 @@ fn run(args: &Args) -> Result<()> {
             json!({
                 "name": name,
                 "threads": args.threads,
-                "flop": flop,
+                "costs": costs,
                 "ours": kept(&our_seconds, 0),
                 "theirs": kept(&their_seconds, 0),
                 "ours_cpu": kept(&our_seconds, 1),

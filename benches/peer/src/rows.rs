@@ -42,7 +42,7 @@ fn network() -> Result<Net> {
 fn forward(bf16: bool) -> Result<Work> {
     let net = network()?;
     let x = random(&[FORWARD_BATCH, 1, SIDE, SIDE, SIDE]);
-    Ok(Work::new(None, move || {
+    Ok(Work::new(Vec::new(), move || {
         let run = || tch::no_grad(|| net.forward(&x, false));
         Ok(if bf16 { autocast(run) } else { run() })
     }))
@@ -54,7 +54,7 @@ fn step(bf16: bool) -> Result<Work> {
     let mut adam = nn::Adam::default().build(&net.variables, config().optim.lr).map_err(failed)?;
     let x = random(&[STEP_BATCH, 1, SIDE, SIDE, SIDE]);
     let label = x.gt(0.9).to_kind(Kind::Float);
-    Ok(Work::new(None, move || {
+    Ok(Work::new(Vec::new(), move || {
         adam.zero_grad();
         let run = || dice_ce(&net.forward(&x, true), &label);
         let loss = if bf16 { autocast(run) } else { run() };
@@ -79,7 +79,7 @@ fn layer_work(layer: &Layer, pass: Pass) -> Work {
     let stride = if layer.transposed { 2 } else { layer.stride as i64 };
     let padding = (layer.weights[0][2] as i64 - 1) / 2;
     let geometry = Geometry { stride, padding, transposed: layer.transposed };
-    Work::new(None, move || {
+    Work::new(Vec::new(), move || {
         for ((weight, bias), dy) in weights.iter().zip(&biases).zip(&dys) {
             match pass {
                 Pass::Fprop if geometry.transposed => drop(x.conv_transpose3d(

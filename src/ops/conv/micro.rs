@@ -27,7 +27,7 @@ pub struct Reduction<'a> {
 /// A STEP that is read from the [`Reduction`]: six voxels' addresses need no constants.
 pub const ANY: usize = usize::MAX;
 
-/// acc[p][q] = sum over rows, taps, channels of `tile[p * STEP + tap * tap_pitch + channel] * weights[q]`: P voxels by Q
+/// `acc[p][q]` = sum over rows, taps, channels of `tile[p * STEP + tap * tap_pitch + channel] * weights[q]`: P voxels by Q
 /// lane blocks, from a tile of order "voxels".
 ///
 /// # Safety
@@ -71,7 +71,7 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
     acc
 }
 
-/// acc[p][c] = sum over rows, taps, channels of `tile[16 p + lane + tap + channel * channel_pitch] * weights[c]`: 16 P
+/// `acc[p][c]` = sum over rows, taps, channels of `tile[16 p + lane + tap + channel * channel_pitch] * weights[c]`: 16 P
 /// voxels by C channels, from a tile of order "channel rows". Stride 1 only.
 ///
 /// # Safety
@@ -109,7 +109,7 @@ pub unsafe fn lanes_of_voxels<V: Lanes, const P: usize, const C: usize>(
     acc
 }
 
-/// The same for a scatter along w: acc[p][c] of the outputs 2a, acc[p][C + c] of the outputs 2a + 1 of anchors a. An
+/// The same for a scatter along w: `acc[p][c]` of the outputs 2a, `acc[p][C + c]` of the outputs 2a + 1 of anchors a. An
 /// output 2a reads input a, by `even`; an output 2a + 1 reads inputs a and a + 1, by `odd`'s taps 0 and 1.
 ///
 /// # Safety
@@ -150,7 +150,7 @@ pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J
     acc
 }
 
-/// Sums of products of 16 neighbouring voxels along w, lane by lane: acc[i][tap][j] = sum over rows and their vectors of
+/// Sums of products of 16 neighbouring voxels along w, lane by lane: `acc[i][tap][j]` = sum over rows and their vectors of
 /// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for C channels i of x and C channels j of dy.
 ///
 /// # Safety
@@ -187,7 +187,7 @@ pub unsafe fn lanes_of_products<V: Lanes, const C: usize>(
     acc
 }
 
-/// acc[r P + p][q] = sum over tile rows and their voxels of `x[r * group + p] * dy[q]`: R groups of P neighbouring (tap,
+/// `acc[r P + p][q]` = sum over tile rows and their voxels of `x[r * group + p] * dy[q]`: R groups of P neighbouring (tap,
 /// channel) pairs by Q lane blocks; `RP` is R P.
 ///
 /// `rows` are pairs of offsets: of the voxel 0 in `x`, and of voxel 0 in `dy`.

@@ -8,7 +8,7 @@ use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
 use rayon::prelude::*;
 
-/// Packed weights, [group][class][lane block] and what a lane block's layout is.
+/// Packed weights, `[group][class][lane block]` and what a lane block's layout is.
 pub struct Packed {
     data: Buffer,
     /// Start of (group, class), classes fastest.
@@ -34,7 +34,7 @@ pub fn lane_block_floats(class: &Class, group: &[Block], element: Element) -> us
     class.rows.len() * class.taps_w.len() * group.iter().map(|b| element.of(b.len)).sum::<usize>() * LANES
 }
 
-/// Packs to lane blocks of [block of the group][row][tap along w][channel or pair of them][16 lanes];
+/// Packs to lane blocks of `[block of the group][row][tap along w][channel or pair of them][16 lanes]`;
 /// `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
 pub fn pack<'a>(
     map: Map,
@@ -103,7 +103,7 @@ pub fn pack<'a>(
 }
 
 vectorised! {
-    /// Pairs of channels of every tap: `x` is [tap][channel][16] with `tap_floats` floats a tap, `out` [tap][pair][16].
+    /// Pairs of channels of every tap: `x` is `[tap][channel][16]` with `tap_floats` floats a tap, `out` `[tap][pair][16]`.
     pub fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
         let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
         for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {

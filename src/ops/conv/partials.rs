@@ -20,7 +20,7 @@ const MIN_TASKS: usize = 32;
 const REDUCE_CHUNK: usize = 1 << 12;
 
 /// Tasks are channel blocks by parts of the lanes by splits of the tiles, splits fastest. Each has a sum of its own,
-/// [tap][channel][lane of the part].
+/// `[tap][channel][lane of the part]`.
 pub struct Partials {
     channels: Vec<Block>,
     lanes: Vec<Block>,
@@ -98,7 +98,7 @@ impl Partials {
         self.taps * block.len.next_multiple_of(self.multiple) * lanes.len() * LANES
     }
 
-    /// One tensor a lane source, [lane channel][source channel][tap], from the sums of all tasks: splits are added in
+    /// One tensor a lane source, `[lane channel][source channel][tap]`, from the sums of all tasks: splits are added in
     /// their order.
     pub fn finish(&self, mut sums: Vec<Buffer>, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
         for splits in sums.chunks_mut(self.splits) {

@@ -88,7 +88,7 @@ pub fn wgrad(
     dw
 }
 
-/// Copies the rows of a tile, mapped, to [row][channel][w], zero from `space[2]` to `width`.
+/// Copies the rows of a tile, mapped, to `[row][channel][w]`, zero from `space[2]` to `width`.
 fn load_rows(
     source: &Source,
     (space, width, element): ([usize; 3], usize, Element),

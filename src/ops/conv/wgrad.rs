@@ -104,7 +104,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     partials.finish(sums, sources, lane_sources)
 }
 
-/// Copies the lane side of a tile, mapped, to [voxel or pair of them][lane block][16]. Lanes beyond a tensor's channels are
+/// Copies the lane side of a tile, mapped, to `[voxel or pair of them][lane block][16]`. Lanes beyond a tensor's channels are
 /// left as they are: nobody reads their sums.
 fn load_lanes(
     sources: &[Source],
@@ -160,7 +160,7 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Writes the tile's outer products to, or adds them to, sum[row][lane].
+    /// Writes the tile's outer products to, or adds them to, `sum[row][lane]`.
     fn run(&self, sum: &mut [f32]) {
         match (self.operands, simd()) {
             (Operands::Bf16, _) => self.run_pairs(sum),

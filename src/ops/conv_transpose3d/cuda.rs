@@ -47,7 +47,7 @@ pub(in crate::ops) fn form(channels: usize) -> Form {
     if channels <= NARROW_CHANNELS { Form::Parity } else { Form::Taps }
 }
 
-/// The product y[2 i + t - 1] += x[i] w[t] of `inputs`, concatenated along channels, for an output of size `out`, which
+/// The product `y[2 i + t - 1] += x[i] w[t]` of `inputs`, concatenated along channels, for an output of size `out`, which
 /// is twice theirs or one less. Weights are packed as [`form`] says: of the only filter, or of one for each input.
 ///
 /// # Errors

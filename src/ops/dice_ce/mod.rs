@@ -52,7 +52,7 @@ const LANES: usize = 16;
 struct Voxels {
     /// softmax of both logits.
     p: [[f64; LANES]; 2],
-    /// -ln p[label] is the logarithm of this number between 1 and 2 ..
+    /// `-ln p[label]` is the logarithm of this number between 1 and 2 ..
     factor: [f64; LANES],
     /// .. plus this.
     summand: [f64; LANES],
@@ -60,7 +60,7 @@ struct Voxels {
 
 /// Softmax and cross entropy of at most [`LANES`] voxels; the exponential in the logits' own precision.
 ///
-/// p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and -ln p[label] = ln(1 + exp(-m)) of the label's margin m = +-x: both from e =
+/// p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and `-ln p[label]` = ln(1 + exp(-m)) of the label's margin m = +-x: both from e =
 /// exp(-|x|), which cannot overflow.
 #[inline(always)]
 fn softmax<T: Float>(logits: &[[T; 2]; LANES], labels: &[u8; LANES]) -> Voxels {

@@ -97,7 +97,7 @@ impl Halo {
         load(source, block, &Place { anchors_w, ..*place }, layout, tile, row);
     }
 
-    /// Records: [plane][anchor along h][w][kh][channel].
+    /// Records: `[plane][anchor along h][w][kh][channel]`.
     fn load_records(
         &self,
         source: &Source,

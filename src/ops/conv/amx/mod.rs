@@ -52,14 +52,14 @@ pub fn gathers(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
     on(problem) && Scheme::of(problem.map, &sources, &heads, problem.out_space).is_some()
 }
 
-/// Whether [`wgrad`] computes this pass.
+/// Whether [`wgrad()`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
     on(problem)
         && (is_thin(problem.map, sources) || sources.iter().any(|s| s.channels >= MIN_CHANNELS))
         && lane_sources.iter().any(|s| s.channels > THIN_CHANNELS)
 }
 
-/// Whether [`wgrad`] makes channels of the only source's taps.
+/// Whether [`wgrad()`] makes channels of the only source's taps.
 fn is_thin(map: Map, sources: &[Source]) -> bool {
     map.kernel() == 3 && sources.len() == 1 && sources[0].channels < MIN_CHANNELS
 }

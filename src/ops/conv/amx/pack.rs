@@ -19,7 +19,8 @@ pub fn lane_block_floats(class: &Class, group: &[Block], depth: Depth) -> usize 
     depth.steps(class) * group.len() * TILE_FLOATS
 }
 
-/// Packs to B tiles, [group][class][lane block][block of the group][product]; `weights(source, head)` says where the weights of a pair lie. Rows of B that no weight has are 0.
+/// Packs to B tiles, `[group][class][lane block][block of the group][product]`;
+/// `weights(source, head)` says where the weights of a pair lie. Rows of B that no weight has are 0.
 pub fn pack<'a>(
     map: Map,
     scheme: &Scheme,

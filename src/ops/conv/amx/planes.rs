@@ -1,8 +1,8 @@
 //! Halo tiles of the outer-product core, laid out by channels: K runs along w.
 //!
-//! The source: [plane d][channel][parity of h][parity of w][row][column] in bfloat16, where rows and columns of a stride
-//! of 2 are apart by parity, so that a tap's voxels are neighbours at either stride. The lane sources: [plane d][lane
-//! block][pair of positions][16], pairs of voxels along w. In both, position h * pitch + w is an anchor's own: one K of
+//! The source: `[plane d][channel][parity of h][parity of w][row][column]` in bfloat16, where rows and columns of a stride
+//! of 2 are apart by parity, so that a tap's voxels are neighbours at either stride. The lane sources:
+//! `[plane d][lane block][pair of positions][16]`, pairs of voxels along w. In both, position h * pitch + w is an anchor's own: one K of
 //! 32 runs over rows' ends, where the lane sources hold zeros.
 //!
 //! A thin source would leave most of 16 channels empty. Its taps along h and w become channels instead, each a copy of the

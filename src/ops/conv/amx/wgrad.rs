@@ -77,7 +77,7 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Adds a tile's products to `sum`, [tap][channel][lane], channels in whole blocks of 16.
+    /// Adds a tile's products to `sum`, `[tap][channel][lane]`, channels in whole blocks of 16.
     fn add(
         &self,
         block: Block,
