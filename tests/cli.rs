@@ -55,7 +55,7 @@ fn weights(dir: &Path, name: &str) -> StateDict {
         let n: usize = shape.iter().product();
         let array = match name.ends_with("num_batches_tracked") {
             true => Array::i64(shape, vec![7; n]),
-            false => Array::f32(shape, (0..n).map(|j| (i * 1000 + j) as f32 * 1e-4).collect()),
+            false => Array::f32(shape, (0..n).map(|j| (i * 1000 + j) as f32 * 1e-4).collect::<Vec<_>>()),
         };
         dict.insert(name, array).expect("names are unique");
     }

@@ -77,7 +77,7 @@ fn filled(net: &Net) -> StateDict {
         let array = if name.ends_with("num_batches_tracked") {
             Array::i64(shape, vec![-7; n])
         } else {
-            Array::f32(shape, hash_uniform(&name, n, 1).map(|v| v as f32).collect())
+            Array::f32(shape, hash_uniform(&name, n, 1).map(|v| v as f32).collect::<Vec<_>>())
         };
         dict.insert(name, array).unwrap();
     }

@@ -165,7 +165,7 @@ fn views_are_followed() {
     for (name, (size, _, _, want)) in names.iter().zip(cases) {
         let array = dict.get(name).unwrap();
         assert_eq!(array.shape, size.iter().map(|&d| d as usize).collect::<Vec<_>>());
-        assert_eq!(array.data, ArrayData::F32(want.to_vec()), "{name}");
+        assert_eq!(array.data, ArrayData::F32(want.to_vec().into()), "{name}");
     }
 }
 

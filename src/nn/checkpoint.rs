@@ -145,7 +145,7 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
             name.strip_prefix(SECOND).map(|name| (&mut moments.exp_avg_sq, name))
         };
         match (list, &array.data) {
-            (Some((list, name)), ArrayData::F32(values)) => list.push((name.to_owned(), values.clone())),
+            (Some((list, name)), ArrayData::F32(values)) => list.push((name.to_owned(), values.to_vec())),
             (None, _) if !name.starts_with(OPTIMIZER_PREFIX) => weights.insert(name, array.clone())?,
             _ => return Err(refuse(&format!("{name} is unknown optimizer state"))),
         }

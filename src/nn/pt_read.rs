@@ -176,13 +176,17 @@ fn gather(tensor: &Tensor, content: &[u8], numel: usize) -> Result<Array, Refusa
         bytes.try_into().expect("an element has its type's size")
     }
     Ok(match tensor.storage.dtype {
-        Dtype::F32 => Array::f32(shape, elements.map(|b| f32::from_le_bytes(le(b))).collect()),
-        Dtype::F64 => Array::f32(shape, elements.map(|b| f64::from_le_bytes(le(b)) as f32).collect()),
-        Dtype::F16 => Array::f32(shape, elements.map(|b| half::f16::from_le_bytes(le(b)).to_f32()).collect()),
-        Dtype::Bf16 => {
-            Array::f32(shape, elements.map(|b| half::bf16::from_le_bytes(le(b)).to_f32()).collect())
+        Dtype::F32 => Array::f32(shape, elements.map(|b| f32::from_le_bytes(le(b))).collect::<Vec<_>>()),
+        Dtype::F64 => {
+            Array::f32(shape, elements.map(|b| f64::from_le_bytes(le(b)) as f32).collect::<Vec<_>>())
         }
-        Dtype::I64 => Array::i64(shape, elements.map(|b| i64::from_le_bytes(le(b))).collect()),
+        Dtype::F16 => {
+            Array::f32(shape, elements.map(|b| half::f16::from_le_bytes(le(b)).to_f32()).collect::<Vec<_>>())
+        }
+        Dtype::Bf16 => {
+            Array::f32(shape, elements.map(|b| half::bf16::from_le_bytes(le(b)).to_f32()).collect::<Vec<_>>())
+        }
+        Dtype::I64 => Array::i64(shape, elements.map(|b| i64::from_le_bytes(le(b))).collect::<Vec<_>>()),
         Dtype::Other { name, .. } => return Err(format!("it is a {name}, which no weight is")),
     })
 }

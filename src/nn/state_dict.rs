@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::config::{Net, Norm};
 use crate::error::{Error, Result};
@@ -9,8 +10,8 @@ use crate::error::{Error, Result};
 /// The numbers of an [`Array`], C order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ArrayData {
-    /// Every floating-point entry, whatever the file's precision was.
-    F32(Vec<f32>),
+    /// Every floating-point entry, whatever the file's precision was. Shared: a network that takes it copies nothing.
+    F32(Arc<Vec<f32>>),
     /// Counters: `num_batches_tracked`.
     I64(Vec<i64>),
 }
@@ -26,7 +27,8 @@ pub struct Array {
 
 impl Array {
     /// Floats of `shape`. `data` must hold `shape.iter().product()` numbers.
-    pub fn f32(shape: Vec<usize>, data: Vec<f32>) -> Self {
+    pub fn f32(shape: Vec<usize>, data: impl Into<Arc<Vec<f32>>>) -> Self {
+        let data = data.into();
         assert_eq!(shape.iter().product::<usize>(), data.len(), "shape and data differ");
         Array { shape, data: ArrayData::F32(data) }
     }
@@ -89,6 +91,12 @@ impl StateDict {
         self.index.get(name).map(|&i| &self.entries[i].1)
     }
 
+    /// Leaves out the entries whose name `keep` refuses.
+    pub fn retain(&mut self, keep: impl Fn(&str) -> bool) {
+        self.entries.retain(|(name, _)| keep(name));
+        self.index = self.entries.iter().enumerate().map(|(i, (name, _))| (name.clone(), i)).collect();
+    }
+
     /// Entries in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Array)> {
         self.entries.iter().map(|(name, array)| (name.as_str(), array))
@@ -125,9 +133,11 @@ impl StateDict {
     }
 
     /// The floats of `name`, checked like [`StateDict::expect`].
-    pub fn expect_f32(&self, name: &str, shape: &[usize]) -> Result<&[f32]> {
+    pub fn expect_f32(&self, name: &str, shape: &[usize]) -> Result<&Arc<Vec<f32>>> {
+        // A whole chunk at a time, which the compiler makes vectors of.
+        let finite = |chunk: &[f32]| chunk.iter().fold(true, |all, v| all & v.is_finite());
         match &self.expect(name, shape)?.data {
-            ArrayData::F32(v) if v.iter().any(|v| !v.is_finite()) => {
+            ArrayData::F32(v) if !v.chunks(1 << 12).all(finite) => {
                 Err(self.refuse(format!("{name} holds NaN or infinity: the training that wrote it diverged")))
             }
             ArrayData::F32(v) => Ok(v),

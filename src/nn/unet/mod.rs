@@ -169,7 +169,7 @@ impl UNet {
     pub fn load(&mut self, weights: &StateDict) -> Result<()> {
         weights.check(&self.net)?;
         for (param, name) in self.params.iter_mut().zip(&self.names) {
-            param.value = Arc::new(weights.expect_f32(name, &param.shape)?.to_vec());
+            param.value = weights.expect_f32(name, &param.shape)?.clone();
         }
         for r in &mut self.norms {
             let norm = norm_name(&self.names[r.bias.0]);
@@ -185,7 +185,7 @@ impl UNet {
     pub fn state_dict(&self) -> StateDict {
         let mut values: HashMap<String, Array> = HashMap::new();
         for (param, name) in self.params.iter().zip(&self.names) {
-            values.insert(name.clone(), Array::f32(param.shape.clone(), param.value.to_vec()));
+            values.insert(name.clone(), Array::f32(param.shape.clone(), param.value.clone()));
         }
         for r in &self.norms {
             let norm = norm_name(&self.names[r.bias.0]);
