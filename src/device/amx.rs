@@ -193,7 +193,7 @@ pub fn peak_bf16(steps: usize) -> usize {
     if !super::cpu::amx() {
         return 0;
     }
-    // SAFETY: AMX is in use, and no caller holds `Tiles`: they are never handed out.
+    // SAFETY: AMX is in use; who holds `Tiles` calls nothing that configures them again, by their contract.
     unsafe {
         let _tiles = Tiles::configure(16);
         zero::<6>();

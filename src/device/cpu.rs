@@ -61,7 +61,7 @@ const VARIABLE: &str = "SPLEEN_SIMD";
 /// # Panics
 /// When `SPLEEN_SIMD` cannot be obeyed: a program asks [`obey_environment`] first.
 pub fn simd() -> Simd {
-    match IN_USE.load(Ordering::Relaxed) {
+    match IN_USE.load(Ordering::Acquire) {
         UNSET => obey_environment().unwrap_or_else(|err| panic!("{err}")),
         unit => UNITS[usize::from(unit)],
     }
@@ -109,7 +109,7 @@ pub fn obey_environment() -> Result<Simd> {
 }
 
 /// Runs kernels on `unit`, or on the best one this machine has where that is narrower, and without AMX; returns which.
-/// Results do not depend on it: this is for measuring and for proving just that.
+/// Results do not depend on the vector unit: this is for measuring and for proving just that.
 pub fn use_simd(unit: Simd) -> Simd {
     use_units(unit.max(detect()), false)
 }
@@ -126,7 +126,8 @@ pub unsafe fn use_amx() {
 
 fn use_units(vectors: Simd, amx: bool) -> Simd {
     AMX_IN_USE.store(amx, Ordering::Relaxed);
-    IN_USE.store(vectors as u8, Ordering::Relaxed);
+    // Published last: whoever sees the vector unit sees AMX's switch too.
+    IN_USE.store(vectors as u8, Ordering::Release);
     vectors
 }
 

@@ -56,8 +56,11 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
 pub fn softmax(logits: &mut [f32]) {
     logits.par_chunks_mut(CLASSES * CHUNK).for_each(|logits| {
         for x in logits.as_chunks_mut::<CLASSES>().0 {
-            let small = (-(x[0] - x[1]).abs()).exp();
-            let (large, small) = (1.0 / (1.0 + small), small / (1.0 + small));
+            let max = x[0].max(x[1]);
+            // exp(max - max) is 1, or not a number where the network overflowed.
+            let (large, small) = (1.0 + (max - max), (-(x[0] - x[1]).abs()).exp());
+            let sum = large + small;
+            let (large, small) = (large / sum, small / sum);
             *x = if x[1] > x[0] { [small, large] } else { [large, small] };
         }
     });
@@ -87,5 +90,10 @@ mod tests {
             assert!((p[0] + p[1] - 1.0).abs() < 2e-7);
         }
         assert_eq!(argmax(&p), [0, 0, 0, 1, 1, 1], "a tie is background");
+        for overflowed in [[f32::INFINITY, 0.0], [0.0, f32::INFINITY], [f32::NAN, 0.0], [0.0, f32::NAN]] {
+            let mut p = overflowed;
+            softmax(&mut p);
+            assert!(p.iter().all(|p| p.is_nan()), "{overflowed:?}: {p:?}, torch has NaN");
+        }
     }
 }

@@ -106,7 +106,7 @@ impl Windows {
 ///
 /// # Errors
 /// Those of `predict`, and [`Error::Shape`] when the volume or a prediction does not have the size it should.
-pub fn sliding_window<L: AsRef<[f32]> + Sync>(
+pub fn sliding_window<L: AsRef<[f32]>>(
     volume: &[f32],
     shape: [usize; 3],
     config: &Window,
@@ -119,7 +119,7 @@ pub fn sliding_window<L: AsRef<[f32]> + Sync>(
 
 /// [`sliding_window`] of several volumes of one shape; windows keep counting, and a batch of windows may span two
 /// volumes.
-pub fn sliding_window_batch<L: AsRef<[f32]> + Sync>(
+pub fn sliding_window_batch<L: AsRef<[f32]>>(
     volumes: &[&[f32]],
     shape: [usize; 3],
     config: &Window,

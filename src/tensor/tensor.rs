@@ -119,6 +119,7 @@ impl Tensor {
         Arc::get_mut(data).expect("the copy just made has one owner")
     }
 }
+
 impl AsRef<[f32]> for Tensor {
     fn as_ref(&self) -> &[f32] {
         self.data()

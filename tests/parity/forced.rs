@@ -3,7 +3,7 @@
 //!
 //! `SPLEEN_NIGHTLY=1` adds the full networks' larger inputs and their steps of Adam.
 
-use spleen_hpc::device::cpu::{Simd, simd, use_simd};
+use spleen_hpc::device::cpu::{Simd, obey_environment, simd, use_simd};
 
 use crate::golden::Golden;
 use crate::ledger::Ledger;
@@ -35,7 +35,7 @@ pub fn replay(golden: &Golden, filter: &str) -> Outcome<bool> {
             println!("{name}: {:.1} s", start.elapsed().as_secs_f64());
         }
     }
-    use_simd(best);
+    obey_environment()?;
     if ran.is_empty() {
         return Ok(true);
     }
@@ -56,18 +56,26 @@ type Run = fn(&Golden, &mut Ledger) -> Outcome<()>;
 const UNITS: [Unit; 3] = [
     Unit {
         simd: Simd::Avx512,
-        groups: [("avx512 ops", ops::run), ("avx512 unet", networks), ("avx512 autocast", autocast::bf16)],
+        groups: [
+            ("avx512 ops", ops::run),
+            ("avx512 unet", networks),
+            ("avx512 autocast", autocast::bf16_on_vectors),
+        ],
     },
     Unit {
         simd: Simd::Avx2,
-        groups: [("avx2 ops", ops::run), ("avx2 unet", networks), ("avx2 autocast", autocast::bf16)],
+        groups: [
+            ("avx2 ops", ops::run),
+            ("avx2 unet", networks),
+            ("avx2 autocast", autocast::bf16_on_vectors),
+        ],
     },
     Unit {
         simd: Simd::Portable,
         groups: [
             ("portable ops", ops::run),
             ("portable unet", networks),
-            ("portable autocast", autocast::bf16),
+            ("portable autocast", autocast::bf16_on_vectors),
         ],
     },
 ];

@@ -89,8 +89,9 @@ pub fn correlate<'a>(
         tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
     tasks.into_par_iter().for_each_init(Vec::new, |row, (origins, first)| {
         let part = first..lanes.len().min(first + part);
-        let mut tile = Buffer::dirty(voxels * widest + run::SLACK);
-        // The buffer holds the tile before only where no other group of blocks came after it.
+        // One length for nearly all layers: the arena keeps every length that it was ever asked for. It holds the tile
+        // before only where no other group of blocks came after it.
+        let mut tile = Buffer::dirty((voxels * widest).max(TILE_FLOATS) + run::SLACK);
         let keeps = groups.len() == 1;
         let place = |i: usize| Place {
             map,

@@ -2,7 +2,7 @@
 //!
 //! A pack is found again by the tensors it was made of. It holds them weakly: whoever changes one through
 //! `Arc::make_mut` moves it away from its weak references, so that a pack of old values can never be found, and a network
-//! that is dropped takes its tensors with it.
+//! that is dropped takes its tensors with it. Packs that cannot be found any more go when the next one is made.
 
 use super::Weights;
 #[cfg(target_arch = "x86_64")]
@@ -69,9 +69,13 @@ pub fn packed<'a>(
     if let Some(kept) = lock().iter().find(|k| same(k)) {
         return kept.packed.clone();
     }
+    // Not under the lock: packing is many tasks, and a thread that waits for them may take one that asks here too.
     let packed = Arc::new(pack());
     let tensors = pairs.iter().map(|w| Arc::downgrade(w.data)).collect();
     let mut kept = lock();
+    if let Some(kept) = kept.iter().find(|k| same(k)) {
+        return kept.packed.clone();
+    }
     kept.retain(|k| k.tensors.iter().all(|t| t.strong_count() > 0));
     kept.push(Kept { key, tensors, packed: packed.clone() });
     packed

@@ -14,7 +14,7 @@ pub const CHANNEL_BLOCK: usize = 16;
 pub const GROUP: usize = 2;
 
 /// Floats of a tile buffer: 192 KB, a fifth of a 1 MB L2, a third of a 512 KB one.
-const TILE_FLOATS: usize = 48 << 10;
+pub const TILE_FLOATS: usize = 48 << 10;
 
 /// Which input voxels feed an output voxel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -129,7 +129,7 @@ pub fn load(
     let row_floats = order.row_floats(ew, elements);
     let pending = source.affine(n, block);
     let shared = before.map_or(0, |before| origin.shared_planes(map, before));
-    if let Some(before) = before {
+    if let Some(before) = before.filter(|_| shared > 0) {
         let (plane, first) = (eh * row_floats, before.size.d * stride);
         tile.copy_within(first * plane..(first + shared) * plane, 0);
     }

@@ -3,10 +3,9 @@
 //! Two channels would leave seven eighths of every product empty. A voxel that is infinite or no number reaches all
 //! outputs that share a row of A with one that reads it.
 
+use super::scheme::BAND;
 use crate::ops::conv::plan::{Block, Class, LANES, Map};
 use crate::ops::conv::run::THIN_CHANNELS;
-
-use super::scheme::BAND;
 
 /// What the lanes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

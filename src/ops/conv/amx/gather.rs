@@ -68,6 +68,8 @@ pub fn correlate<'a>(
             let halo = Halo::new(depth, map, origin.size, anchors[2]);
             for (index, group) in groups.iter().enumerate() {
                 tile.resize(halo.len() * group.len() + SLACK, 0.0);
+                // What the last rows of A read past the tile is multiplied by 0, and must be a number.
+                tile[halo.len() * group.len()..].fill(0.0);
                 let place = Place { map, space, anchors_w: anchors[2], origin, before: None };
                 for (&block, tile) in group.iter().zip(tile.chunks_exact_mut(halo.len())) {
                     halo.load(&sources[block.tensor], block, &place, tile, row);
