@@ -56,9 +56,9 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
 pub fn softmax(logits: &mut [f32]) {
     logits.par_chunks_mut(CLASSES * CHUNK).for_each(|logits| {
         for x in logits.as_chunks_mut::<CLASSES>().0 {
-            let max = x[0].max(x[1]);
             // exp(max - max) is 1, or not a number where the network overflowed.
-            let (large, small) = (1.0 + (max - max), (-(x[0] - x[1]).abs()).exp());
+            let large = if x[0].max(x[1]).is_finite() { 1.0 } else { f32::NAN };
+            let small = (-(x[0] - x[1]).abs()).exp();
             let sum = large + small;
             let (large, small) = (large / sum, small / sum);
             *x = if x[1] > x[0] { [small, large] } else { [large, small] };

@@ -5,7 +5,9 @@ use super::amx;
 use super::kept::{self, Layout};
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
-use super::plan::{Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, Tile, lane_blocks, source_blocks};
+use super::plan::{
+    Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
+};
 use super::tile::{Element, Order, Place, load};
 use super::{Head, Problem, Source, Weights, run};
 use crate::device::arena::Buffer;
