@@ -11,7 +11,7 @@ use crate::device::bf16::Operands;
 use crate::device::nvtx::range;
 use crate::error::Result;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A parameter: its index in the network's `named_parameters()` order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,13 +75,20 @@ impl Tape {
 #[derive(Default)]
 pub struct Grads {
     values: HashMap<ValueId, Tensor>,
-    params: Vec<Buffer>,
+    params: Vec<ParamGrad>,
+}
+
+/// Floats of a parameter, and its gradient once one arrived.
+struct ParamGrad {
+    len: usize,
+    sum: OnceLock<Buffer>,
 }
 
 impl Grads {
     /// Zero gradients for parameters of the given sizes.
     pub fn new(param_lens: impl IntoIterator<Item = usize>) -> Self {
-        Grads { values: HashMap::new(), params: param_lens.into_iter().map(Buffer::zeroed).collect() }
+        let params = param_lens.into_iter().map(|len| ParamGrad { len, sum: OnceLock::new() }).collect();
+        Grads { values: HashMap::new(), params }
     }
 
     /// Takes the gradient of a value out, if one arrived.
@@ -96,13 +103,19 @@ impl Grads {
     }
 
     /// Adds `grad` to the gradient of a parameter; lengths must agree.
-    pub fn add_param(&mut self, id: ParamId, grad: &[f32]) {
-        add_assign(&mut self.params[id.0], grad);
+    pub fn add_param(&mut self, id: ParamId, grad: Buffer) {
+        let param = &mut self.params[id.0];
+        assert_eq!(param.len, grad.len(), "a gradient is as long as its parameter");
+        match param.sum.get_mut() {
+            Some(sum) => add_assign(sum, &grad),
+            None => param.sum = OnceLock::from(grad),
+        }
     }
 
     /// The gradient of a parameter, in the parameter's own (PyTorch) layout.
     pub fn param(&self, id: ParamId) -> &[f32] {
-        &self.params[id.0]
+        let param = &self.params[id.0];
+        param.sum.get_or_init(|| Buffer::zeroed(param.len))
     }
 }
 

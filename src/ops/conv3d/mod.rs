@@ -21,6 +21,7 @@ pub mod plan;
 pub(super) mod tiled;
 mod wgrad_args;
 
+use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
@@ -128,10 +129,11 @@ impl Pass {
             return Ok(());
         }
         let dws = cpu::wgrad(&self.x, dys, self.kernel, self.stride, self.operands);
-        for ((dw, weight), (bias, dy)) in dws.iter().zip(&self.weights).zip(self.biases.iter().zip(dys)) {
+        for ((dw, weight), (bias, dy)) in dws.into_iter().zip(&self.weights).zip(self.biases.iter().zip(dys))
+        {
             grads.add_param(weight.id, dw);
             if let Some(bias) = bias {
-                grads.add_param(bias.id, &channel_sums(dy));
+                grads.add_param(bias.id, Buffer::from_slice(&channel_sums(dy)));
             }
         }
         Ok(())

@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod cuda_wgrad;
 
+use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
@@ -103,9 +104,9 @@ impl Pass {
             cuda_wgrad::wgrad(&views, &dy, self.weight.device().grad())?;
             return self.bias.as_ref().map_or(Ok(()), |bias| bias_grad(&dy, bias.device().grad()));
         }
-        grads.add_param(self.weight.id, &cpu::wgrad(&self.inputs, dy, self.operands));
+        grads.add_param(self.weight.id, cpu::wgrad(&self.inputs, dy, self.operands));
         if let Some(bias) = &self.bias {
-            grads.add_param(bias.id, &channel_sums(dy));
+            grads.add_param(bias.id, Buffer::from_slice(&channel_sums(dy)));
         }
         Ok(())
     }

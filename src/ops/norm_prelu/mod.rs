@@ -13,6 +13,7 @@
 mod cpu;
 pub mod cuda;
 
+use crate::device::arena::Buffer;
 use crate::device::cuda::{Buf, Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
@@ -187,16 +188,18 @@ fn norm_prelu_on_host(
             let dy = taken(grads, &y)?;
             let (sums, dx) = cpu::backward(&y, &dy, &mean, &rstd, count);
             let fold = |v: &[f64]| {
-                (0..c).map(|i| v.iter().skip(i).step_by(c).sum::<f64>() as f32).collect::<Vec<_>>()
+                let sums: Vec<f32> =
+                    (0..c).map(|i| v.iter().skip(i).step_by(c).sum::<f64>() as f32).collect();
+                Buffer::from_slice(&sums)
             };
             if let Some(gamma) = gamma {
-                grads.add_param(gamma, &fold(&sums.dz_xhat));
+                grads.add_param(gamma, fold(&sums.dz_xhat));
             }
             if let Some(beta) = beta {
-                grads.add_param(beta, &fold(&sums.dz));
+                grads.add_param(beta, fold(&sums.dz));
             }
             if let Some(slope) = slope {
-                grads.add_param(slope, &[sums.slope.iter().sum::<f64>() as f32]);
+                grads.add_param(slope, Buffer::from_slice(&[sums.slope.iter().sum::<f64>() as f32]));
             }
             give(grads, x_id, dx)
         });
