@@ -186,7 +186,9 @@ impl Trainer {
         match (&mut self.engine, input) {
             (Engine::Device(engine), input) => engine.queue(&mut self.net, &self.loss, input),
             (Engine::Host(optimizer, _), Input::Patches { images, labels, shape }) => {
-                let loss = host_step(&mut self.net, &self.loss, optimizer, images, labels, shape)?;
+                let (net, loss) = (&mut self.net, &self.loss);
+                // On a thread of the pool: to any other every op would be handed over, and back.
+                let loss = rayon::scope(|_| host_step(net, loss, optimizer, images, labels, shape))?;
                 self.keep(vec![loss])
             }
             (Engine::Host(..), Input::Resident { .. }) => {

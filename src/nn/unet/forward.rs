@@ -60,7 +60,12 @@ impl UNet {
     /// As [`UNet::forward`].
     pub fn infer(&self, images: &[f32], [n, d, h, w]: [usize; 4]) -> Result<Tensor> {
         let x = self.beside_parameters(Tensor::from_slice(Shape::new(n, [d, h, w], 1), images))?;
-        self.forward(&mut Tape::off(), x, Mode::Eval, None)?.0.to_host()
+        let run = || self.forward(&mut Tape::off(), x, Mode::Eval, None)?.0.to_host();
+        match self.params[0].cuda() {
+            Some(_) => run(),
+            // On a thread of the pool: to any other every op would be handed over, and back.
+            None => rayon::scope(|_| run()),
+        }
     }
 
     /// Logits (N, D, H, W, 2) of windows (N, D, H, W, 1) on the device that the parameters are on, without waiting.
