@@ -13,6 +13,9 @@ use crate::config::Window;
 use crate::device::cpu::vectorised;
 use crate::{Error, Result};
 
+/// Floats that a task clears.
+const PAGES: usize = 1 << 18;
+
 /// Logits of a batch of windows: takes `n` windows as (N,D,H,W), `n`, and the number of the first window since the
 /// beginning of the call; returns (N,D,H,W,C) in anything that floats can be read from.
 pub type Predict<'a, L> = dyn FnMut(&[f32], usize, usize) -> Result<L> + 'a;
@@ -138,6 +141,8 @@ pub fn sliding_window_batch<L: AsRef<[f32]>>(
     let weights = importance_map(config.roi, config.blend);
     let (each, total) = (weights.len(), windows.corners.len() * volumes.len());
     let mut sums = vec![vec![0f32; voxels * out_channels]; volumes.len()];
+    // Pages that are written before they are read are faulted in once, not once for each.
+    sums.iter_mut().for_each(|sum| sum.par_chunks_mut(PAGES).for_each(|pages| pages.fill(0.0)));
     let mut batch = vec![0f32; each * config.batch.min(total)];
 
     for first in (0..total).step_by(config.batch) {
@@ -201,14 +206,15 @@ vectorised! {
 /// Divides by the sum of weights, which is made again slab by slab instead of being kept for the whole grid.
 fn divide(sums: &mut [f32], windows: &Windows, weights: &[f32], channels: usize) {
     let plane = windows.shape[1] * windows.shape[2];
-    sums.par_chunks_mut(plane * channels).enumerate().for_each(|(d, slab)| {
-        let mut count = vec![0f32; plane];
+    sums.par_chunks_mut(plane * channels).enumerate().for_each_init(Vec::new, |count, (d, slab)| {
+        count.clear();
+        count.resize(plane, 0f32);
         for &corner in &windows.corners {
             windows.rows(d, corner, |to, from, len| {
                 count[to..to + len].iter_mut().zip(&weights[from..]).for_each(|(c, w)| *c += w);
             });
         }
-        slab.chunks_exact_mut(channels).zip(&count).for_each(|(s, c)| s.iter_mut().for_each(|s| *s /= c));
+        slab.chunks_exact_mut(channels).zip(&*count).for_each(|(s, c)| s.iter_mut().for_each(|s| *s /= c));
     });
 }
 
