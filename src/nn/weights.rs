@@ -5,7 +5,6 @@ use std::io::Read;
 use std::io::Write;
 use std::path::Path;
 
-use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::json;
 
@@ -85,28 +84,24 @@ pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict,
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(foreign)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(foreign)?;
     let mut dict = StateDict::new(path);
-    let names = header.offset_keys();
-    let array = |name: &String| {
-        let view = tensors.tensor(name).map_err(foreign)?;
+    for name in header.offset_keys() {
+        let view = tensors.tensor(&name).map_err(foreign)?;
         let (shape, data) = (view.shape().to_vec(), view.data());
         fn each<const N: usize, T>(data: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
             data.as_chunks().0.iter().map(|&element| f(element)).collect()
         }
-        Ok(match view.dtype() {
+        let array = match view.dtype() {
             Dtype::F32 => Array::f32(shape, each(data, f32::from_le_bytes)),
             Dtype::F64 => Array::f32(shape, each(data, |b| f64::from_le_bytes(b) as f32)),
             Dtype::F16 => Array::f32(shape, each(data, |b| half::f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => Array::f32(shape, each(data, |b| half::bf16::from_le_bytes(b).to_f32())),
             Dtype::I64 => Array::i64(shape, each(data, i64::from_le_bytes)),
             other => {
-                let text = format!("tensor {} is {other}, which no weight is", shown(name));
+                let text = format!("tensor {} is {other}, which no weight is", shown(&name));
                 return Err(Error::file(path, text));
             }
-        })
-    };
-    let arrays: Vec<Result<Array>> = names.par_iter().map(array).collect();
-    for (name, array) in names.into_iter().zip(arrays) {
-        dict.insert(name, array?)?;
+        };
+        dict.insert(name, array)?;
     }
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     Ok((dict.in_torch_order(), metadata))
