@@ -8,7 +8,7 @@ use spleen_hpc::device::cpu::{Simd, obey_environment, simd, use_simd};
 use crate::golden::Golden;
 use crate::ledger::Ledger;
 use crate::output::Output;
-use crate::{Outcome, autocast, network, nightly, ops, table, unet, unet_eval, unet_train};
+use crate::{Outcome, autocast, nightly, ops, table, unet};
 
 /// Tables for the groups whose name contains `filter`, unless the environment already forces a unit on all groups; true
 /// if everything holds. Says so where the machine lacks a unit.
@@ -85,13 +85,6 @@ fn networks(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     if nightly() {
         return unet::run(golden, ledger);
     }
-    ledger.each_file(golden, "unet_*", |file, ledger| {
-        let net = network::of_file(file)?;
-        unet_train::forward_backward(file, &net, ledger)?;
-        if file.name.contains("small") {
-            unet_train::steps(file, &net, ledger)?;
-        }
-        unet_eval::on_training_input(file, ledger)
-    });
+    ledger.each_file(golden, "unet_*", unet::in_brief);
     Ok(())
 }

@@ -9,9 +9,7 @@ use spleen_hpc::device::cuda::Precision;
 use crate::golden::Golden;
 use crate::ledger::Ledger;
 use crate::output::Output;
-use crate::{
-    Outcome, autocast, inverse, loss, network, nightly, ops, place, support, sw, table, unet_eval, unet_train,
-};
+use crate::{Outcome, autocast, inverse, loss, nightly, ops, place, support, sw, table, unet};
 
 /// Tables for the groups whose name contains `filter`; true if everything holds. Says so where there is no device.
 pub fn replay(golden: &Golden, filter: &str) -> Outcome<bool> {
@@ -62,12 +60,7 @@ fn networks(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
         if file.name.contains("full") && !nightly() {
             return Ok(());
         }
-        let net = network::of_file(file)?;
-        unet_train::forward_backward(file, &net, ledger)?;
-        if file.name.contains("small") {
-            unet_train::steps(file, &net, ledger)?;
-        }
-        unet_eval::on_training_input(file, ledger)
+        unet::in_brief(file, ledger)
     });
     Ok(())
 }

@@ -28,6 +28,16 @@ pub fn run(golden: &Golden, ledger: &mut Ledger) -> Outcome<()> {
     Ok(())
 }
 
+/// One network wherever it computes: activations, loss, gradients, evaluation, and trained parameters of a small one.
+pub fn in_brief(file: &File, ledger: &mut Ledger) -> Outcome<()> {
+    let net = network::of_file(file)?;
+    unet_train::forward_backward(file, &net, ledger)?;
+    if file.name.contains("small") {
+        unet_train::steps(file, &net, ledger)?;
+    }
+    unet_eval::on_training_input(file, ledger)
+}
+
 /// Compares `name` and its strided forms `name_s<step>`.
 pub fn compare_logits(file: &File, name: &str, got: &Tensor, tolerance: Tolerance, ledger: &mut Ledger) {
     ledger.compare(file, name, got, tolerance);

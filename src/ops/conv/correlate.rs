@@ -32,8 +32,8 @@ pub fn correlate<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
     #[cfg(target_arch = "x86_64")]
-    if amx::gathers(&problem, sources, heads) {
-        return amx::correlate(problem, sources, heads, weights);
+    if let Some(scheme) = amx::scheme(&problem, sources, heads) {
+        return amx::correlate(&scheme, problem, sources, heads, weights);
     }
     let Problem { map, operands, keep, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
@@ -298,7 +298,7 @@ impl Pass<'_> {
                 }
                 _ => (weights, q_stride),
             };
-            let [_, _, width] = self.class_space(class);
+            let [_, _, width] = self.map.class_space(class, self.out_space);
             let mut lane = step.lanes.start;
             let mut moved = rows.clone();
             while lane < step.lanes.end {
@@ -351,12 +351,5 @@ impl Pass<'_> {
                 lane += q;
             }
         }
-    }
-
-    /// Outputs of a class, (D, H, W).
-    fn class_space(&self, class: &Class) -> [usize; 3] {
-        std::array::from_fn(|a| {
-            (self.out_space[a] - class.parity[a]).div_ceil(self.map.outputs()).min(self.anchors[a])
-        })
     }
 }

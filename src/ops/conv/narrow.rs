@@ -1,6 +1,8 @@
 //! Rows of voxels to pairs of bfloat16 channels, norm and PReLU applied on the way.
 
 use super::tile::{Affine, pair_channels, transform_row};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::{Simd, simd_of_pairs};
 
 /// `out[v * pitch + i]` = channels 2 i and 2 i + 1, mapped if there is a map, of voxel v of `x`, whose voxels are
 /// `x_pitch` floats apart and have `len` channels. `row` is scratch.
@@ -12,7 +14,7 @@ pub fn transform_pairs(
     row: &mut [f32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if len == 2 * pitch && len.is_multiple_of(16) && x86::available() {
+    if len == 2 * pitch && len.is_multiple_of(16) && simd_of_pairs() == Simd::Avx512 {
         let voxels = out.len() / pitch;
         assert!(voxels == 0 || x.len() >= (voxels - 1) * x_pitch + len, "{voxels} voxels");
         assert!(
@@ -37,13 +39,7 @@ pub fn transform_pairs(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Affine;
-    use crate::device::cpu::{Simd, simd};
     use std::arch::x86_64::*;
-
-    /// Whether [`voxels_16`] may be called.
-    pub fn available() -> bool {
-        simd() == Simd::Avx512 && is_x86_feature_detected!("avx512bf16")
-    }
 
     /// Sixteen channels of each voxel. The instruction rounds as [`crate::device::bf16::round`] does: to nearest even,
     /// denormals to 0, NaN to quiet ones.

@@ -17,9 +17,39 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// `starts` of (group, class), classes fastest, and the end.
-    pub fn new(data: Buffer, starts: Vec<usize>, classes: usize) -> Self {
-        Packed { data, starts, classes }
+    /// Has every (source block, lane block) of every class written by `write(out, [source, lane], class, scratch)`, in
+    /// parallel; `floats(class, sources)` is the size of one lane block's weights of these source blocks.
+    pub fn fill(
+        groups: &[&[Block]],
+        lanes: &[Block],
+        classes: &[Class],
+        floats: impl Fn(&Class, &[Block]) -> usize,
+        write: impl Fn(&mut [f32], [&Block; 2], &Class, &mut Vec<f32>) + Sync,
+    ) -> Self {
+        let mut starts = vec![0];
+        for group in groups {
+            for class in classes {
+                starts.push(starts[starts.len() - 1] + lanes.len() * floats(class, group));
+            }
+        }
+        let mut data = Buffer::dirty(starts[starts.len() - 1]);
+        let mut rest = &mut data[..];
+        let mut jobs = Vec::new();
+        for group in groups {
+            for class in classes {
+                for lane in lanes {
+                    for source in *group {
+                        let (head, tail) = rest.split_at_mut(floats(class, &[*source]));
+                        jobs.push((head, source, class, lane));
+                        rest = tail;
+                    }
+                }
+            }
+        }
+        jobs.into_par_iter().for_each_init(Vec::new, |scratch, (out, source, class, lane)| {
+            write(out, [source, lane], class, scratch);
+        });
+        Packed { data, starts, classes: classes.len() }
     }
 
     /// Weights of one group of source blocks and one class: lane blocks follow each other.
@@ -45,27 +75,8 @@ pub fn pack<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
     let kernel = map.kernel();
-    let mut starts = vec![0];
-    for group in groups {
-        for class in classes {
-            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, element));
-        }
-    }
-    let mut data = Buffer::dirty(starts[starts.len() - 1]);
-    let mut rest = &mut data[..];
-    let mut jobs = Vec::new();
-    for group in groups {
-        for class in classes {
-            for lane in lanes {
-                for source in *group {
-                    let (head, tail) = rest.split_at_mut(lane_block_floats(class, &[*source], element));
-                    jobs.push((head, source, class, lane));
-                    rest = tail;
-                }
-            }
-        }
-    }
-    jobs.into_par_iter().for_each(|(out, source, class, lane)| {
+    let floats = |class: &Class, group: &[Block]| lane_block_floats(class, group, element);
+    Packed::fill(groups, lanes, classes, floats, |out, [source, lane], class, floats| {
         let w = weights(source.tensor, lane.tensor);
         let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
         // (tap in the tensor, where its lanes of channel 0 go)
@@ -92,14 +103,16 @@ pub fn pack<'a>(
             out.fill(0.0);
         }
         if element == Element::Channels {
-            let mut floats = vec![0.0; taps.len() * source.len * LANES];
-            fill(&mut floats);
-            pair_rows(&floats, source.len * LANES, out);
+            floats.resize(taps.len() * source.len * LANES, 0.0);
+            if lane.len < LANES {
+                floats.fill(0.0);
+            }
+            fill(floats);
+            pair_rows(floats, source.len * LANES, out);
         } else {
             fill(out);
         }
-    });
-    Packed::new(data, starts, classes.len())
+    })
 }
 
 vectorised! {

@@ -73,6 +73,11 @@ impl Map {
         (anchors - 1) * self.stride() + reach
     }
 
+    /// (D, H, W) of a class's outputs among `out_space`.
+    pub fn class_space(self, class: &Class, out_space: [usize; 3]) -> [usize; 3] {
+        std::array::from_fn(|a| (out_space[a] - class.parity[a]).div_ceil(self.outputs()))
+    }
+
     /// The tap classes: one for a gather, one per output parity for a scatter.
     pub fn classes(self) -> Vec<Class> {
         // (input offset, tap) pairs that feed an output of the given parity along one axis. Scatter: output 2a takes

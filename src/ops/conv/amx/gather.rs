@@ -30,8 +30,9 @@ const LARGER: usize = 2;
 #[repr(align(64))]
 struct Scratch([[[f32; LANES]; ROWS]; 4]);
 
-/// See [`crate::ops::conv::correlate()`].
+/// See [`crate::ops::conv::correlate()`]; `scheme` is that of the pass.
 pub fn correlate<'a>(
+    scheme: &Scheme,
     problem: Problem,
     sources: &[Source],
     heads: &mut [Head],
@@ -41,12 +42,11 @@ pub fn correlate<'a>(
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let channels: Vec<usize> = sources.iter().map(|s| s.channels).collect();
     let head_channels: Vec<usize> = heads.iter().map(|h| h.channels).collect();
-    let scheme = Scheme::of(map, &channels, &head_channels, out_space).expect("a pass that `gathers` took");
     let depth = scheme.depth;
     let blocks = blocks(channels, depth.channels());
     let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
     let lanes = scheme.lanes(&head_channels);
-    let pack = || pack(map, &scheme, &groups, &lanes, weights);
+    let pack = || pack(map, scheme, &groups, &lanes, weights);
     let layout = Layout::Tiles(depth, scheme.fold);
     let packed =
         if keep { kept::packed((map, layout), [&blocks, &lanes], weights, pack) } else { Arc::new(pack()) };
@@ -59,7 +59,7 @@ pub fn correlate<'a>(
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass = Pass { map, scheme: &scheme, out_space, anchors, lanes: &lanes, outs: &outs };
+    let pass = Pass { map, scheme, out_space, lanes: &lanes, outs: &outs };
     let tasks: Vec<_> =
         tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
     tasks.into_par_iter().for_each_init(
@@ -87,7 +87,6 @@ struct Pass<'a> {
     map: Map,
     scheme: &'a Scheme,
     out_space: [usize; 3],
-    anchors: [usize; 3],
     lanes: &'a [Block],
     outs: &'a [Out<'a>],
 }
@@ -139,7 +138,7 @@ impl Pass<'_> {
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
         let _tiles = unsafe { Tiles::configure(depth.elements()) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
-            let [out_d, out_h, width] = self.class_space(class);
+            let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
             let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
             cover.fill((d, h, group.halo.positions(width)), group.halo.pitches());
             group.halo.steps(class, group.blocks.len(), steps);
@@ -318,12 +317,5 @@ impl Pass<'_> {
         for (i, (y, v)) in y.iter_mut().zip(values).enumerate() {
             *y = v + if group.index == 0 { out.bias.map_or(0.0, |b| b[i % out.channels]) } else { *y };
         }
-    }
-
-    /// Outputs of a class, (D, H, W).
-    fn class_space(&self, class: &Class) -> [usize; 3] {
-        std::array::from_fn(|a| {
-            (self.out_space[a] - class.parity[a]).div_ceil(self.map.outputs()).min(self.anchors[a])
-        })
     }
 }

@@ -45,11 +45,11 @@ fn on(problem: &Problem) -> bool {
     problem.operands == Operands::Bf16 && amx()
 }
 
-/// Whether [`correlate`] computes this pass.
-pub fn gathers(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
+/// The scheme by which [`correlate`] computes this pass, `None` where it does not.
+pub fn scheme(problem: &Problem, sources: &[Source], heads: &[Head]) -> Option<Scheme> {
     let sources: Vec<usize> = sources.iter().map(|s| s.channels).collect();
     let heads: Vec<usize> = heads.iter().map(|h| h.channels).collect();
-    on(problem) && Scheme::of(problem.map, &sources, &heads, problem.out_space).is_some()
+    on(problem).then(|| Scheme::of(problem.map, &sources, &heads, problem.out_space))?
 }
 
 /// Whether [`wgrad()`] computes this pass.

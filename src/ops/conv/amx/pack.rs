@@ -3,13 +3,11 @@
 use super::fold::{Fold, output_taps, parity};
 use super::scheme::{Depth, Scheme};
 use crate::device::amx::TILE_BYTES;
-use crate::device::arena::Buffer;
 use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
 use crate::ops::conv::Weights;
 use crate::ops::conv::pack::{Packed, pair_rows};
 use crate::ops::conv::plan::{Block, Class, LANES, Map};
-use rayon::prelude::*;
 
 /// Floats of a B tile.
 pub const TILE_FLOATS: usize = TILE_BYTES / 4;
@@ -29,27 +27,8 @@ pub fn pack<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
     let Scheme { depth, classes, .. } = scheme;
-    let mut starts = vec![0];
-    for group in groups {
-        for class in classes {
-            starts.push(starts[starts.len() - 1] + lanes.len() * lane_block_floats(class, group, *depth));
-        }
-    }
-    let mut data = Buffer::dirty(starts[starts.len() - 1]);
-    let mut rest = &mut data[..];
-    let mut jobs = Vec::new();
-    for group in groups {
-        for class in classes {
-            for lane in lanes {
-                for source in *group {
-                    let (head, tail) = rest.split_at_mut(lane_block_floats(class, &[*source], *depth));
-                    jobs.push((head, source, class, lane));
-                    rest = tail;
-                }
-            }
-        }
-    }
-    jobs.into_par_iter().for_each_init(Vec::new, |floats: &mut Vec<f32>, (out, source, class, lane)| {
+    let floats = |class: &Class, group: &[Block]| lane_block_floats(class, group, *depth);
+    Packed::fill(groups, lanes, classes, floats, |out, [source, lane], class, floats| {
         let w = weights(source.tensor, lane.tensor);
         let start = w.offset + source.first * w.source_stride;
         let whole = lane.len == LANES && source.len.is_multiple_of(2);
@@ -72,8 +51,7 @@ pub fn pack<'a>(
             }
         }
         pair_rows(floats, 2 * TILE_FLOATS, out);
-    });
-    Packed::new(data, starts, classes.len())
+    })
 }
 
 vectorised! {
