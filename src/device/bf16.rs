@@ -71,6 +71,10 @@ impl<V: Dot> Lanes for Pairs<V> {
     fn add(self, other: Self) -> Self {
         Pairs(self.0.add(other.0))
     }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Pairs(self.0.sub(other.0))
+    }
 }
 
 impl Dot for Plain {

@@ -203,6 +203,8 @@ pub trait Lanes: Copy {
     fn fma(self, a: Self, b: Self) -> Self;
     /// `self + other`.
     fn add(self, other: Self) -> Self;
+    /// `self - other`.
+    fn sub(self, other: Self) -> Self;
 }
 
 /// Plain Rust lanes.
@@ -238,6 +240,10 @@ impl Lanes for Plain {
     #[inline(always)]
     fn add(self, other: Self) -> Self {
         Plain(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] - other.0[i]))
     }
 }
 
@@ -283,6 +289,10 @@ pub(crate) mod x86 {
         fn add(self, other: Self) -> Self {
             Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
         }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
+        }
     }
 
     // SAFETY (all blocks below): as above, for AVX2 and FMA.
@@ -314,6 +324,10 @@ pub(crate) mod x86 {
         #[inline(always)]
         fn add(self, other: Self) -> Self {
             unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
     }
 }

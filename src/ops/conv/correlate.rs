@@ -9,7 +9,7 @@ use super::plan::{
     Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
 };
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Problem, Source, Weights, run};
+use super::{Head, Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +34,9 @@ pub fn correlate<'a>(
     #[cfg(target_arch = "x86_64")]
     if let Some(scheme) = amx::scheme(&problem, sources, heads) {
         return amx::correlate(&scheme, problem, sources, heads, weights);
+    }
+    if winograd::pays(&problem, sources, heads) {
+        return winograd::correlate(problem, sources, heads, weights);
     }
     let Problem { map, operands, keep, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));

@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex, Weak};
 pub enum Layout {
     /// Vectors of such elements.
     Vectors(Element),
+    /// Vectors of transformed filters.
+    Products,
     /// B tiles of AMX.
     #[cfg(target_arch = "x86_64")]
     Tiles(Depth, Option<Fold>),

@@ -33,6 +33,7 @@ mod thin_wgrad;
 mod tile;
 mod transpose;
 mod wgrad;
+mod winograd;
 
 pub use correlate::correlate;
 pub use plan::Map;

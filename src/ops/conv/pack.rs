@@ -52,6 +52,11 @@ impl Packed {
         Packed { data, starts, classes: classes.len() }
     }
 
+    /// What is packed for one group of source blocks and one class.
+    pub fn whole(data: Buffer) -> Self {
+        Packed { starts: vec![0, data.len()], data, classes: 1 }
+    }
+
     /// Weights of one group of source blocks and one class: lane blocks follow each other.
     pub fn of(&self, group: usize, class: usize) -> &[f32] {
         let i = group * self.classes + class;

@@ -119,24 +119,38 @@ pub fn load(
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
-    let Place { map, space: [_, _, sw], anchors_w, origin, before } = *place;
-    let Origin { n, size, .. } = *origin;
-    let (stride, pad) = (map.stride(), map.pad());
-    let (ed, eh, ew) = (map.extent(size.d), map.extent(size.h), map.extent(anchors_w));
+    let Place { map, anchors_w, origin, before, .. } = *place;
+    let (ed, eh) = (map.extent(origin.size.d), map.extent(origin.size.h));
+    let plane = eh * order.row_floats(map.extent(anchors_w), element.of(block.len));
+    let shared = before.map_or(0, |before| origin.shared_planes(map, before));
+    if let Some(before) = before.filter(|_| shared > 0) {
+        let first = before.size.d * map.stride();
+        tile.copy_within(first * plane..(first + shared) * plane, 0);
+    }
+    load_rows(source, block, place, (order, element), shared * eh..ed * eh, &mut tile[shared * plane..], row);
+}
+
+/// The same for some of the tile's input rows: `out` takes the first of them first.
+pub fn load_rows(
+    source: &Source,
+    block: Block,
+    place: &Place,
+    (order, element): (Order, Element),
+    rows: std::ops::Range<usize>,
+    out: &mut [f32],
+    row: &mut Vec<f32>,
+) {
+    let Place { map, space: [_, _, sw], anchors_w, origin, .. } = *place;
+    let (stride, pad, ew) = (map.stride(), map.pad(), map.extent(anchors_w));
     let (c, len) = (source.channels, block.len);
     let inside_w = sw.min(ew - pad);
     let elements = element.of(len);
     let row_floats = order.row_floats(ew, elements);
-    let pending = source.affine(n, block);
-    let shared = before.map_or(0, |before| origin.shared_planes(map, before));
-    if let Some(before) = before.filter(|_| shared > 0) {
-        let (plane, first) = (eh * row_floats, before.size.d * stride);
-        tile.copy_within(first * plane..(first + shared) * plane, 0);
-    }
+    let pending = source.affine(origin.n, block);
     // A mapped row, and its channel rows.
     row.resize(2 * ew * len, 0.0);
-    let (row, rows) = row.split_at_mut(ew * len);
-    for (index, out) in tile.chunks_exact_mut(row_floats).enumerate().take(ed * eh).skip(shared * eh) {
+    let (row, channel_rows) = row.split_at_mut(ew * len);
+    for (index, out) in rows.zip(out.chunks_exact_mut(row_floats)) {
         let Some(start) = place.source_row(index, c) else {
             out.fill(0.0);
             continue;
@@ -171,8 +185,8 @@ pub fn load(
                 }
                 if element == Element::Channels {
                     // Channel rows first, then pairs of them.
-                    transpose(row, len, rows, ew);
-                    let rows = rows.chunks(2 * ew).take(elements);
+                    transpose(row, len, channel_rows, ew);
+                    let rows = channel_rows.chunks(2 * ew).take(elements);
                     for ((i, out), rows) in out.chunks_exact_mut(ew).enumerate().zip(rows) {
                         let (even, odd) = rows.split_at(ew);
                         let odd = if 2 * i + 1 < len { &odd[..inside_w] } else { &[] };
