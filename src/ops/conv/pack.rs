@@ -79,45 +79,44 @@ pub fn pack<'a>(
     element: Element,
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
-    let kernel = map.kernel();
     let floats = |class: &Class, group: &[Block]| lane_block_floats(class, group, element);
     Packed::fill(groups, lanes, classes, floats, |out, [source, lane], class, floats| {
         let w = weights(source.tensor, lane.tensor);
-        let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
-        // (tap in the tensor, where its lanes of channel 0 go)
-        let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
-        for &(_, _, kd, kh) in &class.rows {
-            for &kw in &class.taps_w {
-                let tap = (kd * kernel + kh) * kernel + kw;
-                let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-                taps.push((tap, taps.len() * source.len * LANES));
-            }
-        }
-        // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all
-        // lanes have come.
-        let fill = |out: &mut [f32]| {
-            for channel in 0..source.len {
-                for l in 0..lane.len {
-                    let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
-                    let to = &mut out[channel * LANES + l..];
-                    taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
-                }
-            }
-        };
-        if lane.len < LANES {
-            out.fill(0.0);
-        }
         if element == Element::Channels {
-            floats.resize(taps.len() * source.len * LANES, 0.0);
-            if lane.len < LANES {
-                floats.fill(0.0);
-            }
-            fill(floats);
+            floats.resize(lane_block_floats(class, &[*source], Element::Single), 0.0);
+            gather(map, class, w, [source, lane], floats);
             pair_rows(floats, source.len * LANES, out);
         } else {
-            fill(out);
+            gather(map, class, w, [source, lane], out);
         }
     })
+}
+
+/// `out` = the weights `w` between a source block and a lane block, `[row][tap along w][channel][16 lanes]`.
+pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], out: &mut [f32]) {
+    let kernel = map.kernel();
+    let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
+    // (tap in the tensor, where its lanes of channel 0 go)
+    let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
+    for &(_, _, kd, kh) in &class.rows {
+        for &kw in &class.taps_w {
+            let tap = (kd * kernel + kh) * kernel + kw;
+            let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
+            taps.push((tap, taps.len() * source.len * LANES));
+        }
+    }
+    if lane.len < LANES {
+        out.fill(0.0);
+    }
+    // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all lanes
+    // have come.
+    for channel in 0..source.len {
+        for l in 0..lane.len {
+            let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
+            let to = &mut out[channel * LANES + l..];
+            taps.iter().for_each(|&(tap, at)| to[at] = from[tap]);
+        }
+    }
 }
 
 vectorised! {

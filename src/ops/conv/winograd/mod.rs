@@ -125,17 +125,17 @@ fn pack<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
     let class = &map.classes()[0];
-    let taps = pack::pack(map, &map.classes(), &[blocks], lanes, Element::Single, weights);
     let floats = |blocks: &[Block]| lane_block_floats(class, blocks, Element::Single);
+    // Three planes of a product instead of 27 taps.
     let pitch = floats(blocks) / 9;
     let mut data = Buffer::dirty(lanes.len() * PRODUCTS * pitch);
-    let of_lanes = data.par_chunks_exact_mut(PRODUCTS * pitch).zip(taps.of(0, 0).par_chunks_exact(9 * pitch));
-    of_lanes.for_each(|(mut out, mut taps)| {
+    let of_lanes = data.par_chunks_exact_mut(PRODUCTS * pitch).zip(lanes);
+    of_lanes.for_each_init(Vec::new, |taps, (mut out, lane)| {
         for block in blocks {
-            let (head, tail) = taps.split_at(floats(&[*block]));
-            transform::filters(head, block.len, out, pitch);
-            taps = tail;
-            out = &mut out[head.len() / 9..];
+            taps.resize(floats(&[*block]), 0.0);
+            pack::gather(map, class, weights(block.tensor, lane.tensor), [block, lane], taps);
+            transform::filters(taps, block.len, out, pitch);
+            out = &mut out[taps.len() / 9..];
         }
     });
     Packed::whole(data)
