@@ -35,7 +35,7 @@ pub fn correlate<'a>(
     if let Some(scheme) = amx::scheme(&problem, sources, heads) {
         return amx::correlate(&scheme, problem, sources, heads, weights);
     }
-    if winograd::pays(&problem, sources, heads) {
+    if winograd::correlates(&problem, sources, heads) {
         return winograd::correlate(problem, sources, heads, weights);
     }
     let Problem { map, operands, keep, n, space, out_space } = problem;

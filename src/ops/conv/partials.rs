@@ -1,7 +1,7 @@
 //! How the sums of a weight gradient are cut into tasks, and put together again.
 
 use super::Source;
-use super::plan::{Block, LANES, Map, lane_blocks, source_blocks};
+use super::plan::{Block, LANES, lane_blocks, source_blocks};
 use super::transpose::transpose;
 use crate::device::arena::Buffer;
 use rayon::prelude::*;
@@ -47,12 +47,12 @@ pub struct Task<'a> {
 }
 
 impl Partials {
-    /// `tiles` says how many tiles the anchors make for a source block of so many channels.
+    /// Sums have `taps` taps; `tiles` says how many tiles the anchors make for a source block of so many channels.
     ///
     /// Tiles are dealt to splits for the sake of tasks. Layers whose sums are too large for that split their lanes
     /// instead: tiles are loaded once a part, which costs little where there are many lanes.
     pub fn new(
-        map: Map,
+        taps: usize,
         sources: &[Source],
         lane_sources: &[Source],
         multiple: usize,
@@ -60,7 +60,6 @@ impl Partials {
     ) -> Self {
         let channels = source_blocks(sources, CHANNELS);
         let lanes = lane_blocks(lane_sources.iter().map(|s| s.channels));
-        let taps = map.kernel().pow(3);
         let tiles = tiles(channels.iter().map(|b| b.len).max().unwrap_or(1));
         let padded: usize = channels.iter().map(|b| b.len.next_multiple_of(multiple)).sum();
         let floats = taps * padded * lanes.len() * LANES;
@@ -98,19 +97,36 @@ impl Partials {
         self.taps * block.len.next_multiple_of(self.multiple) * lanes.len() * LANES
     }
 
-    /// One tensor a lane source, `[lane channel][source channel][tap]`, from the sums of all tasks: splits are added in
-    /// their order.
-    pub fn finish(&self, mut sums: Vec<Buffer>, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
-        for splits in sums.chunks_mut(self.splits) {
-            let (sum, others) = splits.split_first_mut().expect("at least one split");
+    /// One tensor a lane source, `[lane channel][source channel][tap]`, from the sums of all tasks.
+    pub fn finish(&self, sums: Vec<Buffer>, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+        self.arrange(self.taps, &self.reduce(sums), sources, lane_sources)
+    }
+
+    /// The sums of the channel blocks by parts of the lanes: splits are added in their order.
+    pub fn reduce(&self, sums: Vec<Buffer>) -> Vec<Buffer> {
+        let mut sums = sums.into_iter();
+        let mut reduced = Vec::with_capacity(self.channels.len() * self.parts());
+        while let Some(mut sum) = sums.next() {
+            let others: Vec<Buffer> = sums.by_ref().take(self.splits - 1).collect();
             sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
-                for other in others.iter() {
+                for other in &others {
                     let other = &other[i * REDUCE_CHUNK..];
                     sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
                 }
             });
+            reduced.push(sum);
         }
-        let taps = self.taps;
+        reduced
+    }
+
+    /// One tensor a lane source, from reduced sums of so many taps.
+    pub fn arrange(
+        &self,
+        taps: usize,
+        sums: &[Buffer],
+        sources: &[Source],
+        lane_sources: &[Source],
+    ) -> Vec<Buffer> {
         let source_channels: usize = sources.iter().map(|s| s.channels).sum();
         let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
         let mut dw: Vec<Buffer> =
@@ -130,8 +146,8 @@ impl Partials {
             let mut by_tap = vec![0.0; tap_pitch * LANES];
             let mut by_lane = by_tap.clone();
             for (block_index, &block) in self.channels.iter().enumerate() {
-                let sum = &sums[(block_index * self.parts() + part) * self.splits];
-                let tap_floats = self.floats(block, lanes) / taps;
+                let sum = &sums[block_index * self.parts() + part];
+                let tap_floats = self.floats(block, lanes) / self.taps;
                 let start = (first_channel(block.tensor) + block.first) * taps;
                 for channel in 0..block.len {
                     let at = channel * width + lane_index * LANES;
@@ -156,11 +172,10 @@ mod tests {
 
     #[test]
     fn every_tile_of_every_block_and_lane_is_in_one_task_and_no_task_is_empty() {
-        let map = Map::Gather { kernel: 3, stride: 1 };
         for (tiles, channels, lanes) in [(1, 1, 1), (65, 16, 16), (288, 32, 48), (7, 256, 250), (4, 64, 512)]
         {
             let of = |channels| [Source { data: &[], channels, pending: None }];
-            let partials = Partials::new(map, &of(channels), &of(lanes), 1, |widest| {
+            let partials = Partials::new(27, &of(channels), &of(lanes), 1, |widest| {
                 assert_eq!(widest, channels.min(CHANNELS));
                 tiles
             });

@@ -7,7 +7,7 @@ use super::partials::{Partials, Task};
 use super::plan::{Block, LANES, Origin, Tile};
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours};
-use super::{Problem, Source};
+use super::{Problem, Source, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -36,6 +36,9 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     if amx::multiplies(&problem, sources, lane_sources) {
         return amx::wgrad(problem, sources, lane_sources);
     }
+    if winograd::multiplies(&problem, sources, lane_sources) {
+        return winograd::wgrad(problem, sources, lane_sources);
+    }
     // The sums run over voxels: so do pairs.
     let (element, voxels) = match operands {
         Operands::Single => (Element::Single, 1),
@@ -44,7 +47,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
     let (mut largest, mut tiles) = (Tile { d: 1, h: 1 }, Vec::new());
-    let partials = Partials::new(map, sources, lane_sources, 1, |channels| {
+    let partials = Partials::new(map.kernel().pow(3), sources, lane_sources, 1, |channels| {
         largest = Tile::choose(map, anchors, channels);
         tiles = largest.origins(n, anchors);
         tiles.len()

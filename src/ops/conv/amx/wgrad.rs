@@ -15,10 +15,11 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let Problem { map, n, space, out_space: anchors, .. } = problem;
     let thin = super::is_thin(map, sources);
     let mut tiles = Vec::new();
-    let partials = Partials::new(map, sources, lane_sources, if thin { 1 } else { LANES }, |channels| {
-        tiles = Tile::choose(map, anchors, channels.div_ceil(2)).origins(n, anchors);
-        tiles.len()
-    });
+    let partials =
+        Partials::new(map.kernel().pow(3), sources, lane_sources, if thin { 1 } else { LANES }, |channels| {
+            tiles = Tile::choose(map, anchors, channels.div_ceil(2)).origins(n, anchors);
+            tiles.len()
+        });
     let mut sums = Vec::new();
     (0..partials.tasks())
         .into_par_iter()

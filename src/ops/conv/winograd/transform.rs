@@ -1,4 +1,4 @@
-//! The three transforms of F(2 x 2, 3 x 3): of inputs, of filters and of outputs.
+//! The transforms of F(2 x 2, 3 x 3): of inputs, filters and outputs, and their transposes for gradients.
 //!
 //! Along one axis two neighbouring outputs of a correlation with three taps, `y0 = d0 g0 + d1 g1 + d2 g2` and
 //! `y1 = d1 g0 + d2 g1 + d3 g2`, are
@@ -10,7 +10,8 @@
 //! ```
 //!
 //! four products instead of six. In a plane it is done along h, then along w: 16 products instead of 36. Product number
-//! `4 i + j` is number i along h and j along w.
+//! `4 i + j` is number i along h and j along w. The gradient of a product is what the transposed transform makes of the
+//! outputs' gradients; those of the filters follow from it by the chain rule.
 
 use super::super::plan::LANES;
 use crate::device::cpu::{Lanes, vectorised};
@@ -31,6 +32,22 @@ fn filter([g0, g1, g2]: [[f32; LANES]; 3]) -> [[f32; LANES]; 4] {
     [g0, half(1.0), half(-1.0), g2]
 }
 
+/// The gradients of the four products of one axis, from those of its two outputs.
+#[inline(always)]
+fn gradient<V: Lanes>([y0, y1]: [V; 2]) -> [V; 4] {
+    [y0, y0.add(y1), y0.sub(y1), y1]
+}
+
+/// The gradients of the three taps of one axis, from those of the transformed ones, lane by lane.
+#[inline(always)]
+fn filter_gradient([u0, u1, u2, u3]: [[f32; LANES]; 4]) -> [[f32; LANES]; 3] {
+    [
+        std::array::from_fn(|l| u0[l] + 0.5 * (u1[l] + u2[l])),
+        std::array::from_fn(|l| 0.5 * (u1[l] - u2[l])),
+        std::array::from_fn(|l| 0.5 * (u1[l] + u2[l]) + u3[l]),
+    ]
+}
+
 /// The two outputs of one axis.
 #[inline(always)]
 fn output<V: Lanes>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
@@ -38,12 +55,18 @@ fn output<V: Lanes>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
 }
 
 /// Transforms a row of `tiles` tiles along w of one channel block: four rows of `2 tiles + 2` voxels of 16 floats, which
-/// begin every `row` floats from `x` on, to `v[product * pitch + tile * 16 + lane]`.
+/// begin every `row` floats from `x` on, to `v[product * pitch + tile * step + lane]`.
 ///
 /// # Safety
 /// All of these floats must be readable and writable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn inputs<V: Lanes>(x: *const f32, row: usize, tiles: usize, v: *mut f32, pitch: usize) {
+pub unsafe fn inputs<V: Lanes>(
+    x: *const f32,
+    row: usize,
+    tiles: usize,
+    v: *mut f32,
+    (pitch, step): (usize, usize),
+) {
     // SAFETY: inside both by the caller's promise.
     unsafe {
         let column = |w: usize| {
@@ -53,7 +76,7 @@ pub unsafe fn inputs<V: Lanes>(x: *const f32, row: usize, tiles: usize, v: *mut 
         let (mut first, mut second) = (column(0), column(1));
         for tile in 0..tiles {
             let (third, fourth) = (column(2 * tile + 2), column(2 * tile + 3));
-            let v = v.add(tile * LANES);
+            let v = v.add(tile * step);
             for i in 0..4 {
                 let products = input([first[i], second[i], third[i], fourth[i]]);
                 for j in 0..4 {
@@ -61,6 +84,37 @@ pub unsafe fn inputs<V: Lanes>(x: *const f32, row: usize, tiles: usize, v: *mut 
                 }
             }
             (first, second) = (third, fourth);
+        }
+    }
+}
+
+/// The same for gradients of outputs: two rows of `2 tiles` voxels.
+///
+/// # Safety
+/// As [`inputs`].
+#[inline(always)]
+pub unsafe fn gradients<V: Lanes>(
+    dy: *const f32,
+    row: usize,
+    tiles: usize,
+    to: *mut f32,
+    (pitch, step): (usize, usize),
+) {
+    for tile in 0..tiles {
+        // SAFETY: inside both by the caller's promise.
+        unsafe {
+            let column = |w: usize| {
+                let dy = dy.add(w * LANES);
+                gradient([V::load(dy), V::load(dy.add(row))])
+            };
+            let (first, second) = (column(2 * tile), column(2 * tile + 1));
+            let to = to.add(tile * step);
+            for i in 0..4 {
+                let products = gradient([first[i], second[i]]);
+                for j in 0..4 {
+                    products[j].store(to.add((4 * i + j) * pitch));
+                }
+            }
         }
     }
 }
@@ -95,6 +149,26 @@ vectorised! {
                     for (j, product) in filter([first[i], second[i], third[i]]).into_iter().enumerate() {
                         out[(4 * i + j) * pitch..][..LANES].copy_from_slice(&product);
                     }
+                }
+            }
+        }
+    }
+
+    /// Gradients of taps, `[kd][kh][kw][row]`, from those of products, `[product][kd][row]`; rows are whole lanes.
+    pub fn filter_gradients(m: &[f32], out: &mut [f32]) {
+        let ((m, _), (out, _)) = (m.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+        let pitch = m.len() / PRODUCTS;
+        let rows = pitch / 3;
+        for (plane, row) in (0..3).flat_map(|plane| (0..rows).map(move |row| (plane, row))) {
+            let product = |i: usize, j: usize| m[(4 * i + j) * pitch + plane * rows + row];
+            let columns: [[[f32; LANES]; 3]; 4] = std::array::from_fn(|j| {
+                filter_gradient([product(0, j), product(1, j), product(2, j), product(3, j)])
+            });
+            let [first, second, third, fourth] = columns;
+            for kh in 0..3 {
+                let taps = filter_gradient([first[kh], second[kh], third[kh], fourth[kh]]);
+                for (kw, tap) in taps.into_iter().enumerate() {
+                    out[((plane * 3 + kh) * 3 + kw) * rows + row] = tap;
                 }
             }
         }

@@ -1,0 +1,288 @@
+//! Fprop and dgrad.
+
+use super::super::correlate::Out;
+use super::super::kept::{self, Layout};
+use super::super::micro::{Reduction, broadcast_voxels};
+use super::super::pack::{self, Packed, lane_block_floats};
+use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
+use super::super::tile::Element;
+use super::super::{Head, Problem, Source, Weights};
+use super::slab::{Scratch, Side, Slab, Target};
+use super::transform::{self, PRODUCTS};
+use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
+use crate::device::arena::Buffer;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
+use rayon::prelude::*;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Lane blocks of the widest register tile.
+const WIDEST: usize = 4;
+
+/// Register tiles between two output transforms.
+const CHUNK: usize = 8;
+
+/// Tasks a thread, where lane blocks can be shared out.
+const TASKS_A_THREAD: usize = 4;
+
+/// See [`super::super::correlate()`].
+pub fn correlate<'a>(
+    problem: Problem,
+    sources: &[Source],
+    heads: &mut [Head],
+    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
+) {
+    let Problem { map, keep, n, out_space, .. } = problem;
+    let blocks = source_blocks(sources, CHANNEL_BLOCK);
+    let lanes = lane_blocks(heads.iter().map(|h| h.channels));
+    let pack = || pack(map, &blocks, &lanes, weights);
+    let packed = if keep {
+        kept::packed((map, Layout::Products), [&blocks, &lanes], weights, pack)
+    } else {
+        Arc::new(pack())
+    };
+    let tiles = tiles(out_space);
+    let largest = choose(tiles, blocks.len());
+    let origins = largest.origins(n, tiles);
+    // Where slabs are few, threads share them by lanes, and each transforms the whole input.
+    let parts = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(origins.len());
+    let part = lanes.len().div_ceil(parts).next_multiple_of(WIDEST);
+    let outs: Vec<_> = heads
+        .iter_mut()
+        .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
+        .collect();
+    let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, packed: packed.of(0, 0) };
+    let floats = PRODUCTS * blocks.len() * (largest.d + 2) * largest.h * tiles[2] * CHANNEL_BLOCK;
+    let tasks: Vec<_> =
+        origins.iter().flat_map(|o| (0..lanes.len()).step_by(part).map(move |first| (o, first))).collect();
+    tasks.into_par_iter().for_each_init(Default::default, |scratch, (origin, first)| {
+        // One length for nearly all layers: the arena keeps every length that it was ever asked for.
+        let mut v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
+        let mut m = Buffer::dirty(PRODUCTS * CHUNK * ACCUMULATORS * LANES);
+        let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
+        pass.run(&slab, first..lanes.len().min(first + part), &mut v, &mut m, scratch);
+    });
+}
+
+/// Packs to lane blocks of `[product][source block][plane][channel][16 lanes]`.
+fn pack<'a>(
+    map: Map,
+    blocks: &[Block],
+    lanes: &[Block],
+    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
+) -> Packed {
+    let class = &map.classes()[0];
+    let floats = |blocks: &[Block]| lane_block_floats(class, blocks, Element::Single);
+    // Three planes of a product instead of 27 taps.
+    let pitch = floats(blocks) / 9;
+    let mut data = Buffer::dirty(lanes.len() * PRODUCTS * pitch);
+    let of_lanes = data.par_chunks_exact_mut(PRODUCTS * pitch).zip(lanes);
+    of_lanes.for_each_init(Vec::new, |taps, (mut out, lane)| {
+        for block in blocks {
+            taps.resize(floats(&[*block]), 0.0);
+            pack::gather(map, class, weights(block.tensor, lane.tensor), [block, lane], taps);
+            transform::filters(taps, block.len, out, pitch);
+            out = &mut out[taps.len() / 9..];
+        }
+    });
+    Packed::whole(data)
+}
+
+/// What all tasks of a pass share.
+struct Pass<'a> {
+    sources: &'a [Source<'a>],
+    blocks: &'a [Block],
+    lanes: &'a [Block],
+    outs: &'a [Out<'a>],
+    packed: &'a [f32],
+}
+
+impl Pass<'_> {
+    /// Computes the lane blocks `lanes` of a slab; `v` and `m` hold transformed inputs and products.
+    fn run(&self, slab: &Slab, lanes: Range<usize>, v: &mut [f32], m: &mut [f32], scratch: &mut Scratch) {
+        match simd() {
+            // SAFETY: `simd()` found the features.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { self.run_avx512(slab, lanes, v, m, scratch) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe { self.run_avx2(slab, lanes, v, m, scratch) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Plain, 2>(slab, lanes, v, m, scratch) },
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn run_avx512(
+        &self,
+        slab: &Slab,
+        lanes: Range<usize>,
+        v: &mut [f32],
+        m: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, lanes, v, m, scratch) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(
+        &self,
+        slab: &Slab,
+        lanes: Range<usize>,
+        v: &mut [f32],
+        m: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx2, 6>(slab, lanes, v, m, scratch) }
+    }
+
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes, const N: usize>(
+        &self,
+        slab: &Slab,
+        lanes: Range<usize>,
+        v: &mut [f32],
+        m: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let (plane, block_floats) = (slab.plane_tiles() * LANES, slab.input_tiles() * LANES);
+        let pitch = self.blocks.len() * block_floats;
+        let mut rows = Vec::with_capacity(3 * self.blocks.len());
+        for (index, &block) in self.blocks.iter().enumerate() {
+            let start = index * block_floats;
+            let to = Target { floats: &mut v[start..], pitch, step: LANES };
+            // SAFETY: V's unit exists.
+            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], block, to, scratch) };
+            rows.extend((0..3).map(|kd| (start + kd * plane, block.len)));
+        }
+        let mut lane = lanes.start;
+        while lane < lanes.end {
+            // SAFETY: V's unit exists, and the slab's input is transformed.
+            lane += unsafe {
+                match lanes.end - lane {
+                    4.. if N >= 24 => self.lane_blocks::<V, 6, 4>(slab, lane, (v, pitch), m, &rows),
+                    2.. if N >= 24 => self.lane_blocks::<V, 12, 2>(slab, lane, (v, pitch), m, &rows),
+                    _ if N >= 24 => self.lane_blocks::<V, 24, 1>(slab, lane, (v, pitch), m, &rows),
+                    _ if N >= 6 => self.lane_blocks::<V, 6, 1>(slab, lane, (v, pitch), m, &rows),
+                    _ => self.lane_blocks::<V, 2, 1>(slab, lane, (v, pitch), m, &rows),
+                }
+            };
+        }
+    }
+
+    /// Computes Q lane blocks from `lane` on, P tiles at a time; returns Q.
+    ///
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn lane_blocks<V: Lanes, const P: usize, const Q: usize>(
+        &self,
+        slab: &Slab,
+        lane: usize,
+        (v, v_pitch): (&[f32], usize),
+        m: &mut [f32],
+        rows: &[(usize, usize)],
+    ) -> usize {
+        let tiles = slab.tiles();
+        let lane_floats = self.packed.len() / self.lanes.len();
+        let weights = &self.packed[lane * lane_floats..(lane + Q) * lane_floats];
+        let reduction =
+            Reduction { rows, taps: 1, tap_pitch: CHANNEL_BLOCK, channel_pitch: 0, step: CHANNEL_BLOCK };
+        let chunk = CHUNK * P;
+        let pitch = Q * chunk * LANES;
+        for first in (0..tiles).step_by(chunk) {
+            let count = chunk.min(tiles - first);
+            for product in 0..PRODUCTS {
+                let w = weights[product * lane_floats / PRODUCTS..].as_ptr();
+                for tile in (0..count).step_by(P) {
+                    let x = v[product * v_pitch + (first + tile) * CHANNEL_BLOCK..].as_ptr();
+                    let m = m[product * pitch + tile * LANES..].as_mut_ptr();
+                    // SAFETY: the tiles' planes are in `v`, P - 1 tiles behind the last one in its slack, and the
+                    // weights of Q lane blocks in `weights`; `m` has room for P tiles of Q lane blocks.
+                    unsafe {
+                        let acc = broadcast_voxels::<V, P, Q, CHANNEL_BLOCK>(x, w, lane_floats, &reduction);
+                        for q in 0..Q {
+                            for p in 0..P {
+                                acc[p][q].store(m.add((q * chunk + p) * LANES));
+                            }
+                        }
+                    }
+                }
+            }
+            for q in 0..Q {
+                let m = m[q * chunk * LANES..].as_ptr();
+                // SAFETY: the products of `count` tiles were just written; the lanes are this task's.
+                unsafe { self.transform_outputs::<V>(slab, lane + q, (first, count), m, pitch) };
+            }
+        }
+        Q
+    }
+
+    /// Writes the outputs of `count` tiles of a lane block from tile `first` of the slab on.
+    ///
+    /// # Safety
+    /// `m` must hold the products of all these tiles, `pitch` floats apart; no other thread uses these lanes of these
+    /// voxels; V's vector unit exists.
+    #[inline(always)]
+    unsafe fn transform_outputs<V: Lanes>(
+        &self,
+        slab: &Slab,
+        lane: usize,
+        (first, count): (usize, usize),
+        m: *const f32,
+        pitch: usize,
+    ) {
+        let block = self.lanes[lane];
+        let out = &self.outs[block.tensor];
+        let mut bias = [0.0; LANES];
+        if let Some(all) = out.bias {
+            bias[..block.len].copy_from_slice(&all[block.first..][..block.len]);
+        }
+        let [space_d, space_h, space_w] = slab.problem.out_space;
+        let Origin { n, d: d0, h: h0, size } = *slab.origin;
+        let row = space_w * out.channels;
+        for i in 0..count {
+            let (line, w) = ((first + i) / slab.tiles_w, 2 * ((first + i) % slab.tiles_w));
+            let (d, h) = (d0 + line / size.h, 2 * (h0 + line % size.h));
+            let start = (((n * space_d + d) * space_h + h) * space_w + w) * out.channels + block.first;
+            // SAFETY: the products are in `m`, the bias is 16 floats.
+            let [[y00, y01], [y10, y11]] = unsafe {
+                let bias = V::load(bias.as_ptr());
+                transform::outputs::<V>(m.add(i * LANES), pitch).map(|y| y.map(|y| y.add(bias)))
+            };
+            let (height, width) = ((space_h - h).min(2), (space_w - w).min(2));
+            let y = out.data.at(start, (height - 1) * row + (width - 1) * out.channels + block.len);
+            if (height, width, block.len) == (2, 2, LANES) {
+                // SAFETY: `at` has checked the bounds; the floats are the caller's.
+                unsafe {
+                    y00.store(y);
+                    y01.store(y.add(out.channels));
+                    y10.store(y.add(row));
+                    y11.store(y.add(row + out.channels));
+                }
+            } else {
+                let mut values = [0.0; 4 * LANES];
+                for (values, y) in values.chunks_exact_mut(LANES).zip([y00, y01, y10, y11]) {
+                    // SAFETY: 16 floats.
+                    unsafe { y.store(values.as_mut_ptr()) };
+                }
+                for (a, b) in (0..height).flat_map(|a| (0..width).map(move |b| (a, b))) {
+                    let values = &values[(2 * a + b) * LANES..][..block.len];
+                    // SAFETY: as above.
+                    unsafe {
+                        let y = y.add(a * row + b * out.channels);
+                        std::slice::from_raw_parts_mut(y, block.len).copy_from_slice(values);
+                    }
+                }
+            }
+        }
+    }
+}

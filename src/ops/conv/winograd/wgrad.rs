@@ -1,0 +1,242 @@
+//! Gradients of weights.
+
+use super::super::micro::outer_product;
+use super::super::partials::{Partials, Task};
+use super::super::plan::{CHANNEL_BLOCK, LANES, Origin, Tile, blocks};
+use super::super::{Problem, Source};
+use super::slab::{Scratch, Side, Slab, Target};
+use super::transform::{PRODUCTS, filter_gradients};
+use super::{SLAB_FLOATS, choose, tiles};
+use crate::device::arena::Buffer;
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use rayon::prelude::*;
+
+/// Taps of a sum: a product's three planes.
+const TAPS: usize = 3 * PRODUCTS;
+
+/// Channels of a sum are a multiple of this, so that no register tile has fewer.
+const CHANNELS: usize = 8;
+
+/// See [`super::super::wgrad()`].
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+    let tiles = tiles(problem.out_space);
+    let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
+    let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
+        // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
+        largest = choose(tiles, 2 * channels.div_ceil(CHANNEL_BLOCK));
+        origins = largest.origins(problem.n, tiles);
+        origins.len()
+    });
+    let mut sums: Vec<Buffer> = Vec::new();
+    (0..partials.tasks())
+        .into_par_iter()
+        .map_init(Default::default, |scratch, number| {
+            let task = partials.task(number);
+            let pass = Pass { problem: &problem, tiles_w: tiles[2], sources, lane_sources, task: &task };
+            pass.sum(largest, &origins[task.tiles.clone()], scratch)
+        })
+        .collect_into_vec(&mut sums);
+    let mut sums = partials.reduce(sums);
+    sums.par_iter_mut().for_each(|sum| {
+        let mut taps = Buffer::dirty(sum.len() * 27 / TAPS);
+        filter_gradients(sum, &mut taps);
+        *sum = taps;
+    });
+    partials.arrange(27, &sums, sources, lane_sources)
+}
+
+/// A task of a pass.
+struct Pass<'a> {
+    problem: &'a Problem,
+    tiles_w: usize,
+    sources: &'a [Source<'a>],
+    lane_sources: &'a [Source<'a>],
+    task: &'a Task<'a>,
+}
+
+impl Pass<'_> {
+    /// The sum of these slabs, `[product][plane][channel][lane]`; channels beyond the block's are unspecified.
+    fn sum(&self, largest: Tile, origins: &[Origin], scratch: &mut Scratch) -> Buffer {
+        let plane = largest.h * self.tiles_w;
+        let blocks = self.task.block.len.div_ceil(CHANNEL_BLOCK);
+        // One length for nearly all layers: the arena keeps every length that it was ever asked for.
+        let buffer = |tiles: usize, blocks: usize| {
+            Buffer::dirty((PRODUCTS * tiles * blocks * LANES).next_multiple_of(SLAB_FLOATS / 2))
+        };
+        let mut v = buffer((largest.d + 2) * plane, blocks);
+        let mut dm = buffer(largest.d * plane, self.task.lanes.len());
+        let mut sum = Buffer::dirty(self.task.floats);
+        for (index, origin) in origins.iter().enumerate() {
+            let slab = Slab { problem: self.problem, origin, tiles_w: self.tiles_w };
+            self.run(&slab, &mut v, &mut dm, (&mut sum, index == 0), scratch);
+        }
+        sum
+    }
+
+    /// Writes a slab's products to the sum, or adds them; `v` and `dm` hold transformed inputs and gradients.
+    fn run(
+        &self,
+        slab: &Slab,
+        v: &mut [f32],
+        dm: &mut [f32],
+        sum: (&mut [f32], bool),
+        scratch: &mut Scratch,
+    ) {
+        match simd() {
+            // SAFETY: `simd()` found the features.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { self.run_avx512(slab, v, dm, sum, scratch) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx2 => unsafe { self.run_avx2(slab, v, dm, sum, scratch) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Plain, 2>(slab, v, dm, sum, scratch) },
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn run_avx512(
+        &self,
+        slab: &Slab,
+        v: &mut [f32],
+        dm: &mut [f32],
+        sum: (&mut [f32], bool),
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx512, 24>(slab, v, dm, sum, scratch) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(
+        &self,
+        slab: &Slab,
+        v: &mut [f32],
+        dm: &mut [f32],
+        sum: (&mut [f32], bool),
+        scratch: &mut Scratch,
+    ) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx2, 6>(slab, v, dm, sum, scratch) }
+    }
+
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes, const N: usize>(
+        &self,
+        slab: &Slab,
+        v: &mut [f32],
+        dm: &mut [f32],
+        (sum, first): (&mut [f32], bool),
+        scratch: &mut Scratch,
+    ) {
+        let Task { block, lanes, .. } = self.task;
+        let width = lanes.len() * LANES;
+        let block_floats = slab.input_tiles() * CHANNEL_BLOCK;
+        let channel_blocks = blocks([block.len], CHANNEL_BLOCK);
+        let v_pitch = channel_blocks.len() * block_floats;
+        for (index, part) in channel_blocks.iter().enumerate() {
+            let to = Target { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
+            let part = super::super::plan::Block { first: block.first + part.first, ..*part };
+            // SAFETY: V's unit exists.
+            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, scratch) };
+        }
+        let dm_pitch = slab.tiles() * width;
+        for (index, &lane) in lanes.iter().enumerate() {
+            let to = Target { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
+            let source = &self.lane_sources[lane.tensor];
+            // SAFETY: V's unit exists.
+            unsafe { slab.transform::<V>(Side::Gradients, source, lane, to, scratch) };
+        }
+        let channels = block.len.next_multiple_of(CHANNELS);
+        for product in 0..PRODUCTS {
+            let job = Job {
+                v: &v[product * v_pitch..],
+                plane: slab.plane_tiles() * CHANNEL_BLOCK,
+                dm: &dm[product * dm_pitch..],
+                width,
+                tiles: slab.tiles(),
+                channels,
+                first,
+            };
+            let sum = &mut sum[product * 3 * channels * width..][..3 * channels * width];
+            let mut lane = 0;
+            while lane < width {
+                let two = N >= 24 && lane + 2 * LANES <= width;
+                let mut channel = 0;
+                while channel < channels {
+                    let at = channel / CHANNEL_BLOCK * block_floats + channel % CHANNEL_BLOCK;
+                    // SAFETY: V's unit exists; channels come in multiples of every register tile's.
+                    channel += unsafe {
+                        match two {
+                            true => job.add::<V, 4, 12, 2>((at, channel), lane, sum),
+                            _ if N >= 24 => job.add::<V, 8, 24, 1>((at, channel), lane, sum),
+                            _ if N >= 6 => job.add::<V, 2, 6, 1>((at, channel), lane, sum),
+                            _ => job.add::<V, 1, 3, 1>((at, channel), lane, sum),
+                        }
+                    };
+                }
+                lane += if two { 2 * LANES } else { LANES };
+            }
+        }
+    }
+}
+
+/// One product of a slab: three planes of channels by lanes.
+struct Job<'a> {
+    /// `[block][plane][tile][16 channels]`
+    v: &'a [f32],
+    /// Floats of a plane.
+    plane: usize,
+    /// `[tile][lane]`
+    dm: &'a [f32],
+    width: usize,
+    tiles: usize,
+    /// Channels of the sum.
+    channels: usize,
+    /// Whether this is the first slab of a sum: it writes, the others add.
+    first: bool,
+}
+
+impl Job<'_> {
+    /// Sums P channels from `channel` on, which begin at `at` in `v`, of all three planes, RP in all, by Q lane blocks;
+    /// returns P.
+    ///
+    /// # Safety
+    /// V's vector unit must exist; P channels and Q lane blocks must be there.
+    #[inline(always)]
+    unsafe fn add<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
+        &self,
+        (at, channel): (usize, usize),
+        lane: usize,
+        sum: &mut [f32],
+    ) -> usize {
+        let (v, dm) = (self.v[at..].as_ptr(), self.dm[lane..].as_ptr());
+        // SAFETY: every tile has P channels from `at` on in three planes, and 16 Q lanes from `lane` on.
+        let acc = unsafe {
+            outer_product::<V, P, RP, Q>(
+                (v, CHANNEL_BLOCK, self.plane),
+                (dm, self.width),
+                &[(0, 0)],
+                self.tiles,
+            )
+        };
+        for p in 0..RP {
+            for q in 0..Q {
+                let row = p / P * self.channels + channel + p % P;
+                let to = &mut sum[row * self.width + lane + q * LANES..][..LANES];
+                // SAFETY: `to` has 16 floats.
+                unsafe {
+                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to.as_ptr())) };
+                    sum.store(to.as_mut_ptr());
+                }
+            }
+        }
+        P
+    }
+}
