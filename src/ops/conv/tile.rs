@@ -158,11 +158,14 @@ pub fn load_rows(
         let x = &source.data[start + block.first..][..(inside_w - 1) * c + len];
         let inside = pad..pad + inside_w;
         match (order, element) {
-            (Order::Voxels { pitch }, Element::Single) => {
+            (Order::Voxels { pitch }, Element::Single | Element::Rounded) => {
                 out[..pad * pitch].fill(0.0);
                 out[inside.end * pitch..].fill(0.0);
                 let out = &mut out[pad * pitch..inside.end * pitch];
                 transform_row(out, pitch, x, c, len, pending);
+                if element == Element::Rounded {
+                    round_row(out);
+                }
             }
             (Order::Voxels { pitch }, Element::Channels) => {
                 out[..pad * pitch].fill(0.0);
@@ -170,7 +173,7 @@ pub fn load_rows(
                 let out = &mut out[pad * pitch..inside.end * pitch];
                 transform_pairs((out, pitch), (x, c), len, pending, row);
             }
-            (Order::Voxels { .. }, _) => {
+            (Order::Voxels { .. }, Element::Voxels) => {
                 row[..pad * len].fill(0.0);
                 row[inside.end * len..].fill(0.0);
                 transform_row(&mut row[pad * len..inside.end * len], len, x, c, len, pending);

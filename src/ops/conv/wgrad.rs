@@ -5,8 +5,9 @@ use super::amx;
 use super::micro::outer_product;
 use super::partials::{Partials, Task};
 use super::plan::{Block, LANES, Origin, Tile};
+use super::run::THIN_CHANNELS;
 use super::thin_wgrad;
-use super::tile::{Element, Order, Place, load, pair_neighbours};
+use super::tile::{Element, Order, Place, load, pair_neighbours, round_row};
 use super::{Problem, Source, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -39,9 +40,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     if winograd::multiplies(&problem, sources, lane_sources) {
         return winograd::wgrad(problem, sources, lane_sources);
     }
-    // The sums run over voxels: so do pairs.
+    // The sums run over voxels: so do pairs. To pair the lanes' voxels costs more than a few channels save.
     let (element, voxels) = match operands {
         Operands::Single => (Element::Single, 1),
+        Operands::Bf16 if sources.iter().all(|s| s.channels <= THIN_CHANNELS) => (Element::Rounded, 1),
         Operands::Bf16 => (Element::Voxels, 2),
     };
     let steps = anchors[2].div_ceil(voxels);
@@ -90,7 +92,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                             width,
                             pairs: &pairs,
                             steps,
-                            operands,
+                            element,
                             rows: floats,
                             groups,
                             first: before.is_none(),
@@ -140,6 +142,9 @@ fn load_lanes(
             }
         }
     }
+    if element == Element::Rounded {
+        round_row(out);
+    }
 }
 
 /// One (kd, kh) of one tile, or all kh of one kd: rows (kw, channel) by all lanes.
@@ -153,7 +158,7 @@ struct Job<'a> {
     pairs: &'a [(usize, usize)],
     /// Voxels, or pairs of them.
     steps: usize,
-    operands: Operands,
+    element: Element,
     /// (kw, channel) pairs of a kh.
     rows: usize,
     /// Number of kh.
@@ -165,8 +170,8 @@ struct Job<'a> {
 impl Job<'_> {
     /// Writes the tile's outer products to, or adds them to, `sum[row][lane]`.
     fn run(&self, sum: &mut [f32]) {
-        match (self.operands, simd()) {
-            (Operands::Bf16, _) => self.run_pairs(sum),
+        match (self.element, simd()) {
+            (Element::Voxels, _) => self.run_pairs(sum),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
             (_, Simd::Avx512) => unsafe { self.run_avx512(sum) },

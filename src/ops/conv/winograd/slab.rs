@@ -1,7 +1,7 @@
 //! Some planes and rows of tiles, all of W: what a task transforms at once.
 
 use super::super::plan::{Block, CHANNEL_BLOCK, Map, Origin, Tile};
-use super::super::tile::{Element, Order, Place, load_rows, round_row};
+use super::super::tile::{Element, Order, Place, load_rows};
 use super::super::{Problem, Source};
 use super::transform::{PRODUCTS, gradients, inputs};
 use crate::device::bf16::Operands;
@@ -89,12 +89,13 @@ impl Slab<'_> {
         assert!((PRODUCTS - 1) * pitch + last <= floats.len(), "all products of all tiles fit");
         let Scratch { row, plane } = scratch;
         plane.resize(rows * row_floats, 0.0);
-        let layout = (Order::Voxels { pitch: CHANNEL_BLOCK }, Element::Single);
+        let element = match self.problem.operands {
+            Operands::Single => Element::Single,
+            Operands::Bf16 => Element::Rounded,
+        };
+        let layout = (Order::Voxels { pitch: CHANNEL_BLOCK }, element);
         for d in 0..planes {
             load_rows(source, block, &place, layout, d * rows..(d + 1) * rows, plane, row);
-            if self.problem.operands == Operands::Bf16 {
-                round_row(plane);
-            }
             for h in 0..self.origin.size.h {
                 let x = plane[2 * h * row_floats..].as_ptr();
                 let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
