@@ -4,7 +4,7 @@
 use super::amx;
 use super::micro::outer_product;
 use super::partials::{Partials, Task};
-use super::plan::{Block, LANES, Origin, Tile};
+use super::plan::{Block, LANES, Map, Origin, Tile};
 use super::run::THIN_CHANNELS;
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours, round_row};
@@ -63,11 +63,12 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
                 let width = lanes.len() * LANES;
                 let mut sum = Buffer::dirty(floats);
-                let mut before = None;
-                for origin in &tiles[of_split] {
+                let tiles = &tiles[of_split];
+                for (i, origin) in tiles.iter().enumerate() {
                     let size = origin.size;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
                     tile.resize(map.extent(largest.d) * eh * ew * block.len, 0.0);
+                    let before = i.checked_sub(1).map(|before| &tiles[before]);
                     let place = Place { map, space, anchors_w: anchors[2], origin, before };
                     let order = Order::Voxels { pitch: block.len };
                     load(&sources[block.tensor], block, &place, (order, element), tile, row);
@@ -75,7 +76,22 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
                     let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
+                    let parts = class.rows.len() / groups;
                     for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
+                        if let Some(origin) = tiles.get(i + 1) {
+                            let next =
+                                Place { map, space, anchors_w: anchors[2], origin, before: Some(&tiles[i]) };
+                            next.prefetch(&sources[block.tensor], block, (index, parts));
+                            let next = Place {
+                                map: Map::Gather { kernel: 1, stride: 1 },
+                                space: anchors,
+                                before: None,
+                                ..next
+                            };
+                            for lane in lanes {
+                                next.prefetch(&lane_sources[lane.tensor], *lane, (index, parts));
+                            }
+                        }
                         let (dd, hh, _, _) = rows[0];
                         let pairs: Vec<_> = (0..size.d * size.h)
                             .map(|i| (i / size.h, i % size.h))
@@ -100,7 +116,6 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                         let floats = groups * floats * width;
                         job.run(&mut sum[index * floats..][..floats]);
                     }
-                    before = Some(origin);
                 }
                 sum
             },
