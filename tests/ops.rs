@@ -95,6 +95,12 @@ const CASES: &[Case] = &[
     transposed([1, 2, 35], &[16, 16], &[2]),
     transposed([2, 1, 17], &[3], &[3]),
     transposed([1, 1, 1], &[34], &[33]),
+    // Fewer products (channels by the dozen, H and W of two and more): block tails, siblings, a second slab of planes; and
+    // volumes too flat for that.
+    conv([13, 10, 9], &[25], &[24], 3, 1),
+    conv([2, 9, 8], &[12], &[16, 9], 3, 1),
+    conv([14, 40, 30], &[8], &[8], 3, 1),
+    conv([3, 1, 20], &[33], &[20], 3, 1),
     // More tiles than tasks, the last ones clipped: neighbours share planes.
     conv([68, 37, 3], &[20], &[18], 3, 1),
     conv([68, 37, 17], &[3], &[2], 3, 1),

@@ -33,7 +33,8 @@ use crate::{Error, Result};
 /// of the network's convolutions; their rate is that of the median, the peaks' and the copy's that of the fastest run.
 /// Shares are of what as many threads reach: of the peak of the row's operands, and of the roofline, where each
 /// convolution takes the longer of its FLOP at that peak and its input, output and weights in f32, once each, at the
-/// copy's speed. All rows but scale_* take about 4 minutes on 2 cores, those another 3.
+/// copy's speed. A convolution that is computed with fewer multiply-adds than its definition has can pass 100 %. All rows
+/// but scale_* take about 4 minutes on 2 cores, those another 3.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   spleen-hpc bench
@@ -72,9 +73,9 @@ struct Row<'a> {
     seconds_min: f64,
     runs: usize,
     gflops: Option<f64>,
-    /// Of the peak of the same operands on as many threads, 0 to 1.
+    /// Of the peak of the same operands on as many threads; above 1 where multiply-adds are saved.
     share_of_peak: Option<f64>,
-    /// The roofline's seconds over the median, 0 to 1; `None` for the roofs themselves.
+    /// The roofline's seconds over the median, as the share of the peak; `None` for the roofs themselves.
     share_of_roofline: Option<f64>,
     peak_rss_mib: Option<f64>,
     gbytes_per_second: Option<f64>,

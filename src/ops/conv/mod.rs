@@ -1,4 +1,4 @@
-//! Direct 3D convolution on the CPU: one gather core and one outer-product core serve every pass.
+//! 3D convolution on the CPU: one gather core and one outer-product core serve every pass.
 //!
 //! | pass | core | tile taken from | lanes |
 //! |---|---|---|---|
@@ -13,7 +13,8 @@
 //! Where the outputs have at most four channels, or both sides of a wgrad two, neighbouring voxels fill the lanes instead.
 //!
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
-//! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several outputs (a
+//! and multiplies shifted views of it: there is no im2col matrix. Passes of kernel 3 and stride 1 between a dozen channels and
+//! more multiply transforms of it instead, which takes fewer products (`winograd`): in f32, and for weight gradients. Several inputs (concat) and several outputs (a
 //! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
 //! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. On a CPU
 //! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number

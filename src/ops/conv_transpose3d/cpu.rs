@@ -1,4 +1,4 @@
-//! The three passes on the CPU, through the direct convolution engine of [`crate::ops::conv`].
+//! The three passes on the CPU, through the convolution engine of [`crate::ops::conv`].
 
 use super::TAPS;
 use crate::device::arena::Buffer;

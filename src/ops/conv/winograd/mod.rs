@@ -69,3 +69,34 @@ fn choose([d, h, w]: [usize; 3], blocks: usize) -> Tile {
     let rows = (SLAB_FLOATS / floats).max(MIN_TILES.div_ceil(planes * w)).clamp(1, h);
     Tile { d: planes, h: even(h, rows) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_tile_lies_in_one_slab_of_the_size_that_is_wanted() {
+        for (tiles, blocks) in [
+            ([48, 24, 24], 1),
+            ([48, 24, 24], 2),
+            ([6, 3, 3], 16),
+            ([13, 5, 5], 2),
+            ([1, 1, 4], 1),
+            ([80, 40, 40], 3),
+        ] {
+            let slab = choose(tiles, blocks);
+            let mut seen = vec![0; 2 * tiles[0] * tiles[1]];
+            for origin in slab.origins(2, tiles) {
+                for d in origin.d..origin.d + origin.size.d {
+                    let line = (origin.n * tiles[0] + d) * tiles[1];
+                    (origin.h..origin.h + origin.size.h).for_each(|h| seen[line + h] += 1);
+                }
+            }
+            assert!(seen.iter().all(|&s| s == 1), "{tiles:?} {blocks}: {slab:?}");
+            let floats = PRODUCTS * (slab.d + 2) * slab.h * tiles[2] * blocks * CHANNEL_BLOCK;
+            // One row of tiles less would be fewer than a task should have.
+            let least = slab.h == 1 || slab.d * (slab.h - 1) * tiles[2] < MIN_TILES;
+            assert!(floats <= SLAB_FLOATS || least, "{tiles:?} {blocks}: {slab:?}");
+        }
+    }
+}

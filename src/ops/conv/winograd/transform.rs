@@ -174,3 +174,82 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Plain;
+    use crate::rng::Philox;
+
+    fn uniform<const N: usize>(rng: &mut Philox) -> [f32; N] {
+        std::array::from_fn(|_| rng.range(-1.0, 1.0) as f32)
+    }
+
+    /// Lanes of voxels or taps.
+    const VOXELS: usize = 16 * LANES;
+    const TAPS: usize = 9 * LANES;
+
+    fn transformed(x: &[f32; VOXELS]) -> [f32; VOXELS] {
+        let mut v = [0.0; VOXELS];
+        // SAFETY: four rows of four voxels make one tile of 16 products; plain Rust needs no feature.
+        unsafe { inputs::<Plain>(x.as_ptr(), 4 * LANES, 1, v.as_mut_ptr(), (LANES, LANES)) };
+        v
+    }
+
+    fn transformed_taps(g: &[f32; TAPS]) -> [f32; VOXELS] {
+        // `filters` takes three planes.
+        let (planes, mut u) = ([*g; 3], [0.0; 3 * VOXELS]);
+        filters(planes.as_flattened(), 1, &mut u, 3 * LANES);
+        std::array::from_fn(|i| u[i / LANES * 3 * LANES + i % LANES])
+    }
+
+    /// Sums of a few dozen terms of at most 4: some roundings of 6e-8 each.
+    const TOLERANCE: f64 = 1e-6;
+
+    #[test]
+    fn sixteen_products_make_the_outputs_of_a_tile() {
+        let mut rng = Philox::new(7, 0);
+        let (x, g): ([f32; VOXELS], [f32; TAPS]) = (uniform(&mut rng), uniform(&mut rng));
+        let (v, u) = (transformed(&x), transformed_taps(&g));
+        let m: [f32; VOXELS] = std::array::from_fn(|i| v[i] * u[i]);
+        // SAFETY: 16 products; plain Rust needs no feature.
+        let y = unsafe { outputs::<Plain>(m.as_ptr(), LANES) };
+        for (h, w, lane) in (0..4).flat_map(|i| (0..LANES).map(move |lane| (i / 2, i % 2, lane))) {
+            let mut lanes = [0.0; LANES];
+            // SAFETY: 16 floats.
+            unsafe { y[h][w].store(lanes.as_mut_ptr()) };
+            let direct: f64 = (0..9)
+                .map(|tap| {
+                    let voxel = (h + tap / 3) * 4 + w + tap % 3;
+                    f64::from(x[voxel * LANES + lane]) * f64::from(g[tap * LANES + lane])
+                })
+                .sum();
+            assert!((f64::from(lanes[lane]) - direct).abs() < TOLERANCE, "{h} {w} {lane}");
+        }
+    }
+
+    #[test]
+    fn sixteen_gradients_make_the_gradients_of_the_taps() {
+        let mut rng = Philox::new(8, 0);
+        let (x, dy): ([f32; VOXELS], [f32; 4 * LANES]) = (uniform(&mut rng), uniform(&mut rng));
+        let v = transformed(&x);
+        let mut dm = [0.0; VOXELS];
+        // SAFETY: two rows of two voxels make one tile of 16 products; plain Rust needs no feature.
+        unsafe { gradients::<Plain>(dy.as_ptr(), 2 * LANES, 1, dm.as_mut_ptr(), (LANES, LANES)) };
+        let products: [f32; VOXELS] = std::array::from_fn(|i| v[i] * dm[i]);
+        // Three equal planes.
+        let du: Vec<f32> = products.chunks_exact(LANES).flat_map(|p| [p, p, p]).flatten().copied().collect();
+        let mut dg = [0.0; 3 * TAPS];
+        filter_gradients(&du, &mut dg);
+        for (i, &value) in dg.iter().enumerate() {
+            let (tap, lane) = (i / LANES % 9, i % LANES);
+            let direct: f64 = (0..4)
+                .map(|o| {
+                    let voxel = (o / 2 + tap / 3) * 4 + o % 2 + tap % 3;
+                    f64::from(x[voxel * LANES + lane]) * f64::from(dy[o * LANES + lane])
+                })
+                .sum();
+            assert!((f64::from(value) - direct).abs() < TOLERANCE, "{i}: {value} {direct}");
+        }
+    }
+}
