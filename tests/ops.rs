@@ -137,9 +137,10 @@ fn each_product(case: &Case, x: Shape, y: Shape, mut f: impl FnMut(usize, [isize
     }
 }
 
-/// Everything a layer computes: outputs, dx of each input, dw and db of each filter.
+/// Everything a layer computes: outputs in training and in inference, dx of each input, dw and db of each filter.
 struct Results {
     y: Vec<Tensor>,
+    inferred: Vec<Tensor>,
     dx: Vec<Tensor>,
     dw: Vec<Vec<f32>>,
     db: Vec<Vec<f32>>,
@@ -170,17 +171,22 @@ impl Layer {
         layer
     }
 
-    fn run(&self, case: &Case, operands: Operands) -> Results {
-        let mut tape = Tape::recording();
-        tape.operands = operands;
-        let y = if case.transposed {
+    fn forward(&self, case: &Case, tape: &mut Tape) -> Vec<Tensor> {
+        if case.transposed {
             let inputs: Vec<_> = self.inputs.iter().collect();
-            vec![conv_transpose3d(&mut tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
+            vec![conv_transpose3d(tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
         } else {
             let pairs = self.weights.iter().zip(&self.biases);
             let filters: Vec<_> = pairs.map(|(weight, b)| Filter { weight, bias: Some(b) }).collect();
-            conv3d(&mut tape, &self.inputs[0], &filters, case.stride).expect("fits")
-        };
+            conv3d(tape, &self.inputs[0], &filters, case.stride).expect("fits")
+        }
+    }
+
+    fn run(&self, case: &Case, operands: Operands) -> Results {
+        let (mut tape, mut off) = (Tape::recording(), Tape::off());
+        (tape.operands, off.operands) = (operands, operands);
+        let y = self.forward(case, &mut tape);
+        let inferred = self.forward(case, &mut off);
         let params: Vec<_> = self.weights.iter().zip(&self.biases).flat_map(|(w, b)| [w, b]).collect();
         let mut grads = Grads::new(params.iter().map(|p| p.value.len()));
         y.iter().zip(&self.dy).for_each(|(y, dy)| grads.set(y.id(), dy.clone()));
@@ -190,6 +196,7 @@ impl Layer {
             dw: self.weights.iter().map(|w| grads.param(w.id).to_vec()).collect(),
             db: self.biases.iter().map(|b| grads.param(b.id).to_vec()).collect(),
             y,
+            inferred,
         }
     }
 
@@ -273,24 +280,26 @@ fn compare(i: usize, case: &Case, operands: Operands) {
         assert!(error < CONV_TOLERANCE, "case {i}, {operands:?}, {what}: relative error {error:.2e}");
     };
     got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
+    got.inferred.iter().zip(&y).for_each(|(g, w)| check("y of inference", g.data(), w));
     got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
     got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
     got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
 }
 
-/// One training step of a small network: every logit and gradient.
+/// A small network in inference, and one training step of it: every logit and gradient.
 fn network_bits(norm: Norm, operands: Operands) -> Vec<u32> {
     let mut net = UNet::new(&Net { norm, channels: vec![4, 18, 33] }, 5).expect("a valid network");
     net.set_operands(operands);
     let shape = Shape::new(2, [8, 12, 20], 1);
     let x = Tensor::from_slice(shape, &uniform(&mut Philox::new(1, 1), shape.len()));
+    let (inferred, _) = net.forward(&mut Tape::off(), x.clone(), Mode::Eval, None).expect("fits");
     let mut tape = Tape::recording();
     let (logits, _) = net.forward(&mut tape, x, Mode::Train, None).expect("fits");
     let mut grads = net.grads();
     grads.set(logits.id(), logits.clone());
     tape.backward(&mut grads).expect("fits");
     let params = (0..net.params().len()).flat_map(|i| grads.param(ParamId(i)));
-    logits.data().iter().chain(params).map(|v| v.to_bits()).collect()
+    inferred.data().iter().chain(logits.data()).chain(params).map(|v| v.to_bits()).collect()
 }
 
 /// Two training steps of the same network, so that the second reads what the first wrote: losses, parameters and
@@ -314,7 +323,7 @@ fn training_bits(norm: Norm, operands: Operands) -> Vec<u64> {
 /// Every bit of a layer's outputs and gradients.
 fn layer_bits(case: &Case, operands: Operands) -> Vec<u32> {
     let r = Layer::new(case, 3).run(case, operands);
-    let tensors = r.y.iter().chain(&r.dx).map(Tensor::data);
+    let tensors = r.y.iter().chain(&r.inferred).chain(&r.dx).map(Tensor::data);
     let params = r.dw.iter().chain(&r.db).map(Vec::as_slice);
     tensors.chain(params).flatten().map(|v| v.to_bits()).collect()
 }

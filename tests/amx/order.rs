@@ -3,6 +3,7 @@
 use crate::TURN;
 use crate::amx_emulator::turn_on;
 use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::ops::conv::Phase;
 use spleen_hpc::ops::conv3d::{self, Filter};
 use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Activation, Param, ParamId, Shape, Tensor};
@@ -41,7 +42,7 @@ fn compare(
     turn_on();
     let input = Activation::from(Tensor::from_slice(shape, &x));
     let filter = [Filter { weight: &weight, bias: None }];
-    let got = conv3d::cpu::fprop(&input, &filter, 1, Operands::Bf16, false);
+    let got = conv3d::cpu::fprop(&input, &filter, 1, Operands::Bf16, Phase::Forward);
     let round = |v: f32| half::bf16::from_f32(v).to_f32();
     for (i, &got) in got[0].data().iter().enumerate() {
         let (voxel, o) = (i / OUTPUTS, i % OUTPUTS);

@@ -6,6 +6,7 @@ use spleen_hpc::bench::config;
 use spleen_hpc::bench::layers::{Layer, PASSES, Pass, layers};
 use spleen_hpc::device::amx::PRODUCT_FLOPS;
 use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::ops::conv::Phase;
 use spleen_hpc::ops::conv_transpose3d;
 use spleen_hpc::ops::conv3d::{self, Filter};
 use spleen_hpc::tensor::{Activation, Param, ParamId, Shape, Tensor};
@@ -29,14 +30,14 @@ fn run(layer: &Layer, pass: Pass, patch: [usize; 3]) {
     let (kernel, stride, bf16) = (layer.weights[0][2], layer.stride, Operands::Bf16);
     let filters: Vec<Filter> = weights.iter().map(|weight| Filter { weight, bias: None }).collect();
     match (pass, layer.transposed) {
-        (Pass::Fprop, false) => drop(conv3d::cpu::fprop(&xs[0], &filters, stride, bf16, false)),
+        (Pass::Fprop, false) => drop(conv3d::cpu::fprop(&xs[0], &filters, stride, bf16, Phase::Forward)),
         (Pass::Dgrad, false) => {
             drop(conv3d::cpu::dgrad(xs[0].shape(), &dys, &weights, (kernel, stride), bf16));
         }
         (Pass::Wgrad, false) => drop(conv3d::cpu::wgrad(&xs[0], &dys, kernel, stride, bf16)),
         (Pass::Fprop, true) => {
             let inputs: Vec<&Activation> = xs.iter().collect();
-            drop(conv_transpose3d::cpu::fprop(&inputs, &weights[0], None, bf16, false));
+            drop(conv_transpose3d::cpu::fprop(&inputs, &weights[0], None, bf16, Phase::Forward));
         }
         (Pass::Dgrad, true) => drop(conv_transpose3d::cpu::dgrad(&xs, &dys[0], &weights[0], bf16)),
         (Pass::Wgrad, true) => drop(conv_transpose3d::cpu::wgrad(&xs, &dys[0], bf16)),

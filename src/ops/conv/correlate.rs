@@ -9,7 +9,7 @@ use super::plan::{
     Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
 };
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Problem, Source, Weights, run, winograd};
+use super::{Head, Phase, Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -38,7 +38,7 @@ pub fn correlate<'a>(
     if winograd::correlates(&problem, sources, heads) {
         return winograd::correlate(problem, sources, heads, weights);
     }
-    let Problem { map, operands, keep, n, space, out_space } = problem;
+    let Problem { map, operands, phase, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
@@ -58,7 +58,7 @@ pub fn correlate<'a>(
         Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
     };
     let pack = || pack(map, &classes, &groups, &lanes, element, weights);
-    let packed = if keep {
+    let packed = if phase == Phase::Inference {
         kept::packed((map, Layout::Vectors(element)), [&blocks, &lanes], weights, pack)
     } else {
         Arc::new(pack())

@@ -14,7 +14,10 @@
 //!
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Passes of kernel 3 and stride 1 between a dozen channels and
-//! more multiply transforms of it instead, which takes fewer products (`winograd`): in f32, and for weight gradients. Several inputs (concat) and several outputs (a
+//! more multiply transforms of it instead, which takes fewer products (`winograd`): in f32, and for weight gradients. The forward
+//! pass of a training step does not. Its values would be as good, but the slope of a PReLU jumps at 0: where rounding decides
+//! a value's sign, in one of three million, gradients move by up to 4e-4 of their largest. With the direct sum, which is what
+//! libtorch takes too, no sign differs in the trajectories that training is held against. Several inputs (concat) and several outputs (a
 //! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
 //! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. On a CPU
 //! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number
@@ -42,8 +45,26 @@ pub use tile::{Affine, transform_row};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::Operands;
-use crate::tensor::{Activation, Pending, Tensor};
+use crate::tensor::{Activation, Pending, Tape, Tensor};
 use std::sync::Arc;
+
+/// When a pass runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No gradient will be asked of it. The weights are to stay as they are: their packs are kept for passes to come.
+    Inference,
+    /// The forward pass of a training step. Its sums are those of the definition, product by product.
+    Forward,
+    /// The backward pass of a training step.
+    Backward,
+}
+
+impl Phase {
+    /// That of ops that `tape` sees.
+    pub fn of(tape: &Tape) -> Self {
+        if tape.is_recording() { Phase::Forward } else { Phase::Inference }
+    }
+}
 
 /// The shape and arithmetic of a pass.
 #[derive(Clone, Copy, Debug)]
@@ -52,8 +73,8 @@ pub struct Problem {
     pub map: Map,
     /// What is multiplied.
     pub operands: Operands,
-    /// Whether the packed weights are kept for a pass to come: they are to stay as they are.
-    pub keep: bool,
+    /// When it runs.
+    pub phase: Phase,
     /// Samples.
     pub n: usize,
     /// (D, H, W) of the sources.

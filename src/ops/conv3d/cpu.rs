@@ -3,16 +3,16 @@
 use super::Filter;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
+use crate::ops::conv::{self, Head, Map, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 
-/// One raw output a filter; `keep` as in [`Problem`].
+/// One raw output a filter.
 pub fn fprop(
     x: &Activation,
     filters: &[Filter],
     stride: usize,
     operands: Operands,
-    keep: bool,
+    phase: Phase,
 ) -> Vec<Tensor> {
     let shape = x.shape();
     let kernel = filters[0].weight.shape[2];
@@ -29,7 +29,7 @@ pub fn fprop(
         .collect();
     let taps = kernel.pow(3);
     let map = Map::Gather { kernel, stride };
-    let problem = Problem { map, operands, keep, n: shape.n, space: shape.space(), out_space };
+    let problem = Problem { map, operands, phase, n: shape.n, space: shape.space(), out_space };
     correlate(problem, &[x.into()], &mut heads, &|_, head| Weights {
         data: &filters[head].weight.value,
         offset: 0,
@@ -51,7 +51,8 @@ pub fn wgrad(
     let (shape, out_space) = (x.shape(), dys[0].shape().space());
     let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
     let map = Map::Gather { kernel, stride };
-    let problem = Problem { map, operands, keep: false, n: shape.n, space: shape.space(), out_space };
+    let problem =
+        Problem { map, operands, phase: Phase::Backward, n: shape.n, space: shape.space(), out_space };
     conv::wgrad(problem, &[Source::from(x)], &lanes)
 }
 
@@ -69,7 +70,7 @@ pub fn dgrad(
     let back = if stride == 1 { Map::Gather { kernel, stride } } else { Map::Scatter };
     let (space, out_space) = (dys[0].shape().space(), shape.space());
     correlate(
-        Problem { map: back, operands, keep: false, n: shape.n, space, out_space },
+        Problem { map: back, operands, phase: Phase::Backward, n: shape.n, space, out_space },
         &sources,
         &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
         &|source, _| Weights {

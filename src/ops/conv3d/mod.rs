@@ -26,6 +26,7 @@ use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
+use crate::ops::conv::Phase;
 use crate::ops::residual::{channel_sums, give};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
@@ -66,7 +67,7 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             let outs = cuda::fprop(&view, &on_device(filters), stride, &stats)?;
             outs.into_iter().map(|o| Tensor::on_device(o.shape, o.data, o.partials)).collect()
         }
-        None => cpu::fprop(x, filters, stride, tape.operands, !tape.is_recording()),
+        None => cpu::fprop(x, filters, stride, tape.operands, Phase::of(tape)),
     };
     if tape.is_recording() {
         let pass = Pass {

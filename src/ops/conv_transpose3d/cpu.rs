@@ -3,7 +3,7 @@
 use super::TAPS;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Problem, Source, Weights, correlate};
+use crate::ops::conv::{self, Head, Map, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
 
@@ -12,13 +12,13 @@ fn starts<A: Borrow<Activation>>(inputs: &[A]) -> Vec<usize> {
     (0..inputs.len()).map(|s| inputs[..s].iter().map(|x| x.borrow().shape().c).sum()).collect()
 }
 
-/// y of `cat(inputs)`; `keep` as in [`Problem`].
+/// y of `cat(inputs)`.
 pub fn fprop(
     inputs: &[&Activation],
     weight: &Param,
     bias: Option<&Param>,
     operands: Operands,
-    keep: bool,
+    phase: Phase,
 ) -> Tensor {
     let (shape, o) = (inputs[0].shape(), weight.shape[1]);
     let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
@@ -27,7 +27,7 @@ pub fn fprop(
     let mut y = Buffer::dirty(out.len());
     let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
     let (space, out_space) = (shape.space(), out.space());
-    let problem = Problem { map: Map::Scatter, operands, keep, n: shape.n, space, out_space };
+    let problem = Problem { map: Map::Scatter, operands, phase, n: shape.n, space, out_space };
     correlate(problem, &sources, &mut [head], &|source, _| Weights {
         data: &weight.value,
         offset: starts[source] * o * TAPS,
@@ -41,7 +41,7 @@ pub fn fprop(
 /// From dy, of shape `out`, to the inputs.
 fn backwards(out: Shape, input: Shape, operands: Operands) -> Problem {
     let map = Map::Gather { kernel: 3, stride: 2 };
-    Problem { map, operands, keep: false, n: out.n, space: out.space(), out_space: input.space() }
+    Problem { map, operands, phase: Phase::Backward, n: out.n, space: out.space(), out_space: input.space() }
 }
 
 /// The gradient of the weights, in their layout.

@@ -17,6 +17,7 @@ use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
+use crate::ops::conv::Phase;
 use crate::ops::conv3d::cuda_biasgrad::bias_grad;
 use crate::ops::residual::{channel_sums, give};
 use crate::ops::self_test::taped;
@@ -55,7 +56,7 @@ pub fn conv_transpose3d(
     }
     let views: Vec<View> = inputs.iter().filter_map(|x| x.view()).collect();
     let y = if views.is_empty() {
-        cpu::fprop(inputs, weight, bias, tape.operands, !tape.is_recording())
+        cpu::fprop(inputs, weight, bias, tape.operands, Phase::of(tape))
     } else {
         let _range = range("conv_transpose3d fprop");
         let views: Vec<&View> = views.iter().collect();

@@ -15,7 +15,7 @@ use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
 use crate::ops::conv::tile::Place;
-use crate::ops::conv::{Head, Problem, Source, Weights};
+use crate::ops::conv::{Head, Phase, Problem, Source, Weights};
 use rayon::prelude::*;
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
-    let Problem { map, keep, n, space, out_space, .. } = problem;
+    let Problem { map, phase, n, space, out_space, .. } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let channels: Vec<usize> = sources.iter().map(|s| s.channels).collect();
     let head_channels: Vec<usize> = heads.iter().map(|h| h.channels).collect();
@@ -48,8 +48,11 @@ pub fn correlate<'a>(
     let lanes = scheme.lanes(&head_channels);
     let pack = || pack(map, scheme, &groups, &lanes, weights);
     let layout = Layout::Tiles(depth, scheme.fold);
-    let packed =
-        if keep { kept::packed((map, layout), [&blocks, &lanes], weights, pack) } else { Arc::new(pack()) };
+    let packed = if phase == Phase::Inference {
+        kept::packed((map, layout), [&blocks, &lanes], weights, pack)
+    } else {
+        Arc::new(pack())
+    };
     let widest = depth.pitch() * blocks.len().min(GROUP);
     let tiles = Tile::choose(map, anchors, widest.div_ceil(LARGER)).origins(n, anchors);
     // Where tiles are few, threads share them by lanes: no sum depends on how.

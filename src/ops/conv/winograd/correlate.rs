@@ -6,7 +6,7 @@ use super::super::micro::{Reduction, broadcast_voxels};
 use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
 use super::super::tile::Element;
-use super::super::{Head, Problem, Source, Weights};
+use super::super::{Head, Phase, Problem, Source, Weights};
 use super::slab::{Scratch, Side, Slab, Target};
 use super::transform::{self, PRODUCTS};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
@@ -34,11 +34,11 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
-    let Problem { map, keep, n, out_space, .. } = problem;
+    let Problem { map, phase, n, out_space, .. } = problem;
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let pack = || pack(map, &blocks, &lanes, weights);
-    let packed = if keep {
+    let packed = if phase == Phase::Inference {
         kept::packed((map, Layout::Products), [&blocks, &lanes], weights, pack)
     } else {
         Arc::new(pack())

@@ -19,7 +19,7 @@ pub use correlate::correlate;
 pub use wgrad::wgrad;
 
 use super::plan::{CHANNEL_BLOCK, Map, Tile};
-use super::{Head, Problem, Source};
+use super::{Head, Phase, Problem, Source};
 use crate::device::bf16::Operands;
 use transform::PRODUCTS;
 
@@ -40,7 +40,9 @@ const PLANES: usize = 12;
 
 /// Whether [`correlate()`] computes this pass.
 pub fn correlates(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
-    problem.operands == Operands::Single && pays(problem, sources, heads.iter().map(|h| h.channels).sum())
+    problem.phase != Phase::Forward
+        && problem.operands == Operands::Single
+        && pays(problem, sources, heads.iter().map(|h| h.channels).sum())
 }
 
 /// Whether [`wgrad()`] computes this pass.
