@@ -9,10 +9,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::affine;
-use super::orientation::{Orientation, io_orientation};
-use super::resample::{
-    Resampling, Sampler, SpacingPlan, Stored, resample_linear, resample_nearest, tabulate,
-};
+use super::interpolate::{Sampler, Stored, resample_linear, resample_nearest, tabulate};
+use super::orientation::{Orientation, io_orientation, strides};
+use super::resample::{Resampling, SpacingPlan};
+use super::separable::{Separable, Source};
 use super::volume::{Affine, Volume};
 use crate::config;
 use crate::error::{Error, Result};
@@ -78,26 +78,46 @@ pub fn preprocess(
     }
     let geometry = Geometry::plan(image.shape, &image.affine, p.spacing_mm)?;
     let Geometry { orientation, resampling, .. } = &geometry;
-    let mut prepared = Prepared {
-        image: resample_linear(&orientation.apply(image), resampling),
-        label: label.map(|l| resample_nearest(&orientation.apply(l), resampling)),
-        geometry,
+    let scale = scale_intensity(p.hu_window);
+    let scaled = match Separable::new(resampling) {
+        Some(axes) => {
+            let strides = orientation.ras_strides(image.shape, strides(image.shape));
+            axes.resample(&Source { voxels: &image.data, strides, skipped: 0 }, scale)
+        }
+        None => {
+            let mut resampled = resample_linear(&orientation.apply(image), resampling).data;
+            resampled.par_iter_mut().for_each(|v| *v = scale(*v));
+            resampled
+        }
     };
-    scale_intensity(&mut prepared.image.data, p.hu_window);
-    let foreground =
-        p.crop_foreground.then(|| foreground_box(&prepared.image, |x| x > 0.0, 0, false)).flatten();
-    if let Some(around) = foreground {
-        prepared.image = crop(&prepared.image, &around, 0.0);
-        prepared.label = prepared.label.map(|l| crop(&l, &around, 0));
-        prepared.geometry.crop = Some(around);
-    }
-    Ok(prepared)
+    let label = label.map(|l| resample_nearest(&orientation.apply(l), resampling));
+    Ok(prepared(scaled, label, geometry, p))
 }
 
-/// Maps `hu_window` to 0..1 and clips, in place (MONAI `ScaleIntensityRanged` with clip, in float32).
-pub fn scale_intensity(data: &mut [f32], [floor, ceiling]: [f32; 2]) {
+/// What is left once the image is resampled and scaled: the crop.
+pub(super) fn prepared(
+    scaled: Vec<f32>,
+    label: Option<Volume<u8>>,
+    geometry: Geometry,
+    p: &config::Preprocess,
+) -> Prepared {
+    let Resampling { out_shape, out_affine, .. } = geometry.resampling;
+    let image = Volume { shape: out_shape, data: scaled, affine: out_affine };
+    let foreground = p.crop_foreground.then(|| foreground_box(&image, |x| x > 0.0, 0, false)).flatten();
+    match foreground {
+        Some(around) => Prepared {
+            image: crop(&image, &around, 0.0),
+            label: label.map(|l| crop(&l, &around, 0)),
+            geometry: Geometry { crop: Some(around), ..geometry },
+        },
+        None => Prepared { image, label, geometry },
+    }
+}
+
+/// Maps `hu_window` to 0..1 and clips (MONAI `ScaleIntensityRanged` with clip, in float32).
+pub(super) fn scale_intensity([floor, ceiling]: [f32; 2]) -> impl Fn(f32) -> f32 + Sync + Copy {
     let width = ceiling - floor;
-    data.par_iter_mut().for_each(|x| *x = ((*x - floor) / width).clamp(0.0, 1.0));
+    move |x| ((x - floor) / width).clamp(0.0, 1.0)
 }
 
 /// Bounding box of the voxels that are `inside`, grown by `margin`; `None` where there are none.
