@@ -32,8 +32,8 @@ pub(super) struct Stored {
     pub shape: [usize; 3],
 }
 
-/// Voxels along the side of a brick of [`Sampler::reaches`].
-const BRICK: usize = 16;
+/// Voxels along the side of a brick of [`Sampler::reached`]: a stray one makes a thousand be interpolated.
+const BRICK: usize = 8;
 
 /// Offset of a voxel that is not stored; a sum of three stays beyond every slice.
 const OUTSIDE: usize = usize::MAX / 4;
@@ -102,11 +102,7 @@ impl<'a> Sampler<'a> {
 
     /// Which output voxels' cells may have a corner among the stored voxels of `data` that are `wanted`: all that have,
     /// and some near them. Corners are looked for brick by brick.
-    pub fn reaches<T: Copy + Sync>(
-        &self,
-        data: &[T],
-        wanted: impl Fn(T) -> bool + Sync,
-    ) -> impl Fn([usize; 3]) -> bool {
+    pub fn reached<T: Copy + Sync>(&self, data: &[T], wanted: impl Fn(T) -> bool + Sync) -> Reached<'_> {
         let [_, nj, nk] = self.stored.shape;
         let [bi, bj, bk] = self.stored.shape.map(|n| n / BRICK + 1);
         let bricks: Vec<AtomicBool> = (0..bi * bj * bk).map(|_| AtomicBool::new(false)).collect();
@@ -120,28 +116,8 @@ impl<'a> Sampler<'a> {
                 }
             }
         });
-        let step = [bj * bk, bk, 1];
-        // Number of a cell's brick, counted from one voxel before the first stored one; `None` beyond them.
-        let brick = move |axis: usize, taps: &Taps| {
-            let [low, high] = taps.at.map(|at| (at != OUTSIDE).then(|| at / self.stride[axis]));
-            low.map(|low| low + 1).or(high).map(|begin| begin / BRICK * step[axis])
-        };
-        let along = match &self.along {
-            Along::Taps(taps) => Some([0, 1, 2].map(|axis| -> Vec<Option<usize>> {
-                taps[axis].iter().map(|taps| brick(axis, taps)).collect()
-            })),
-            Along::Normalised(_) => None,
-        };
-        move |voxel| {
-            let [i, j, k] = match &along {
-                Some(along) => [0, 1, 2].map(|axis| along[axis][voxel[axis]]),
-                None => {
-                    let taps = self.taps(voxel);
-                    [0, 1, 2].map(|axis| brick(axis, &taps[axis]))
-                }
-            };
-            matches!((i, j, k), (Some(i), Some(j), Some(k)) if bricks[i + j + k].load(Ordering::Relaxed))
-        }
+        let bricks = bricks.into_iter().map(AtomicBool::into_inner).collect();
+        Reached { sampler: self, bricks, step: [bj * bk, bk, 1] }
     }
 
     /// Trilinear value of every channel at an output voxel, summed in float64 in grid_sample's order.
@@ -161,6 +137,44 @@ impl<'a> Sampler<'a> {
     pub fn nearest<T: Copy>(&self, data: &[T], outside: T, voxel: [usize; 3]) -> T {
         let [i, j, k] = self.taps(voxel).map(|t| t.nearest);
         data.get(i + j + k).copied().unwrap_or(outside)
+    }
+}
+
+/// What [`Sampler::reached`] found.
+pub(super) struct Reached<'a> {
+    sampler: &'a Sampler<'a>,
+    /// Of each brick of cells whether one may have a wanted corner.
+    bricks: Vec<bool>,
+    /// Bricks from one to the next along each axis.
+    step: [usize; 3],
+}
+
+impl Reached<'_> {
+    /// Whether an output voxel is among them.
+    pub fn voxel(&self, voxel: [usize; 3]) -> bool {
+        let taps = self.sampler.taps(voxel);
+        let [i, j, k] = [0, 1, 2].map(|axis| self.brick(axis, &taps[axis]));
+        i.zip(j).zip(k).is_some_and(|((i, j), k)| self.brick_is(i + j + k))
+    }
+
+    /// Whether the brick with this number is.
+    pub fn brick_is(&self, number: usize) -> bool {
+        self.bricks[number]
+    }
+
+    /// The bricks of output voxels along an axis, as summands of their number; `None` beyond the stored voxels.
+    /// Altogether `None` where source axes depend on several output axes.
+    pub fn along(&self, axis: usize) -> Option<Vec<Option<usize>>> {
+        match &self.sampler.along {
+            Along::Taps(taps) => Some(taps[axis].iter().map(|taps| self.brick(axis, taps)).collect()),
+            Along::Normalised(_) => None,
+        }
+    }
+
+    /// A cell's brick, counted from one voxel before the first stored one.
+    fn brick(&self, axis: usize, taps: &Taps) -> Option<usize> {
+        let [low, high] = taps.at.map(|at| (at != OUTSIDE).then(|| at / self.sampler.stride[axis]));
+        low.map(|low| low + 1).or(high).map(|begin| begin / BRICK * self.step[axis])
     }
 }
 

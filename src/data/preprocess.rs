@@ -9,7 +9,9 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::affine;
-use super::interpolate::{Sampler, Stored, resample_linear, resample_nearest, tabulate};
+use super::interpolate::{
+    Reached, Sampler, Stored, resample_linear, resample_nearest, tabulate, tabulate_rows,
+};
 use super::orientation::{Orientation, io_orientation, strides};
 use super::resample::{Resampling, SpacingPlan};
 use super::separable::{Separable, Source};
@@ -215,15 +217,41 @@ impl Geometry {
     pub fn invert_argmax(&self, prob: &[[f32; 2]]) -> Result<Vec<u8>> {
         let back = self.way_back(prob.len())?;
         let sampler = Sampler::new(&back, self.stored());
-        let reaches = sampler.reaches(prob, |[background, spleen]| spleen > background);
-        Ok(tabulate(self.native_shape, |voxel| {
-            let voxel = self.ras(voxel);
-            if !reaches(voxel) {
-                return 0;
-            }
-            let [background, spleen] = sampler.linear(prob, BACKGROUND, voxel);
+        let reached = sampler.reached(prob, |[background, spleen]| spleen > background);
+        let argmax = |native: [usize; 3]| {
+            let [background, spleen] = sampler.linear(prob, BACKGROUND, self.ras(native));
             u8::from(spleen > background)
+        };
+        let Some([along_i, along_j, along_k]) = self.native_bricks(&reached) else {
+            return Ok(tabulate(self.native_shape, |voxel| {
+                if reached.voxel(self.ras(voxel)) { argmax(voxel) } else { 0 }
+            }));
+        };
+        // Voxels along k of one brick stand together.
+        let mut k = 0;
+        let runs = along_k.chunk_by(|a, b| a == b).map(|run| {
+            k += run.len();
+            (k - run.len()..k, run[0])
+        });
+        let runs: Vec<_> = runs.filter_map(|(run, brick)| Some((run, brick?))).collect();
+        Ok(tabulate_rows(self.native_shape, |[i, j], row| {
+            let Some((bi, bj)) = along_i[i].zip(along_j[j]) else { return };
+            for (run, _) in runs.iter().filter(|(_, bk)| reached.brick_is(bi + bj + bk)) {
+                run.clone().for_each(|k| row[k] = argmax([i, j, k]));
+            }
         }))
+    }
+
+    /// [`Reached::along`] the native axes.
+    fn native_bricks(&self, reached: &Reached) -> Option<[Vec<Option<usize>>; 3]> {
+        let mut along = [Vec::new(), Vec::new(), Vec::new()];
+        for (native, along) in along.iter_mut().enumerate() {
+            *along = reached.along(self.orientation.axis[native])?;
+            if self.orientation.flip[native] {
+                along.reverse();
+            }
+        }
+        Some(along)
     }
 
     /// A preprocessed label on the native grid, nearest neighbour: the round trip of the bundle's evaluate.json.
