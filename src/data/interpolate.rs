@@ -128,8 +128,15 @@ impl<'a> Sampler<'a> {
         outside: [f32; C],
         voxel: [usize; 3],
     ) -> [f32; C] {
-        let [ti, tj, tk] = self.taps(voxel);
-        interpolate(data, outside, &edges(&ti, &tj), &tk)
+        let [i, j, k] = voxel;
+        match &self.along {
+            // What the axes hold is read in place: copies of it would take as long as the sum.
+            Along::Taps([ti, tj, tk]) => interpolate(data, outside, &edges(&ti[i], &tj[j]), &tk[k]),
+            Along::Normalised(_) => {
+                let [ti, tj, tk] = self.taps(voxel);
+                interpolate(data, outside, &edges(&ti, &tj), &tk)
+            }
+        }
     }
 
     /// Nearest value at an output voxel, half to even.
