@@ -32,8 +32,8 @@ pub(super) struct Stored {
     pub shape: [usize; 3],
 }
 
-/// Voxels along the side of a brick of [`Sampler::reached`]: a stray one makes a thousand be interpolated.
-const BRICK: usize = 8;
+/// Voxels along the side of a brick of [`Sampler::reached`]: the fewer, the less is interpolated around a stray one.
+const BRICK: usize = 4;
 
 /// Offset of a voxel that is not stored; a sum of three stays beyond every slice.
 const OUTSIDE: usize = usize::MAX / 4;

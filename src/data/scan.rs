@@ -99,8 +99,9 @@ fn resample_while_reading(
         Ok(())
     };
     // Cells reach from one plane to the next: the last one of a window is the first one of the next.
-    let [mut held, mut coming] = [(); 2].map(|()| vec![0.0; (PLANES + 1) * plane]);
+    let [mut held, mut coming] = [(); 2].map(|()| vec![0.0; planes.min(PLANES + 1) * plane]);
     let mut window = 0..planes.min(PLANES + 1);
+    // Planes up to which every voxel of the result is written.
     let mut ended = 0;
     read(&mut held[..window.len() * plane])?;
     while ended < planes {
@@ -108,8 +109,8 @@ fn resample_while_reading(
         coming[..plane].copy_from_slice(&held[(window.len() - 1) * plane..][..plane]);
         let mut of = axes.shape().map(|n| 0..n);
         of[across] = axes.along(across, |cell| {
-            let last = cell.map(number).into_iter().max();
-            last.is_some_and(|last| (ended..window.end).contains(&last))
+            let [a, b] = cell.map(number);
+            (ended..window.end).contains(&a.max(b))
         });
         let source = Source { voxels: &held, strides, skipped: window.start * plane };
         let (done, ()) = rayon::join(

@@ -102,24 +102,31 @@ impl Separable {
         source: &Source,
         finish: impl Fn(f32) -> f32 + Sync,
     ) {
+        if of.iter().any(Range::is_empty) {
+            return;
+        }
         let [_, nj, nk] = self.shape;
         let [of_i, of_j, of_k] = of;
         let ks = &self.cells[2][of_k.clone()];
         let low = ks.iter().flat_map(|k| k.at).min().unwrap_or(0);
         let high = ks.iter().flat_map(|k| k.at).max().unwrap_or(0);
-        let blocks = out.par_chunks_mut((BLOCK * nj * nk).max(1)).enumerate();
+        let blocks = out.par_chunks_mut(BLOCK * nj * nk).enumerate();
         blocks.for_each_init(Vec::new, |rows, (block, slabs)| {
             let begin = block * BLOCK;
             let of_i = of_i.start.max(begin)..of_i.end.min(begin + BLOCK);
+            if of_i.is_empty() {
+                return;
+            }
             let groups: Vec<Picks> = of_i
                 .clone()
                 .step_by(LANES)
                 .map(|i| Picks::new(&self.cells[0][i..of_i.end.min(i + LANES)], source))
                 .collect();
+            // [k][group][b]
             rows.resize((high + 1 - low) * groups.len(), [Pairs::default(); 2]);
             for j in of_j.clone() {
                 let cell = self.cells[1][j];
-                for (k, rows) in (low..high + 1).zip(rows.chunks_exact_mut(groups.len().max(1))) {
+                for (k, rows) in (low..high + 1).zip(rows.chunks_exact_mut(groups.len())) {
                     for (b, j) in cell.at.into_iter().enumerate() {
                         for (picks, row) in groups.iter().zip(&mut *rows) {
                             picks.row(source, j, k, &mut row[b]);
