@@ -2,11 +2,12 @@
 //! that take another road.
 
 use spleen_hpc::config::Preprocess;
+use spleen_hpc::data::interpolate::resample_linear;
 use spleen_hpc::data::nifti::{check_same_grid, label_from, read, read_header};
 use spleen_hpc::data::nifti_write::{write_bundle, write_mask, write_volume};
 use spleen_hpc::data::orientation::to_ras;
 use spleen_hpc::data::preprocess::{CropBox, Geometry, crop, foreground_box, preprocess};
-use spleen_hpc::data::resample::{SpacingPlan, resample_linear};
+use spleen_hpc::data::resample::SpacingPlan;
 use spleen_hpc::data::volume::{Affine, Volume};
 use spleen_hpc::rng::Philox;
 

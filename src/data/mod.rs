@@ -12,6 +12,8 @@ pub mod nifti_header;
 
 pub(crate) mod gunzip;
 
+mod nifti_stream;
+
 pub mod nifti;
 
 pub mod nifti_write;
@@ -19,6 +21,10 @@ pub mod nifti_write;
 pub mod orientation;
 
 pub mod resample;
+
+pub mod interpolate;
+
+pub(crate) mod separable;
 
 pub mod preprocess;
 

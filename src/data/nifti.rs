@@ -7,24 +7,16 @@
 //! mend contradictory headers, and trusts a header's dimensions before it looks at the file; it serves the tests
 //! as an independent reader of what it can read.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
 use super::affine;
-use super::gunzip::Gunzip;
-use super::nifti_header::{Header, Scalar, Storage};
-use super::transpose::{Strides, gather};
+use super::nifti_header::{Header, Scalar};
+use super::nifti_stream::{Stream, Voxels, decode};
+use super::transpose::Strides;
 use super::volume::{FileVoxels, Volume};
 use crate::error::{Error, Result};
-
-/// Deflate never expands more: 258 bytes from 2 bits.
-const MAX_INFLATION: u64 = 1032;
-
-/// Bytes accepted behind the voxels; they are read to verify the gzip checksum.
-const MAX_TRAILING: u64 = 1 << 20;
 
 /// A file: what it says and what it holds.
 #[derive(Clone, Debug)]
@@ -53,7 +45,12 @@ pub struct StoredNifti {
 /// A voxel is raw · scl_slope + scl_inter in float64, rounded to float32. Refused with a sentence: anything but one
 /// 3-D volume of one of the ten scalar types, and headers that contradict the file.
 pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
-    let (header, raw) = read_raw(path.as_ref())?;
+    read_rest(open(path)?)
+}
+
+/// What [`read`] makes of a file of which only the header was read.
+pub(super) fn read_rest(voxels: Voxels) -> Result<Nifti> {
+    let (header, raw) = voxels.all()?;
     let [ni, nj, _] = header.shape;
     let transposed = Strides { first: 0, step: [1, ni as isize, (ni * nj) as isize] };
     let data = decode(&raw, &header, header.shape, transposed);
@@ -65,7 +62,7 @@ pub fn read(path: impl AsRef<Path>) -> Result<Nifti> {
 /// Reads a volume as [`read`] does, but leaves to a device what a device does better: the order of the voxels, and
 /// the scaling of int16.
 pub fn read_stored(path: impl AsRef<Path>) -> Result<StoredNifti> {
-    let (header, raw) = read_raw(path.as_ref())?;
+    let (header, raw) = open(path)?.all()?;
     let (slope, inter) = header.scaling.unwrap_or((1.0, 0.0));
     let largest = f64::from(i16::MIN).abs() * slope.abs() + inter.abs();
     if header.scalar == Scalar::I16 && largest <= f64::from(f32::MAX) {
@@ -80,28 +77,23 @@ pub fn read_stored(path: impl AsRef<Path>) -> Result<StoredNifti> {
     Ok(StoredNifti { header, voxels: FileVoxels::F32(data), not_finite })
 }
 
-/// Header and voxels of a file, little-endian.
-fn read_raw(path: &Path) -> Result<(Header, Vec<u8>)> {
+/// Reads the header, and goes to the voxels.
+pub(super) fn open(path: impl AsRef<Path>) -> Result<Voxels> {
+    let path = path.as_ref();
     let (header_path, data_path) = resolve(path)?;
     let mut stream = Stream::open(&header_path)?;
     let head = stream.head()?;
     let (header, storage) = Header::parse(&head).map_err(|what| Error::file(&header_path, what))?;
-    let mut raw = if storage.pair {
-        let data_path = data_path.ok_or_else(|| {
-            Error::file(
-                path,
-                "it is the header of a pair, but there is no .img file beside it to hold the voxels",
-            )
-        })?;
-        Stream::open(&data_path)?.voxels(&storage, &[])?
-    } else {
-        stream.voxels(&storage, &head)?
-    };
-    let width = header.scalar.bytes();
-    if storage.big_endian && width > 1 {
-        raw.par_chunks_mut(width << 16).for_each(|part| part.chunks_mut(width).for_each(<[u8]>::reverse));
+    if !storage.pair {
+        return stream.voxels(header, storage, &head);
     }
-    Ok((header, raw))
+    let data_path = data_path.ok_or_else(|| {
+        Error::file(
+            path,
+            "it is the header of a pair, but there is no .img file beside it to hold the voxels",
+        )
+    })?;
+    Stream::open(&data_path)?.voxels(header, storage, &[])
 }
 
 /// Reads the header alone, with the same checks of its content as [`read`], but not of the file's size.
@@ -217,127 +209,5 @@ fn resolve(path: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
         (true, data) => Ok((path.to_owned(), data)),
         (false, Some(header)) => Ok((header, Some(path.to_owned()))),
         (false, None) => Err(Error::file(path, format!("there is no {stem}.hdr beside it to describe it"))),
-    }
-}
-
-/// A file that is read from front to back, through gzip where it begins like gzip.
-struct Stream {
-    path: PathBuf,
-    reader: Box<dyn Read>,
-    gzip: bool,
-    /// The most bytes that can come out.
-    limit: u64,
-    /// Bytes that may come out of a CT, which deflates 2- to 4-fold: memory beyond is taken as they turn up.
-    usual: u64,
-}
-
-impl Stream {
-    fn open(path: &Path) -> Result<Stream> {
-        let refuse = |e| Error::io(path, "read")(e);
-        // Opening a pipe would wait for somebody to write into it.
-        if !std::fs::metadata(path).map_err(refuse)?.is_file() {
-            return Err(Error::file(path, "is not a regular file: give a NIfTI file"));
-        }
-        let mut file = File::open(path).map_err(refuse)?;
-        let size = file.metadata().map_err(refuse)?.len();
-        let mut magic = Vec::new();
-        file.by_ref().take(2).read_to_end(&mut magic).map_err(refuse)?;
-        let gzip = magic == [0x1f, 0x8b];
-        let whole = BufReader::with_capacity(1 << 20, std::io::Cursor::new(magic).chain(file));
-        let reader: Box<dyn Read> = if gzip { Box::new(Gunzip::new(whole)) } else { Box::new(whole) };
-        let limit = if gzip { size.saturating_mul(MAX_INFLATION) } else { size };
-        Ok(Stream { path: path.to_owned(), reader, gzip, limit, usual: size.saturating_mul(8).min(limit) })
-    }
-
-    fn fail(&self, source: std::io::Error) -> Error {
-        if self.gzip {
-            Error::file(
-                &self.path,
-                format!("its gzip stream is damaged ({source}); copy or compress it again"),
-            )
-        } else {
-            Error::io(&self.path, "read")(source)
-        }
-    }
-
-    /// The next bytes, fewer where the file ends.
-    fn upto(&mut self, bytes: u64) -> Result<Vec<u8>> {
-        let mut taken = Vec::with_capacity(bytes.min(self.usual) as usize);
-        match self.reader.by_ref().take(bytes).read_to_end(&mut taken) {
-            Ok(_) => Ok(taken),
-            Err(source) => Err(self.fail(source)),
-        }
-    }
-
-    /// The first 540 bytes: a header of either version.
-    fn head(&mut self) -> Result<Vec<u8>> {
-        self.upto(540)
-    }
-
-    /// The voxels of a file whose first bytes, `head`, were read before.
-    fn voxels(mut self, storage: &Storage, head: &[u8]) -> Result<Vec<u8>> {
-        let end = storage.offset.saturating_add(storage.bytes);
-        let (need, offset) = (storage.bytes, storage.offset);
-        let short = |there: String| {
-            let what = format!("its header promises {need} bytes of voxels from byte {offset} on, {there}");
-            Error::file(&self.path, what)
-        };
-        if end > self.limit {
-            return Err(short(match self.gzip {
-                true => "more than a file of this size can hold compressed".into(),
-                false => {
-                    format!("but the file has {} bytes; it is cut off or its header is wrong", self.limit)
-                }
-            }));
-        }
-        let from_head = head.get(offset.min(head.len() as u64) as usize..).unwrap_or_default();
-        let from_head = &from_head[..from_head.len().min(need as usize)];
-        let gap = offset.saturating_sub(head.len() as u64);
-        let skipped = std::io::copy(&mut self.reader.by_ref().take(gap), &mut std::io::sink());
-        skipped.map_err(|source| self.fail(source))?;
-
-        let mut raw = Vec::with_capacity(need.min(self.usual) as usize);
-        raw.extend_from_slice(from_head);
-        let rest = need - raw.len() as u64;
-        let read = self.reader.by_ref().take(rest).read_to_end(&mut raw);
-        read.map_err(|source| self.fail(source))?;
-        if (raw.len() as u64) < need {
-            let what =
-                format!("its header promises {need} bytes of voxels from byte {offset} on, but there are");
-            return Err(Error::file(&self.path, format!("{what} {}; it is cut off", raw.len())));
-        }
-        if self.gzip {
-            self.upto(MAX_TRAILING)?;
-        }
-        Ok(raw)
-    }
-}
-
-/// File bytes to scaled f32, gathered to `shape` in `order`.
-fn decode(raw: &[u8], header: &Header, shape: [usize; 3], order: Strides) -> Vec<f32> {
-    macro_rules! voxels {
-        ($scalar:ty) => {
-            gather(shape, order, |at| {
-                const WIDTH: usize = size_of::<$scalar>();
-                let bytes = raw[at * WIDTH..][..WIDTH].try_into().expect("the slice has the type's width");
-                let stored = <$scalar>::from_le_bytes(bytes);
-                match header.scaling {
-                    Some((slope, inter)) => (stored as f64 * slope + inter) as f32,
-                    None => stored as f32,
-                }
-            })
-        };
-    }
-    match header.scalar {
-        Scalar::U8 => voxels!(u8),
-        Scalar::I8 => voxels!(i8),
-        Scalar::U16 => voxels!(u16),
-        Scalar::I16 => voxels!(i16),
-        Scalar::U32 => voxels!(u32),
-        Scalar::I32 => voxels!(i32),
-        Scalar::U64 => voxels!(u64),
-        Scalar::I64 => voxels!(i64),
-        Scalar::F32 => voxels!(f32),
-        Scalar::F64 => voxels!(f64),
     }
 }

@@ -135,6 +135,7 @@ impl Orientation {
     }
 }
 
-fn strides([_, n1, n2]: [usize; 3]) -> [isize; 3] {
+/// Voxels from one index to the next along each axis, the last one fastest.
+pub(super) fn strides([_, n1, n2]: [usize; 3]) -> [isize; 3] {
     [(n1 * n2) as isize, n2 as isize, 1]
 }

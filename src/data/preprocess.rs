@@ -9,10 +9,12 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::affine;
-use super::orientation::{Orientation, io_orientation};
-use super::resample::{
-    Resampling, Sampler, SpacingPlan, Stored, resample_linear, resample_nearest, tabulate,
+use super::interpolate::{
+    Reached, Sampler, Stored, resample_linear, resample_nearest, tabulate, tabulate_rows,
 };
+use super::orientation::{Orientation, io_orientation, strides};
+use super::resample::{Resampling, SpacingPlan};
+use super::separable::{Separable, Source};
 use super::volume::{Affine, Volume};
 use crate::config;
 use crate::error::{Error, Result};
@@ -78,26 +80,46 @@ pub fn preprocess(
     }
     let geometry = Geometry::plan(image.shape, &image.affine, p.spacing_mm)?;
     let Geometry { orientation, resampling, .. } = &geometry;
-    let mut prepared = Prepared {
-        image: resample_linear(&orientation.apply(image), resampling),
-        label: label.map(|l| resample_nearest(&orientation.apply(l), resampling)),
-        geometry,
+    let scale = scale_intensity(p.hu_window);
+    let scaled = match Separable::new(resampling) {
+        Some(axes) => {
+            let strides = orientation.ras_strides(image.shape, strides(image.shape));
+            axes.resample(&Source { voxels: &image.data, strides, skipped: 0 }, scale)
+        }
+        None => {
+            let mut resampled = resample_linear(&orientation.apply(image), resampling).data;
+            resampled.par_iter_mut().for_each(|v| *v = scale(*v));
+            resampled
+        }
     };
-    scale_intensity(&mut prepared.image.data, p.hu_window);
-    let foreground =
-        p.crop_foreground.then(|| foreground_box(&prepared.image, |x| x > 0.0, 0, false)).flatten();
-    if let Some(around) = foreground {
-        prepared.image = crop(&prepared.image, &around, 0.0);
-        prepared.label = prepared.label.map(|l| crop(&l, &around, 0));
-        prepared.geometry.crop = Some(around);
-    }
-    Ok(prepared)
+    let label = label.map(|l| resample_nearest(&orientation.apply(l), resampling));
+    Ok(prepared(scaled, label, geometry, p))
 }
 
-/// Maps `hu_window` to 0..1 and clips, in place (MONAI `ScaleIntensityRanged` with clip, in float32).
-pub fn scale_intensity(data: &mut [f32], [floor, ceiling]: [f32; 2]) {
+/// What is left once the image is resampled and scaled: the crop.
+pub(super) fn prepared(
+    scaled: Vec<f32>,
+    label: Option<Volume<u8>>,
+    geometry: Geometry,
+    p: &config::Preprocess,
+) -> Prepared {
+    let Resampling { out_shape, out_affine, .. } = geometry.resampling;
+    let image = Volume { shape: out_shape, data: scaled, affine: out_affine };
+    let foreground = p.crop_foreground.then(|| foreground_box(&image, |x| x > 0.0, 0, false)).flatten();
+    match foreground {
+        Some(around) => Prepared {
+            image: crop(&image, &around, 0.0),
+            label: label.map(|l| crop(&l, &around, 0)),
+            geometry: Geometry { crop: Some(around), ..geometry },
+        },
+        None => Prepared { image, label, geometry },
+    }
+}
+
+/// Maps `hu_window` to 0..1 and clips (MONAI `ScaleIntensityRanged` with clip, in float32).
+pub(super) fn scale_intensity([floor, ceiling]: [f32; 2]) -> impl Fn(f32) -> f32 + Sync + Copy {
     let width = ceiling - floor;
-    data.par_iter_mut().for_each(|x| *x = ((*x - floor) / width).clamp(0.0, 1.0));
+    move |x| ((x - floor) / width).clamp(0.0, 1.0)
 }
 
 /// Bounding box of the voxels that are `inside`, grown by `margin`; `None` where there are none.
@@ -195,15 +217,41 @@ impl Geometry {
     pub fn invert_argmax(&self, prob: &[[f32; 2]]) -> Result<Vec<u8>> {
         let back = self.way_back(prob.len())?;
         let sampler = Sampler::new(&back, self.stored());
-        let reaches = sampler.reaches(prob, |[background, spleen]| spleen > background);
-        Ok(tabulate(self.native_shape, |voxel| {
-            let voxel = self.ras(voxel);
-            if !reaches(voxel) {
-                return 0;
-            }
-            let [background, spleen] = sampler.linear(prob, BACKGROUND, voxel);
+        let reached = sampler.reached(prob, |[background, spleen]| spleen > background);
+        let argmax = |native: [usize; 3]| {
+            let [background, spleen] = sampler.linear(prob, BACKGROUND, self.ras(native));
             u8::from(spleen > background)
+        };
+        let Some([along_i, along_j, along_k]) = self.native_bricks(&reached) else {
+            return Ok(tabulate(self.native_shape, |voxel| {
+                if reached.voxel(self.ras(voxel)) { argmax(voxel) } else { 0 }
+            }));
+        };
+        // Voxels along k of one brick stand together.
+        let mut k = 0;
+        let runs = along_k.chunk_by(|a, b| a == b).map(|run| {
+            k += run.len();
+            (k - run.len()..k, run[0])
+        });
+        let runs: Vec<_> = runs.filter_map(|(run, brick)| Some((run, brick?))).collect();
+        Ok(tabulate_rows(self.native_shape, |[i, j], row| {
+            let Some((bi, bj)) = along_i[i].zip(along_j[j]) else { return };
+            for (run, _) in runs.iter().filter(|(_, bk)| reached.brick_is(bi + bj + bk)) {
+                run.clone().for_each(|k| row[k] = argmax([i, j, k]));
+            }
         }))
+    }
+
+    /// [`Reached::along`] the native axes.
+    fn native_bricks(&self, reached: &Reached) -> Option<[Vec<Option<usize>>; 3]> {
+        let mut along = [Vec::new(), Vec::new(), Vec::new()];
+        for (native, along) in along.iter_mut().enumerate() {
+            *along = reached.along(self.orientation.axis[native])?;
+            if self.orientation.flip[native] {
+                along.reverse();
+            }
+        }
+        Some(along)
     }
 
     /// A preprocessed label on the native grid, nearest neighbour: the round trip of the bundle's evaluate.json.

@@ -1,4 +1,5 @@
-//! Where the voxels of a resampled grid lie, and what they hold: MONAI's `Spacingd` and `SpatialResample`.
+//! Where the voxels of a resampled grid lie: MONAI's `Spacingd` and `SpatialResample`. What they hold is
+//! [`interpolate`](super::interpolate)'s.
 //!
 //! MONAI calls torch's affine_grid and grid_sample (align_corners False, border padding) in float64. The same
 //! operations in the same order, without fused multiply-add, give the same float32 images and, off exact
@@ -10,13 +11,10 @@
 //! x_a = ((g_a + 1) · n_a - 1) / 2, clamped to [0, n_a - 1]         source voxel on an axis of n_a voxels
 //! ```
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::affine::{self, Matrix};
-use super::volume::{Affine, Volume};
+use super::volume::Affine;
 use crate::error::{Error, Result};
 
 /// MONAI's AFFINE_TOL, in mm for spacings and in voxels for transforms.
@@ -196,7 +194,7 @@ impl Resampling {
 
     /// Source coordinates (i, j, k), not clamped, of normalised output coordinates (i, j, k).
     #[inline]
-    fn source(&self, base: [f64; 3]) -> [f64; 3] {
+    pub(super) fn source(&self, base: [f64; 3]) -> [f64; 3] {
         std::array::from_fn(|axis| {
             let t = &self.theta[2 - axis];
             let g = t[0] * base[2] + t[1] * base[1] + t[2] * base[0] + t[3];
@@ -239,253 +237,4 @@ fn base(m: usize) -> Vec<f64> {
     let step = 2.0 / (m as f64 - 1.0);
     let line = |o: usize| if o < m / 2 { -1.0 + step * o as f64 } else { 1.0 - step * (m - 1 - o) as f64 };
     (0..m).map(|o| line(o) * (m as f64 - 1.0) / m as f64).collect()
-}
-
-/// The source voxels around a coordinate on one axis, as offsets into the data.
-#[derive(Clone, Copy, Debug)]
-struct Taps {
-    /// The two neighbours.
-    at: [usize; 2],
-    /// Their weights.
-    weight: [f64; 2],
-    /// The nearer one, half to even.
-    nearest: usize,
-}
-
-/// The part of the source grid that is stored: all of it, or a crop. Voxels outside read as background.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Stored {
-    /// First stored voxel on the source grid.
-    pub start: [i64; 3],
-    /// Stored voxels.
-    pub shape: [usize; 3],
-}
-
-/// Voxels along the side of a brick of [`Sampler::reaches`].
-const BRICK: usize = 16;
-
-/// Offset of a voxel that is not stored; a sum of three stays beyond every slice.
-const OUTSIDE: usize = usize::MAX / 4;
-
-/// Reads the source of a resampling at output voxels.
-pub(super) struct Sampler<'a> {
-    to: &'a Resampling,
-    stored: Stored,
-    /// Stored voxels from one source index to the next, per axis.
-    stride: [usize; 3],
-    along: Along,
-}
-
-/// What a [`Sampler`] knows of each output axis.
-enum Along {
-    /// Taps, where each source axis depends on one output axis only: the same numbers, computed once.
-    Taps([Vec<Taps>; 3]),
-    /// Normalised coordinates.
-    Normalised([Vec<f64>; 3]),
-}
-
-impl<'a> Sampler<'a> {
-    pub fn new(to: &'a Resampling, stored: Stored) -> Sampler<'a> {
-        let [_, n1, n2] = stored.shape;
-        let stride = [n1 * n2, n2, 1];
-        let mut sampler = Sampler { to, stored, stride, along: Along::Normalised(Default::default()) };
-        sampler.along = match to.positions() {
-            Positions::Normalised(base) => Along::Normalised(base),
-            Positions::Source(x) => Along::Taps(std::array::from_fn(|axis| {
-                x[axis].iter().map(|&x| sampler.taps_at(axis, x)).collect()
-            })),
-        };
-        sampler
-    }
-
-    /// Source of all stored voxels of the whole grid.
-    pub fn whole(to: &'a Resampling) -> Sampler<'a> {
-        Sampler::new(to, Stored { start: [0; 3], shape: to.in_shape })
-    }
-
-    #[inline]
-    fn taps_at(&self, axis: usize, x: f64) -> Taps {
-        let last = self.to.in_shape[axis] - 1;
-        let x = x.max(0.0).min(last as f64);
-        // Not negative, so that truncation is the floor, without a call where the CPU's baseline has no such
-        // instruction.
-        let low = x as usize;
-        let part = x - low as f64;
-        let up = part > 0.5 || (part == 0.5 && low % 2 == 1);
-        // A neighbour beyond the edge has weight 0; reading the edge in its place adds that 0.
-        let at = [low, last.min(low + 1)].map(|v| self.offset(axis, v));
-        Taps { at, weight: [(low + 1) as f64 - x, part], nearest: at[usize::from(up)] }
-    }
-
-    /// Offset into the stored data of a source index on one axis.
-    #[inline]
-    fn offset(&self, axis: usize, index: usize) -> usize {
-        let at = (index as i64 - self.stored.start[axis]) as usize;
-        if at < self.stored.shape[axis] { at * self.stride[axis] } else { OUTSIDE }
-    }
-
-    #[inline]
-    fn taps(&self, [i, j, k]: [usize; 3]) -> [Taps; 3] {
-        match &self.along {
-            Along::Taps(taps) => [taps[0][i], taps[1][j], taps[2][k]],
-            Along::Normalised(base) => {
-                let x = self.to.source([base[0][i], base[1][j], base[2][k]]);
-                std::array::from_fn(|axis| self.taps_at(axis, x[axis]))
-            }
-        }
-    }
-
-    /// Which output voxels' cells may have a corner among the stored voxels of `data` that are `wanted`: all that have,
-    /// and some near them. Corners are looked for brick by brick.
-    pub fn reaches<T: Copy + Sync>(
-        &self,
-        data: &[T],
-        wanted: impl Fn(T) -> bool + Sync,
-    ) -> impl Fn([usize; 3]) -> bool {
-        let [_, nj, nk] = self.stored.shape;
-        let [bi, bj, bk] = self.stored.shape.map(|n| n / BRICK + 1);
-        let bricks: Vec<AtomicBool> = (0..bi * bj * bk).map(|_| AtomicBool::new(false)).collect();
-        data.par_chunks((nj * nk).max(1)).enumerate().for_each(|(i, slab)| {
-            for (at, _) in slab.iter().enumerate().filter(|(_, v)| wanted(**v)) {
-                let voxel = [i, at / nk, at % nk];
-                // A cell of this corner begins here or one voxel before, on each axis.
-                for corner in 0..8 {
-                    let [i, j, k] = [0, 1, 2].map(|a| (voxel[a] + (corner >> a & 1)) / BRICK);
-                    bricks[(i * bj + j) * bk + k].store(true, Ordering::Relaxed);
-                }
-            }
-        });
-        let step = [bj * bk, bk, 1];
-        // Number of a cell's brick, counted from one voxel before the first stored one; `None` beyond them.
-        let brick = move |axis: usize, taps: &Taps| {
-            let [low, high] = taps.at.map(|at| (at != OUTSIDE).then(|| at / self.stride[axis]));
-            low.map(|low| low + 1).or(high).map(|begin| begin / BRICK * step[axis])
-        };
-        let along = match &self.along {
-            Along::Taps(taps) => Some([0, 1, 2].map(|axis| -> Vec<Option<usize>> {
-                taps[axis].iter().map(|taps| brick(axis, taps)).collect()
-            })),
-            Along::Normalised(_) => None,
-        };
-        move |voxel| {
-            let [i, j, k] = match &along {
-                Some(along) => [0, 1, 2].map(|axis| along[axis][voxel[axis]]),
-                None => {
-                    let taps = self.taps(voxel);
-                    [0, 1, 2].map(|axis| brick(axis, &taps[axis]))
-                }
-            };
-            matches!((i, j, k), (Some(i), Some(j), Some(k)) if bricks[i + j + k].load(Ordering::Relaxed))
-        }
-    }
-
-    /// Trilinear value of every channel at an output voxel, summed in float64 in grid_sample's order.
-    #[inline]
-    pub fn linear<const C: usize>(
-        &self,
-        data: &[[f32; C]],
-        outside: [f32; C],
-        voxel: [usize; 3],
-    ) -> [f32; C] {
-        let [ti, tj, tk] = self.taps(voxel);
-        interpolate(data, outside, &edges(&ti, &tj), &tk)
-    }
-
-    /// [`linear`](Self::linear) of the output voxels (i, j, ..), what the row shares looked up once.
-    fn linear_row(&self, data: &[[f32; 1]], [i, j]: [usize; 2], row: &mut [f32]) {
-        match &self.along {
-            Along::Taps(taps) => {
-                let edges = edges(&taps[0][i], &taps[1][j]);
-                let voxels = row.iter_mut().zip(&taps[2]);
-                voxels.for_each(|(voxel, tk)| [*voxel] = interpolate(data, [0.0], &edges, tk));
-            }
-            Along::Normalised(_) => {
-                let voxels = row.iter_mut().enumerate();
-                voxels.for_each(|(k, voxel)| [*voxel] = self.linear(data, [0.0], [i, j, k]));
-            }
-        }
-    }
-
-    /// Nearest value at an output voxel, half to even.
-    #[inline]
-    pub fn nearest<T: Copy>(&self, data: &[T], outside: T, voxel: [usize; 3]) -> T {
-        let [i, j, k] = self.taps(voxel).map(|t| t.nearest);
-        data.get(i + j + k).copied().unwrap_or(outside)
-    }
-}
-
-/// The four edges along k of the cell around a voxel: offset, weight along j, weight along i.
-type Edges = [(usize, f64, f64); 4];
-
-#[inline]
-fn edges(ti: &Taps, tj: &Taps) -> Edges {
-    std::array::from_fn(|e| {
-        let (a, b) = (e / 2, e % 2);
-        (ti.at[a] + tj.at[b], tj.weight[b], ti.weight[a])
-    })
-}
-
-#[inline]
-fn interpolate<const C: usize>(data: &[[f32; C]], outside: [f32; C], edges: &Edges, tk: &Taps) -> [f32; C] {
-    let mut sum = [0.0f64; C];
-    for &(edge, wj, wi) in edges {
-        for (ok, wk) in tk.at.into_iter().zip(tk.weight) {
-            let value = data.get(edge + ok).unwrap_or(&outside);
-            let weight = wk * wj * wi;
-            for (sum, &v) in sum.iter_mut().zip(value) {
-                *sum += f64::from(v) * weight;
-            }
-        }
-    }
-    sum.map(|v| v as f32)
-}
-
-/// Trilinear interpolation with border padding: float64 coordinates and sums, float32 result.
-///
-/// `volume` must have the source shape.
-pub fn resample_linear(volume: &Volume<f32>, to: &Resampling) -> Volume<f32> {
-    let sampler = Sampler::whole(to);
-    let data: &[[f32; 1]] = bytemuck::cast_slice(&volume.data);
-    fill(volume, to, |ij, row| sampler.linear_row(data, ij, row))
-}
-
-/// Nearest neighbour, half to even, with border padding. `volume` must have the source shape.
-pub fn resample_nearest(volume: &Volume<u8>, to: &Resampling) -> Volume<u8> {
-    let sampler = Sampler::whole(to);
-    fill(volume, to, |[i, j], row| {
-        let voxels = row.iter_mut().enumerate();
-        voxels.for_each(|(k, voxel)| *voxel = sampler.nearest(&volume.data, 0, [i, j, k]));
-    })
-}
-
-fn fill<T: Copy + Default + Send>(
-    source: &Volume<T>,
-    to: &Resampling,
-    row: impl Fn([usize; 2], &mut [T]) + Sync,
-) -> Volume<T> {
-    assert_eq!(source.shape, to.in_shape, "the resampling was planned for another grid");
-    Volume { shape: to.out_shape, data: tabulate_rows(to.out_shape, row), affine: to.out_affine }
-}
-
-/// A volume of `value(i, j, k)`, slabs in parallel.
-pub(super) fn tabulate<T: Copy + Default + Send>(
-    shape: [usize; 3],
-    value: impl Fn([usize; 3]) -> T + Sync,
-) -> Vec<T> {
-    tabulate_rows(shape, |[i, j], row| {
-        row.iter_mut().enumerate().for_each(|(k, voxel)| *voxel = value([i, j, k]));
-    })
-}
-
-/// A volume whose row (i, j, ..) is written by `fill([i, j], row)`, slabs in parallel.
-fn tabulate_rows<T: Copy + Default + Send>(
-    shape: [usize; 3],
-    fill: impl Fn([usize; 2], &mut [T]) + Sync,
-) -> Vec<T> {
-    let [n0, n1, n2] = shape;
-    let mut data = vec![T::default(); n0 * n1 * n2];
-    data.par_chunks_mut((n1 * n2).max(1)).enumerate().for_each(|(i, slab)| {
-        slab.chunks_mut(n2.max(1)).enumerate().for_each(|(j, row)| fill([i, j], row));
-    });
-    data
 }

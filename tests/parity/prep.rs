@@ -1,9 +1,10 @@
 //! The deterministic chain, stage after stage: load, RAS, spacing, intensity, foreground crop.
 
 use spleen_hpc::config::Preprocess;
+use spleen_hpc::data::interpolate::{resample_linear, resample_nearest};
 use spleen_hpc::data::orientation::to_ras;
 use spleen_hpc::data::preprocess::{CropBox, crop, foreground_box, preprocess};
-use spleen_hpc::data::resample::{SpacingPlan, resample_linear, resample_nearest};
+use spleen_hpc::data::resample::SpacingPlan;
 use spleen_hpc::data::volume::Volume;
 
 use crate::Outcome;
