@@ -258,6 +258,7 @@ vectorised! {
         map: Affine,
     ) {
         match len {
+            _ if map.is_none() && (out_pitch, x_pitch) == (len, len) => out[..x.len()].copy_from_slice(x),
             16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
             32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
             // A whole number of voxels fills 16 lanes.
