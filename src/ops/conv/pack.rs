@@ -3,6 +3,7 @@
 use super::Weights;
 use super::plan::{Block, Class, LANES, Map};
 use super::tile::Element;
+use super::transpose::transpose;
 use crate::device::arena::Buffer;
 use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
@@ -105,11 +106,30 @@ pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], 
             taps.push((tap, taps.len() * source.len * LANES));
         }
     }
+    // A pair's taps are neighbours in the tensor: where most of them are wanted, those of 16 lanes are transposed as two
+    // squares.
+    if taps.len() > LANES {
+        let (mut by_lane, mut by_tap) = ([[0.0; LANES * LANES]; 2], [[0.0; LANES * LANES]; 2]);
+        for channel in 0..source.len {
+            for l in 0..lane.len {
+                let from = &w.data[start + channel * w.source_stride + l * w.head_stride..][..taps.len()];
+                let (first, second) = from.split_at(LANES);
+                by_lane[0][l * LANES..][..LANES].copy_from_slice(first);
+                by_lane[1][l * LANES..][..second.len()].copy_from_slice(second);
+            }
+            for (by_lane, by_tap) in by_lane.iter().zip(&mut by_tap) {
+                transpose(by_lane, LANES, by_tap, LANES);
+            }
+            for &(tap, at) in &taps {
+                let lanes = &by_tap[tap / LANES][tap % LANES * LANES..][..LANES];
+                out[at + channel * LANES..][..LANES].copy_from_slice(lanes);
+            }
+        }
+        return;
+    }
     if lane.len < LANES {
         out.fill(0.0);
     }
-    // Taps innermost: a pair's taps are neighbours in the tensor, and the few lines written stay in L1 until all lanes
-    // have come.
     for channel in 0..source.len {
         for l in 0..lane.len {
             let from = &w.data[start + channel * w.source_stride + l * w.head_stride..];
