@@ -52,15 +52,24 @@ pub fn wgrad(
         .map(|tiles| {
             let mut sum = vec![0.0; 9 * ROW_SUMS];
             let (mut x, mut dy, mut row) = (Vec::new(), Vec::new(), Vec::new());
-            let mut before = None;
-            for origin in tiles {
+            let place = |i: usize| Place {
+                map: MAP,
+                space,
+                anchors_w: space[2],
+                origin: &tiles[i],
+                before: i.checked_sub(1).map(|before| &tiles[before]),
+            };
+            for (i, origin) in tiles.iter().enumerate() {
                 let size = origin.size;
                 // Vectors past a row's end meet zeros of dy.
                 x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
-                let place = Place { map: MAP, space, anchors_w: space[2], origin, before };
-                load(source, block, &place, (Order::ChannelRows, element), &mut x, &mut row);
+                load(source, block, &place(i), (Order::ChannelRows, element), &mut x, &mut row);
                 load_rows(lane_source, (space, width, element), origin, &mut dy, &mut row);
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
+                    if i + 1 < tiles.len() {
+                        place(i + 1).prefetch(source, block, (index, 9));
+                        place(i + 1).of_anchors(space).prefetch(lane_source, block, (index, 9));
+                    }
                     let rows: Vec<_> = (0..size.d * size.h)
                         .map(|i| {
                             let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
@@ -69,7 +78,6 @@ pub fn wgrad(
                         .collect();
                     Job { x: &x, extent, dy: &dy, width, rows: &rows }.run(sum);
                 }
-                before = Some(origin);
             }
             sum
         })

@@ -70,6 +70,11 @@ pub struct Place<'a> {
 }
 
 impl Place<'_> {
+    /// The tile's anchors themselves, in a tensor of this (D, H, W) that lies on them.
+    pub fn of_anchors(&self, space: [usize; 3]) -> Self {
+        Place { map: Map::Gather { kernel: 1, stride: 1 }, space, before: None, ..*self }
+    }
+
     /// Where the source of `c` channels has the tile's input row of this number, if the row lies in the volume.
     fn source_row(&self, index: usize, c: usize) -> Option<usize> {
         let (map, [sd, sh, sw], at) = (self.map, self.space, self.origin);

@@ -4,7 +4,7 @@
 use super::amx;
 use super::micro::outer_product;
 use super::partials::{Partials, Task};
-use super::plan::{Block, LANES, Map, Origin, Tile};
+use super::plan::{Block, LANES, Origin, Tile};
 use super::run::THIN_CHANNELS;
 use super::thin_wgrad;
 use super::tile::{Element, Order, Place, load, pair_neighbours, round_row};
@@ -64,32 +64,31 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 let width = lanes.len() * LANES;
                 let mut sum = Buffer::dirty(floats);
                 let tiles = &tiles[of_split];
+                let place = |i: usize| Place {
+                    map,
+                    space,
+                    anchors_w: anchors[2],
+                    origin: &tiles[i],
+                    before: i.checked_sub(1).map(|before| &tiles[before]),
+                };
                 for (i, origin) in tiles.iter().enumerate() {
                     let size = origin.size;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
                     tile.resize(map.extent(largest.d) * eh * ew * block.len, 0.0);
-                    let before = i.checked_sub(1).map(|before| &tiles[before]);
-                    let place = Place { map, space, anchors_w: anchors[2], origin, before };
                     let order = Order::Voxels { pitch: block.len };
-                    load(&sources[block.tensor], block, &place, (order, element), tile, row);
+                    load(&sources[block.tensor], block, &place(i), (order, element), tile, row);
                     load_lanes(lane_sources, lanes, (anchors, element), origin, lane_tile, row);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
                     let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
                     let parts = class.rows.len() / groups;
                     for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
-                        if let Some(origin) = tiles.get(i + 1) {
-                            let next =
-                                Place { map, space, anchors_w: anchors[2], origin, before: Some(&tiles[i]) };
+                        if i + 1 < tiles.len() {
+                            let next = place(i + 1);
                             next.prefetch(&sources[block.tensor], block, (index, parts));
-                            let next = Place {
-                                map: Map::Gather { kernel: 1, stride: 1 },
-                                space: anchors,
-                                before: None,
-                                ..next
-                            };
-                            for lane in lanes {
-                                next.prefetch(&lane_sources[lane.tensor], *lane, (index, parts));
+                            for &lane in lanes {
+                                let source = &lane_sources[lane.tensor];
+                                next.of_anchors(anchors).prefetch(source, lane, (index, parts));
                             }
                         }
                         let (dd, hh, _, _) = rows[0];
@@ -111,7 +110,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                             element,
                             rows: floats,
                             groups,
-                            first: before.is_none(),
+                            first: i == 0,
                         };
                         let floats = groups * floats * width;
                         job.run(&mut sum[index * floats..][..floats]);
