@@ -46,18 +46,24 @@ impl Memory {
     }
 }
 
-/// Floats that return to the arena when dropped.
+/// Floats that return to the arena when dropped, or to the system.
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
     len: usize,
+    kept: bool,
 }
 
 impl Buffer {
     /// A buffer whose content is unspecified (the last tenant's): its writer must fill it.
     pub fn dirty(len: usize) -> Self {
         let reused = lock().get_or_insert_default().get_mut(&len).and_then(Vec::pop);
-        Buffer { memory: reused.unwrap_or_else(|| Memory::new(len)), len }
+        Buffer { memory: reused.unwrap_or_else(|| Memory::new(len)), len, kept: true }
+    }
+
+    /// A buffer of zeros that goes back to the system when dropped: its length, a scan's, may never come again.
+    pub fn once(len: usize) -> Self {
+        Buffer { memory: Memory::new(len), len, kept: false }
     }
 
     /// A buffer of zeros.
@@ -98,6 +104,9 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if !self.kept {
+            return;
+        }
         let memory = std::mem::replace(&mut self.memory, Memory::Lines(Vec::new()));
         lock().get_or_insert_default().entry(self.len).or_default().push(memory);
     }
@@ -125,6 +134,14 @@ mod tests {
             buffer.fill(1.0);
             assert_eq!(buffer.iter().sum::<f32>(), len as f32);
         }
+    }
+
+    #[test]
+    fn a_buffer_for_once_is_not_kept() {
+        let len = 54_321; // no other test uses this length
+        assert!(Buffer::once(len).iter().all(|&v| v == 0.0));
+        let kept = lock().as_ref().is_some_and(|free| free.contains_key(&len));
+        assert!(!kept);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::data::dataset::Case;
 use crate::data::nifti_write;
 use crate::data::scan::{Scan, read_labelled};
 use crate::data::volume::Volume;
+use crate::device::arena::Buffer;
 use crate::metrics::overlap::Overlap;
 use crate::metrics::{Scores, score};
 
@@ -79,7 +80,7 @@ struct Predicted {
 /// What the network said.
 enum Found {
     /// (D, H, W, 2) on its own grid: masks are made of them while the next case is predicted.
-    Probabilities(Vec<f32>),
+    Probabilities(Buffer),
     /// Masks that a device made, on the network's grid and on the scan's.
     Masks(Vec<u8>, Vec<u8>),
 }

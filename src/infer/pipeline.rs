@@ -18,6 +18,7 @@ use crate::data::nifti_header::Header;
 use crate::data::preprocess::{Geometry, Prepared};
 use crate::data::scan::{self, Scan};
 use crate::data::{nifti_write, publish};
+use crate::device::arena::Buffer;
 use crate::metrics::overlap::voxel_ml;
 
 /// What was found in one scan.
@@ -63,7 +64,7 @@ struct Predicted {
     header: Header,
     geometry: Geometry,
     warnings: Vec<String>,
-    probabilities: Vec<f32>,
+    probabilities: Buffer,
     read_s: f64,
     network_s: f64,
 }

@@ -8,6 +8,7 @@ use super::cuda::DeviceNetwork;
 use super::sliding_window::sliding_window;
 use crate::Result;
 use crate::config::Window;
+use crate::device::arena::Buffer;
 use crate::device::cuda::Cuda;
 use crate::tensor::Tensor;
 
@@ -33,12 +34,7 @@ pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Tensor> + Sync + 'a;
 ///
 /// # Errors
 /// Those of the network, and [`crate::Error::Shape`] for logits of the wrong size.
-pub fn probabilities(
-    network: &Network,
-    image: &[f32],
-    shape: [usize; 3],
-    window: &Window,
-) -> Result<Vec<f32>> {
+pub fn probabilities(network: &Network, image: &[f32], shape: [usize; 3], window: &Window) -> Result<Buffer> {
     let [d, h, w] = window.roi;
     let mut predict = |windows: &[f32], n: usize, _: usize| network(windows, [n, d, h, w]);
     let mut logits = sliding_window(image, shape, window, CLASSES, &mut predict)?;

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::importance::importance_map;
 use crate::config::Window;
+use crate::device::arena::Buffer;
 use crate::device::cpu::vectorised;
 use crate::{Error, Result};
 
@@ -115,7 +116,7 @@ pub fn sliding_window<L: AsRef<[f32]>>(
     config: &Window,
     out_channels: usize,
     predict: &mut Predict<L>,
-) -> Result<Vec<f32>> {
+) -> Result<Buffer> {
     let mut blended = sliding_window_batch(&[volume], shape, config, out_channels, predict)?;
     Ok(blended.pop().expect("one volume in, one out"))
 }
@@ -128,7 +129,7 @@ pub fn sliding_window_batch<L: AsRef<[f32]>>(
     config: &Window,
     out_channels: usize,
     predict: &mut Predict<L>,
-) -> Result<Vec<Vec<f32>>> {
+) -> Result<Vec<Buffer>> {
     let voxels: usize = shape.iter().product();
     if let Some(volume) = volumes.iter().find(|v| v.len() != voxels || v.is_empty()) {
         return Err(Error::Shape {
@@ -140,7 +141,7 @@ pub fn sliding_window_batch<L: AsRef<[f32]>>(
     let windows = Windows::new(shape, config);
     let weights = importance_map(config.roi, config.blend);
     let (each, total) = (weights.len(), windows.corners.len() * volumes.len());
-    let mut sums = vec![vec![0f32; voxels * out_channels]; volumes.len()];
+    let mut sums: Vec<_> = volumes.iter().map(|_| Buffer::once(voxels * out_channels)).collect();
     // Pages that are written before they are read are faulted in once, not once for each.
     sums.iter_mut().for_each(|sum| sum.par_chunks_mut(PAGES).for_each(|pages| pages.fill(0.0)));
     let mut batch = vec![0f32; each * config.batch.min(total)];

@@ -86,7 +86,7 @@ fn check(cuda: &Arc<Cuda>, shape: [usize; 3], config: &Window) {
     let mask = tiling.argmax(&sums).unwrap().download().unwrap();
     tiling.softmax(&sums).unwrap();
     let got = sums.download().unwrap();
-    for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+    for (i, (got, want)) in got.iter().zip(want.iter()).enumerate() {
         // The same operations but for expf, which libm rounds as good as correctly and CUDA to 1 ulp: a step of the
         // exponential, one of the sum and one of the quotient, each up to twice as large as one of the result's. On
         // the emulator, which shares libm, they are equal.

@@ -123,6 +123,7 @@ fn toy(file: &File, case: &str, ledger: &mut Ledger) -> Outcome<()> {
     let out = match place::current() {
         None => {
             sliding_window(&volume, shape, &config, CHANNELS, &mut |x, _, first| Ok(predict(x, each, first)))?
+                .to_vec()
         }
         Some(cuda) => blended_on_device(&cuda, &toy_on_device(&Cell::new(0)), &volume, shape, &config)?,
     };
@@ -210,10 +211,13 @@ fn toy_batch(file: &File, ledger: &mut Ledger) -> Outcome<()> {
     let config = Window { roi: [16; 3], overlap: 0.5, batch: 5, blend: Blend::Gaussian };
     let volumes: Vec<&[f32]> = volume.chunks_exact(volume.len() / n).collect();
     let each = config.roi.iter().product();
-    let out = match place::current() {
+    let out: Vec<Vec<f32>> = match place::current() {
         None => sliding_window_batch(&volumes, [d, h, w], &config, CHANNELS, &mut |x, _, first| {
             Ok(predict(x, each, first))
-        })?,
+        })?
+        .iter()
+        .map(|volume| volume.to_vec())
+        .collect(),
         Some(cuda) => {
             // The kernels take one volume at a time; only the count goes on from one to the next.
             let count = Cell::new(0);
