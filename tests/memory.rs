@@ -85,6 +85,20 @@ fn what_a_header_claims_is_not_allocated() {
     assert!(error.starts_with(&vast.display().to_string()) && error.contains("check the spacing"), "{error}");
 }
 
+/// A needle of 32767 voxels from toe to head: scratch must not grow with the longest axis.
+#[test]
+fn a_long_thin_scan_takes_no_more_than_its_voxels_warrant() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let needle = folder.path().join("needle.nii");
+    let affine = [[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]];
+    let volume = Volume { shape: [32_767, 1, 1], data: vec![5i16; 32_767], affine };
+    nifti_write::write_volume(&needle, &volume).expect("written");
+    let transform = Config::for_recipe(Recipe::V036).preprocess;
+    let scan = peak_below(8 * MIB, || scan::read(&needle, &transform)).expect("a scan like any other");
+    assert!(scan.prepared.image.len() > 16_000);
+}
+
 /// Runs `work` and asserts that it never holds more than `most` bytes beyond what is in use now. The buffer of the
 /// reader is 1 MiB.
 fn peak_below<T>(most: usize, work: impl FnOnce() -> T) -> T {

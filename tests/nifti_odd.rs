@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use nifti::{NiftiObject, NiftiVolume, RandomAccessNiftiVolume};
+use spleen_hpc::config::{Config, Recipe};
 use spleen_hpc::data::nifti as ours;
 use spleen_hpc::data::nifti_write::{write_mask, write_volume};
+use spleen_hpc::data::scan;
 use spleen_hpc::data::volume::Volume;
 use spleen_hpc::rng::Philox;
 
@@ -216,7 +218,23 @@ fn read_twice(path: &Path, bytes: &[u8]) -> Result<ours::Nifti, String> {
         assert_eq!(file.volume.len(), file.volume.shape.iter().product::<usize>());
         assert_eq!(file.volume.data.iter().filter(|v| !v.is_finite()).count(), file.not_finite);
     }
+    streams_alike(path, &a);
     a
+}
+
+/// Streaming must fail where reading does; where both succeed, shape and defects must agree.
+fn streams_alike(path: &Path, whole: &Result<ours::Nifti, String>) {
+    let transform = Config::for_recipe(Recipe::V036).preprocess;
+    match (scan::read(path, &transform), whole) {
+        (Ok(scan), Ok(file)) => {
+            assert_eq!(format!("{:?}", scan.header), format!("{:?}", file.header));
+            assert_eq!(scan.warnings.is_empty(), file.not_finite == 0, "{:?}", scan.warnings);
+            assert!(scan.prepared.image.data.iter().all(|v| v.is_finite()));
+        }
+        (Ok(_), Err(err)) => panic!("streamed, but reading says: {err}"),
+        // A geometry that cannot be resampled is not the reader's to see.
+        (Err(_), _) => {}
+    }
 }
 
 #[test]

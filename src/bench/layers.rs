@@ -166,7 +166,8 @@ impl Layer {
         if self.transposed { weight[1] } else { weight[0] }
     }
 
-    /// One pass in f32 on `n` patches of random numbers. fprop is that of inference, which packs the weights once.
+    /// One pass in f32 on `n` patches of random numbers. fprop is that of inference, which packs the
+    /// weights once, and may take fewer products than a training step's.
     pub fn work(&self, pass: Pass, n: usize, patch: [usize; 3]) -> Work {
         let random = |space, channels| {
             let shape = Shape::new(n, space, channels);

@@ -75,7 +75,7 @@ pub fn read(image: &Path, p: &Preprocess) -> Result<Scan> {
 }
 
 /// Resamples the planes of a file while the next ones are read, which is mostly inflating and has one thread; so the
-/// file's voxels are never in memory all at once. Returns the scaled image and how many voxels were not finite.
+/// voxels of a file of more than nine planes are never in memory all at once. Returns the scaled image and how many voxels were not finite.
 fn resample_while_reading(
     mut file: Voxels,
     geometry: &Geometry,
@@ -113,11 +113,18 @@ fn resample_while_reading(
             (ended..window.end).contains(&a.max(b))
         });
         let source = Source { voxels: &held, strides, skipped: window.start * plane };
-        let (done, ()) = rayon::join(
-            || read(&mut coming[plane..][..(next.len() - 1) * plane]),
-            || axes.fill(&mut image, &of, &source, scale),
-        );
-        done?;
+        let mut fill = || axes.fill(&mut image, &of, &source, scale);
+        let mut read = || read(&mut coming[plane..][..(next.len() - 1) * plane]);
+        if rayon::current_num_threads() == 1 {
+            fill();
+            read()?;
+        } else {
+            // Reading stays on this thread: one of the pool's that waits for a disk would compute nothing meanwhile.
+            rayon::in_place_scope(|pool| {
+                pool.spawn(|_| fill());
+                read()
+            })?;
+        }
         ended = window.end;
         window = next;
         std::mem::swap(&mut held, &mut coming);

@@ -49,6 +49,10 @@ impl Cell {
     }
 }
 
+/// Voxels of the longest axis of source or result: tables and scratch, which grow with them, stay at some MB a thread, and
+/// windows of planes few. A file of a few KB may have an axis of 2^26.
+const LONGEST: usize = 4096;
+
 /// Voxels of the source, some planes of it or all.
 pub(super) struct Source<'a> {
     /// Them.
@@ -67,8 +71,11 @@ pub(super) struct Separable {
 }
 
 impl Separable {
-    /// `None` where a source axis depends on several output axes.
+    /// `None` where a source axis depends on several output axes, or where one is longer than [`LONGEST`].
     pub fn new(to: &Resampling) -> Option<Separable> {
+        if to.in_shape.iter().chain(&to.out_shape).any(|&n| n > LONGEST) {
+            return None;
+        }
         let Positions::Source(x) = to.positions() else { return None };
         let cells = |axis: usize| x[axis].iter().map(|&x| Cell::new(x, to.in_shape[axis])).collect();
         Some(Separable { shape: to.out_shape, cells: [0, 1, 2].map(cells) })

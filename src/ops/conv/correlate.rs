@@ -9,14 +9,13 @@ use super::plan::{
     Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
 };
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Phase, Problem, Source, Weights, run, winograd};
+use super::{Head, Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
-use std::sync::Arc;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
 const MIN_TASKS: usize = 32;
@@ -58,11 +57,7 @@ pub fn correlate<'a>(
         Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
     };
     let pack = || pack(map, &classes, &groups, &lanes, element, weights);
-    let packed = if phase == Phase::Inference {
-        kept::packed((map, Layout::Vectors(element)), [&blocks, &lanes], weights, pack)
-    } else {
-        Arc::new(pack())
-    };
+    let packed = kept::packed(phase, (map, Layout::Vectors(element)), [&blocks, &lanes], weights, pack);
     let voxel_floats =
         |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
     let widest = groups.iter().map(voxel_floats).max().unwrap_or(1);

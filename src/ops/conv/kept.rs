@@ -4,12 +4,12 @@
 //! `Arc::make_mut` moves it away from its weak references, so that a pack of old values can never be found, and a network
 //! that is dropped takes its tensors with it. Packs that cannot be found any more go when the next one is made.
 
-use super::Weights;
 #[cfg(target_arch = "x86_64")]
 use super::amx::{Depth, Fold};
 use super::pack::Packed;
 use super::plan::{Block, Map};
 use super::tile::Element;
+use super::{Phase, Weights};
 use std::sync::{Arc, Mutex, Weak};
 
 /// What a lane block of packed weights is made of.
@@ -44,13 +44,17 @@ struct Kept {
 /// All packs of the process: a network has a few dozen.
 static KEPT: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
 
-/// The pack of these weights: a kept one, or what `pack` makes, kept from now on.
+/// The pack of these weights: what `pack` makes, or in inference a kept one, or what `pack` makes, kept from now on.
 pub fn packed<'a>(
+    phase: Phase,
     (map, layout): (Map, Layout),
     [sources, heads]: [&[Block]; 2],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
     pack: impl FnOnce() -> Packed,
 ) -> Arc<Packed> {
+    if phase != Phase::Inference {
+        return Arc::new(pack());
+    }
     let count = |blocks: &[Block]| blocks.last().map_or(0, |b| b.tensor + 1);
     let pairs: Vec<Weights> = (0..count(sources))
         .flat_map(|source| (0..count(heads)).map(move |head| weights(source, head)))
@@ -96,10 +100,16 @@ mod tests {
         let mut packs = 0;
         let mut first_lane = |data: &Arc<Vec<f32>>, offset: usize| {
             let weights = |_, _| Weights { data, offset, head_stride: 1, source_stride: 1, mirrored: false };
-            let packed = packed((map, Layout::Vectors(Element::Single)), [&block, &block], &weights, || {
-                packs += 1;
-                pack(map, &map.classes(), &[&block], &block, Element::Single, &weights)
-            });
+            let packed = packed(
+                Phase::Inference,
+                (map, Layout::Vectors(Element::Single)),
+                [&block, &block],
+                &weights,
+                || {
+                    packs += 1;
+                    pack(map, &map.classes(), &[&block], &block, Element::Single, &weights)
+                },
+            );
             (packed.of(0, 0)[0], packs)
         };
         assert_eq!(first_lane(&data, 0), (1.0, 1));

@@ -1,4 +1,4 @@
-//! 3D convolution on the CPU: one gather core and one outer-product core serve every pass.
+//! 3D convolution on the CPU: a gather core and an outer-product core serve every pass, and two that save products some.
 //!
 //! | pass | core | tile taken from | lanes |
 //! |---|---|---|---|
@@ -13,13 +13,13 @@
 //! Where the outputs have at most four channels, or both sides of a wgrad two, neighbouring voxels fill the lanes instead.
 //!
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
-//! and multiplies shifted views of it: there is no im2col matrix. Passes of kernel 3 and stride 1 between a dozen channels and
+//! and multiplies shifted views of it: there is no im2col matrix. Passes of kernel 3 and stride 1 between 8 channels and
 //! more multiply transforms of it instead, which takes fewer products (`winograd`): in f32, and for weight gradients. The forward
 //! pass of a training step does not. Its values would be as good, but the slope of a PReLU jumps at 0: where rounding decides
 //! a value's sign, in one of three million, gradients move by up to 4e-4 of their largest. With the direct sum, which is what
 //! libtorch takes too, no sign differs in the trajectories that training is held against. Several inputs (concat) and several outputs (a
 //! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes. On a CPU
+//! channels (gather core) or of voxels (outer products of more than four channels); the micro-kernels are the same code over other lanes. On a CPU
 //! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number
 //! of threads: every sum has one order.
 

@@ -53,8 +53,8 @@ impl Packed {
         Packed { data, starts, classes: classes.len() }
     }
 
-    /// What is packed for one group of source blocks and one class.
-    pub fn whole(data: Buffer) -> Self {
+    /// What was packed otherwise, as one group of source blocks and one class.
+    pub fn from_buffer(data: Buffer) -> Self {
         Packed { starts: vec![0, data.len()], data, classes: 1 }
     }
 

@@ -64,7 +64,7 @@ pub fn wgrad(
                 // Vectors past a row's end meet zeros of dy.
                 x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
                 load(source, block, &place(i), (Order::ChannelRows, element), &mut x, &mut row);
-                load_rows(lane_source, (space, width, element), origin, &mut dy, &mut row);
+                load_lanes(lane_source, (space, width, element), origin, &mut dy, &mut row);
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
                     if i + 1 < tiles.len() {
                         place(i + 1).prefetch(source, block, (index, 9));
@@ -97,7 +97,7 @@ pub fn wgrad(
 }
 
 /// Copies the rows of a tile, mapped, to `[row][channel][w]`, zero from `space[2]` to `width`.
-fn load_rows(
+fn load_lanes(
     source: &Source,
     (space, width, element): ([usize; 3], usize, Element),
     &Origin { n, d: d0, h: h0, size }: &Origin,

@@ -15,9 +15,8 @@ use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
 use crate::ops::conv::tile::Place;
-use crate::ops::conv::{Head, Phase, Problem, Source, Weights};
+use crate::ops::conv::{Head, Problem, Source, Weights};
 use rayon::prelude::*;
-use std::sync::Arc;
 
 /// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights are 221
 /// KB; every CPU with AMX has 2 MB of L2 a core.
@@ -48,11 +47,7 @@ pub fn correlate<'a>(
     let lanes = scheme.lanes(&head_channels);
     let pack = || pack(map, scheme, &groups, &lanes, weights);
     let layout = Layout::Tiles(depth, scheme.fold);
-    let packed = if phase == Phase::Inference {
-        kept::packed((map, layout), [&blocks, &lanes], weights, pack)
-    } else {
-        Arc::new(pack())
-    };
+    let packed = kept::packed(phase, (map, layout), [&blocks, &lanes], weights, pack);
     let widest = depth.pitch() * blocks.len().min(GROUP);
     let tiles = Tile::choose(map, anchors, widest.div_ceil(LARGER)).origins(n, anchors);
     // Where tiles are few, threads share them by lanes: no sum depends on how.

@@ -6,7 +6,7 @@ use super::super::micro::{Reduction, broadcast_voxels};
 use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
 use super::super::tile::Element;
-use super::super::{Head, Phase, Problem, Source, Weights};
+use super::super::{Head, Problem, Source, Weights};
 use super::slab::{Scratch, Side, Slab, Target};
 use super::transform::{self, PRODUCTS};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
@@ -16,7 +16,6 @@ use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Lane blocks of the widest register tile.
 const WIDEST: usize = 4;
@@ -38,11 +37,7 @@ pub fn correlate<'a>(
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let pack = || pack(map, &blocks, &lanes, weights);
-    let packed = if phase == Phase::Inference {
-        kept::packed((map, Layout::Products), [&blocks, &lanes], weights, pack)
-    } else {
-        Arc::new(pack())
-    };
+    let packed = kept::packed(phase, (map, Layout::Products), [&blocks, &lanes], weights, pack);
     let tiles = tiles(out_space);
     let largest = choose(tiles, blocks.len());
     let origins = largest.origins(n, tiles);
@@ -87,7 +82,7 @@ fn pack<'a>(
             out = &mut out[taps.len() / 9..];
         }
     });
-    Packed::whole(data)
+    Packed::from_buffer(data)
 }
 
 /// What all tasks of a pass share.
@@ -198,6 +193,9 @@ impl Pass<'_> {
             Reduction { rows, taps: 1, tap_pitch: CHANNEL_BLOCK, channel_pitch: 0, step: CHANNEL_BLOCK };
         let chunk = CHUNK * P;
         let pitch = Q * chunk * LANES;
+        // All that is read and written below: the last register tile may reach beyond the slab's last tile.
+        let v = &v[..PRODUCTS * v_pitch + (P - 1) * LANES];
+        let m = &mut m[..PRODUCTS * pitch];
         for first in (0..tiles).step_by(chunk) {
             let count = chunk.min(tiles - first);
             for product in 0..PRODUCTS {

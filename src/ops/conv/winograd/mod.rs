@@ -7,7 +7,8 @@
 //! a channel pair instead of 27. A gradient of weights is the same sum the other way round: the gradients of 16 products,
 //! summed over all tiles, each the product of a transformed input and a transformed gradient of outputs.
 //!
-//! As each sum is shorter, its rounding error is smaller than the direct sum's. A value that is infinite or no number makes
+//! Rounding errors are no larger on average than those of a direct sum, whose every product is one of 27 instead of 3 a
+//! channel: activations of the bundle's network lie 17 % closer to float64's. A value that is infinite or no number makes
 //! no number of all outputs of the tiles that read it.
 
 mod correlate;
@@ -29,7 +30,7 @@ const MIN_CHANNELS: usize = 8;
 /// Accumulators of the largest register tile.
 const ACCUMULATORS: usize = 24;
 
-/// Floats that a task transforms, where the volume allows: 768 KB, which every core with AVX-512 has in L2.
+/// Floats that a task transforms, where the volume allows: 768 KB, for cores with an L2 of 1 MB and more.
 const SLAB_FLOATS: usize = 192 << 10;
 
 /// Tiles below which a slab rather exceeds [`SLAB_FLOATS`]: each reads all weights of its lanes.

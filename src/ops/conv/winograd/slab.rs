@@ -10,6 +10,7 @@ use crate::device::cpu::Lanes;
 /// One slab of a pass.
 #[derive(Clone, Copy)]
 pub struct Slab<'a> {
+    /// The pass.
     pub problem: &'a Problem,
     /// Where it begins and what it holds, in tiles.
     pub origin: &'a Origin,
@@ -20,12 +21,15 @@ pub struct Slab<'a> {
 /// What is transformed: voxels with a halo to the products' inputs, or gradients of outputs to the products' gradients.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Side {
+    /// What the layer reads.
     Inputs,
+    /// Gradients of what it writes.
     Gradients,
 }
 
 /// Where one channel block of it goes: `[product][plane][tile row][tile][16 channels]`.
 pub struct Target<'a> {
+    /// All products', from the block's first float on.
     pub floats: &'a mut [f32],
     /// Floats between products.
     pub pitch: usize,

@@ -2,11 +2,11 @@
 
 use super::super::micro::outer_product;
 use super::super::partials::{Partials, Task};
-use super::super::plan::{CHANNEL_BLOCK, LANES, Origin, Tile, blocks};
+use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile, blocks};
 use super::super::{Problem, Source};
 use super::slab::{Scratch, Side, Slab, Target};
 use super::transform::{PRODUCTS, filter_gradients};
-use super::{SLAB_FLOATS, choose, tiles};
+use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
@@ -107,7 +107,7 @@ impl Pass<'_> {
         scratch: &mut Scratch,
     ) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, 24>(slab, v, dm, sum, scratch) }
+        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, v, dm, sum, scratch) }
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -142,7 +142,7 @@ impl Pass<'_> {
         let v_pitch = channel_blocks.len() * block_floats;
         for (index, part) in channel_blocks.iter().enumerate() {
             let to = Target { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
-            let part = super::super::plan::Block { first: block.first + part.first, ..*part };
+            let part = Block { first: block.first + part.first, ..*part };
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, scratch) };
         }

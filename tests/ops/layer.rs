@@ -1,0 +1,222 @@
+//! A layer of a convolution, by the library and by its definition in f64.
+
+use crate::{lazy, param, uniform};
+use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
+use spleen_hpc::ops::conv3d::{Filter, conv3d};
+use spleen_hpc::rng::Philox;
+use spleen_hpc::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
+
+/// One layer: inputs to concatenate, filters side by side, geometry.
+pub struct Case {
+    n: usize,
+    space: [usize; 3],
+    inputs: &'static [usize],
+    outputs: &'static [usize],
+    kernel: usize,
+    stride: usize,
+    transposed: bool,
+}
+
+pub const fn conv(
+    space: [usize; 3],
+    input: &'static [usize],
+    outputs: &'static [usize],
+    kernel: usize,
+    stride: usize,
+) -> Case {
+    Case { n: 2, space, inputs: input, outputs, kernel, stride, transposed: false }
+}
+
+pub const fn transposed(space: [usize; 3], inputs: &'static [usize], outputs: &'static [usize]) -> Case {
+    Case { n: 2, space, inputs, outputs, kernel: 3, stride: 2, transposed: true }
+}
+
+/// Odd sizes, sizes of one, thin and wide channels, block tails (33 = 32 + 1, 20 = 16 + 4), siblings and concats.
+pub const CASES: &[Case] = &[
+    conv([5, 6, 7], &[3], &[5], 3, 1),
+    conv([5, 6, 7], &[3], &[4, 6], 3, 2),
+    conv([1, 2, 1], &[2], &[2], 3, 1),
+    conv([2, 1, 3], &[2], &[2], 3, 2),
+    conv([4, 3, 37], &[2], &[2], 3, 1),
+    conv([3, 2, 50], &[1], &[3], 3, 1),
+    conv([2, 3, 100], &[2], &[2], 3, 1),
+    conv([2, 2, 45], &[16], &[16], 3, 1),
+    conv([2, 3, 27], &[32], &[48], 3, 1),
+    conv([4, 4, 16], &[33], &[20], 3, 1),
+    conv([3, 4, 13], &[16], &[16, 16], 3, 2),
+    conv([9, 10, 12], &[1], &[16, 16], 3, 2),
+    conv([3, 3, 3], &[40], &[64], 3, 1),
+    conv([3, 5, 6], &[18], &[70], 1, 1),
+    transposed([3, 4, 5], &[4], &[3]),
+    transposed([2, 3, 4], &[5, 3], &[16]),
+    transposed([2, 2, 20], &[16, 16], &[2]),
+    transposed([1, 2, 35], &[16, 16], &[2]),
+    transposed([2, 1, 17], &[3], &[3]),
+    transposed([1, 1, 1], &[34], &[33]),
+    // Fewer products (8 channels and more, H and W of two and more): block tails, siblings, a second slab of planes; and
+    // volumes too flat for that.
+    conv([13, 10, 9], &[25], &[24], 3, 1),
+    conv([2, 9, 8], &[12], &[16, 9], 3, 1),
+    conv([14, 42, 30], &[8], &[8], 3, 1),
+    conv([3, 4, 6], &[9], &[70, 20], 3, 1),
+    conv([3, 1, 20], &[33], &[20], 3, 1),
+    // More tiles than tasks, the last ones clipped: neighbours share planes.
+    conv([68, 37, 3], &[20], &[18], 3, 1),
+    conv([68, 37, 17], &[3], &[2], 3, 1),
+    conv([68, 37, 3], &[2], &[2], 3, 1),
+    conv([70, 66, 3], &[17], &[5], 3, 2),
+    transposed([38, 35, 2], &[3, 4], &[5]),
+    transposed([38, 35, 17], &[3], &[2]),
+];
+
+/// Index of voxel (n, d, h, w), channel c; `None` outside.
+fn at(s: Shape, n: usize, v: [isize; 3], c: usize) -> Option<usize> {
+    let inside = v.iter().zip(s.space()).all(|(&v, s)| v >= 0 && (v as usize) < s);
+    let [d, h, w] = v.map(|v| v as usize);
+    inside.then(|| (((n * s.d + d) * s.h + h) * s.w + w) * s.c + c)
+}
+
+/// Calls `f(x voxel index, y voxel index, n, tap)` for every product of the layer, from the definition of a
+/// convolution: y[o] += x[o s + t - p] w[t]; a transposed one swaps the roles of x and y.
+fn each_product(case: &Case, x: Shape, y: Shape, mut f: impl FnMut(usize, [isize; 3], [isize; 3], usize)) {
+    let (fine, coarse) = if case.transposed { (y, x) } else { (x, y) };
+    let (k, s, p) = (case.kernel as isize, case.stride as isize, (case.kernel / 2) as isize);
+    for n in 0..x.n {
+        for o in 0..coarse.voxels() {
+            let o = [o / (coarse.h * coarse.w), o / coarse.w % coarse.h, o % coarse.w].map(|v| v as isize);
+            for t in 0..k * k * k {
+                let tap = [t / (k * k), t / k % k, t % k];
+                let i: [isize; 3] = std::array::from_fn(|a| o[a] * s + tap[a] - p);
+                if at(fine, n, i, 0).is_some() {
+                    let (xv, yv) = if case.transposed { (o, i) } else { (i, o) };
+                    f(n, xv, yv, t as usize);
+                }
+            }
+        }
+    }
+}
+
+/// Everything a layer computes: outputs in training and in inference, dx of each input, dw and db of each filter.
+pub struct Results {
+    pub y: Vec<Tensor>,
+    pub inferred: Vec<Tensor>,
+    pub dx: Vec<Tensor>,
+    pub dw: Vec<Vec<f32>>,
+    pub db: Vec<Vec<f32>>,
+}
+
+pub struct Layer {
+    inputs: Vec<Activation>,
+    weights: Vec<Param>,
+    biases: Vec<Param>,
+    dy: Vec<Tensor>,
+}
+
+impl Layer {
+    pub fn new(case: &Case, seed: u64) -> Self {
+        let mut rng = Philox::new(seed, 0);
+        let inputs: Vec<_> =
+            case.inputs.iter().map(|&c| lazy(Shape::new(case.n, case.space, c), &mut rng)).collect();
+        let (cin, k) = (case.inputs.iter().sum(), case.kernel);
+        let mut layer = Layer { inputs, weights: vec![], biases: vec![], dy: vec![] };
+        for (i, &o) in case.outputs.iter().enumerate() {
+            let shape = if case.transposed { [cin, o, k, k, k] } else { [o, cin, k, k, k] };
+            layer.weights.push(param(2 * i, &shape, &mut rng));
+            layer.biases.push(param(2 * i + 1, &[o], &mut rng));
+            let space = case.space.map(|s| if case.transposed { 2 * s } else { s.div_ceil(case.stride) });
+            let shape = Shape::new(case.n, space, o);
+            layer.dy.push(Tensor::from_slice(shape, &uniform(&mut rng, shape.len())));
+        }
+        layer
+    }
+
+    fn forward(&self, case: &Case, tape: &mut Tape) -> Vec<Tensor> {
+        if case.transposed {
+            let inputs: Vec<_> = self.inputs.iter().collect();
+            vec![conv_transpose3d(tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
+        } else {
+            let pairs = self.weights.iter().zip(&self.biases);
+            let filters: Vec<_> = pairs.map(|(weight, b)| Filter { weight, bias: Some(b) }).collect();
+            conv3d(tape, &self.inputs[0], &filters, case.stride).expect("fits")
+        }
+    }
+
+    pub fn run(&self, case: &Case, operands: Operands) -> Results {
+        let (mut tape, mut off) = (Tape::recording(), Tape::off());
+        (tape.operands, off.operands) = (operands, operands);
+        let y = self.forward(case, &mut tape);
+        let inferred = self.forward(case, &mut off);
+        let params: Vec<_> = self.weights.iter().zip(&self.biases).flat_map(|(w, b)| [w, b]).collect();
+        let mut grads = Grads::new(params.iter().map(|p| p.value.len()));
+        y.iter().zip(&self.dy).for_each(|(y, dy)| grads.set(y.id(), dy.clone()));
+        tape.backward(&mut grads).expect("fits");
+        Results {
+            dx: self.inputs.iter().map(|x| grads.take(x.id()).expect("has a gradient")).collect(),
+            dw: self.weights.iter().map(|w| grads.param(w.id).to_vec()).collect(),
+            db: self.biases.iter().map(|b| grads.param(b.id).to_vec()).collect(),
+            y,
+            inferred,
+        }
+    }
+
+    /// The same from the definition, in f64: (y of each filter, dx of each input, dw and db of each filter).
+    #[allow(clippy::type_complexity)]
+    pub fn reference(
+        &self,
+        case: &Case,
+        operands: Operands,
+    ) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+        // Every factor as it is multiplied.
+        let factor = |v: f32| match operands {
+            Operands::Single => f64::from(v),
+            Operands::Bf16 => half::bf16::from_f32(v).to_f64(),
+        };
+        let x: Vec<Vec<f64>> = self
+            .inputs
+            .iter()
+            .map(|x| {
+                let p = x.pending().expect("inputs are lazy");
+                // Mapped in f32, as it is stored.
+                let value = |(i, &v): (usize, &f32)| {
+                    let c = i % x.shape().c;
+                    let z = v * p.scale[c] + p.shift[c];
+                    factor(if z > 0.0 { z } else { p.slope * z })
+                };
+                x.raw().data().iter().enumerate().map(value).collect()
+            })
+            .collect();
+        let mut dx: Vec<Vec<f64>> = x.iter().map(|x| vec![0.0; x.len()]).collect();
+        let (mut ys, mut dws, mut dbs) = (vec![], vec![], vec![]);
+        let (cin, taps) = (case.inputs.iter().sum::<usize>(), case.kernel.pow(3));
+        for ((w, b), dy) in self.weights.iter().zip(&self.biases).zip(&self.dy) {
+            let shape = dy.shape();
+            let mut y: Vec<f64> = (0..shape.len()).map(|i| b.value[i % shape.c].into()).collect();
+            let mut dw = vec![0.0; w.value.len()];
+            let mut db = vec![0.0; shape.c];
+            dy.data().iter().enumerate().for_each(|(i, &v)| db[i % shape.c] += f64::from(v));
+            each_product(case, self.inputs[0].shape(), shape, |n, xv, yv, tap| {
+                let mut first = 0;
+                for (input, (x, dx)) in self.inputs.iter().zip(x.iter().zip(&mut dx)) {
+                    for ci in 0..input.shape().c {
+                        for co in 0..shape.c {
+                            let i = first + ci;
+                            let pair = if case.transposed { i * shape.c + co } else { co * cin + i };
+                            let wi = pair * taps + tap;
+                            let xi = at(input.shape(), n, xv, ci).expect("inside");
+                            let yi = at(shape, n, yv, co).expect("inside");
+                            y[yi] += x[xi] * factor(w.value[wi]);
+                            dw[wi] += x[xi] * factor(dy.data()[yi]);
+                            dx[xi] += factor(dy.data()[yi]) * factor(w.value[wi]);
+                        }
+                    }
+                    first += input.shape().c;
+                }
+            });
+            ys.push(y);
+            dws.push(dw);
+            dbs.push(db);
+        }
+        (ys, dx, dws, dbs)
+    }
+}
