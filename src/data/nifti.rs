@@ -1,7 +1,8 @@
 //! Reads NIfTI files as MONAI's `LoadImaged` (nibabel, float32) does.
 //!
 //! read the header -> check every claim against the file's size -> read or inflate -> scale in f64 -> f32,
-//! transposed from file order (i fastest) to ours (k fastest); nothing later changes the order of a file again.
+//! transposed from file order (i fastest) to ours (k fastest). [`super::scan`] takes voxels in file order instead, and
+//! resamples them while it reads.
 //!
 //! The reader is our own. The `nifti` crate knows neither NIfTI-2 nor the rules by which nibabel and MONAI
 //! mend contradictory headers, and trusts a header's dimensions before it looks at the file; it serves the tests

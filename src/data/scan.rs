@@ -5,8 +5,6 @@
 
 use std::path::Path;
 
-use rayon::prelude::*;
-
 use super::dataset::Case;
 use super::nifti::{self, Nifti};
 use super::nifti_header::Header;
@@ -155,8 +153,7 @@ pub fn read_labelled(case: &Case, label_value: Option<f32>, p: &Preprocess) -> R
 
 fn prepare(mut file: Nifti, path: &Path, label: Option<&Volume<u8>>, p: &Preprocess) -> Result<Scan> {
     if file.not_finite > 0 {
-        let floor = p.hu_window[0];
-        file.volume.data.par_iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = floor);
+        mend(&mut file.volume.data, p.hu_window[0]);
     }
     let warnings = warnings(path, file.not_finite, file.volume.len(), p);
     let prepared = preprocess(&file.volume, label, p).map_err(|err| err.in_file(path))?;
