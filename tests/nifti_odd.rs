@@ -6,6 +6,7 @@ use nifti::{NiftiObject, NiftiVolume, RandomAccessNiftiVolume};
 use spleen_hpc::config::{Config, Recipe};
 use spleen_hpc::data::nifti as ours;
 use spleen_hpc::data::nifti_write::{write_mask, write_volume};
+use spleen_hpc::data::preprocess::{Geometry, preprocess};
 use spleen_hpc::data::scan;
 use spleen_hpc::data::volume::Volume;
 use spleen_hpc::rng::Philox;
@@ -222,18 +223,31 @@ fn read_twice(path: &Path, bytes: &[u8]) -> Result<ours::Nifti, String> {
     a
 }
 
-/// Streaming must fail where reading does; where both succeed, shape and defects must agree.
+/// Streaming must fail where reading does or where the geometry cannot be resampled, and only there; else header, defects
+/// and every bit of the result must be those of a file that was read first.
 fn streams_alike(path: &Path, whole: &Result<ours::Nifti, String>) {
     let transform = Config::for_recipe(Recipe::V036).preprocess;
     match (scan::read(path, &transform), whole) {
         (Ok(scan), Ok(file)) => {
             assert_eq!(format!("{:?}", scan.header), format!("{:?}", file.header));
             assert_eq!(scan.warnings.is_empty(), file.not_finite == 0, "{:?}", scan.warnings);
-            assert!(scan.prepared.image.data.iter().all(|v| v.is_finite()));
+            let mut volume = file.volume.clone();
+            let numbers = |v: &mut f32| {
+                if !v.is_finite() {
+                    *v = transform.hu_window[0]
+                }
+            };
+            volume.data.iter_mut().for_each(numbers);
+            let read_first = preprocess(&volume, None, &transform).expect("as it was streamed");
+            let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&scan.prepared.image.data), bits(&read_first.image.data));
         }
         (Ok(_), Err(err)) => panic!("streamed, but reading says: {err}"),
-        // A geometry that cannot be resampled is not the reader's to see.
-        (Err(_), _) => {}
+        (Err(err), Ok(file)) => {
+            let plan = Geometry::plan(file.header.shape, &file.header.affine, transform.spacing_mm);
+            assert!(plan.is_err(), "read, but streaming says: {err}");
+        }
+        (Err(_), Err(_)) => {}
     }
 }
 

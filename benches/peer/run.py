@@ -150,7 +150,9 @@ def measure(args):
     import monai
     import torch
     commit = output(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
-    command = " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:]])
+    # Where the rows were kept is nobody's business but ours.
+    raw = sys.argv.index("--raw") if "--raw" in sys.argv else len(sys.argv)
+    command = " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:raw], *sys.argv[raw + 2:]])
     runner.keep(side="about", text=(
         f"{begin:%Y-%m-%d %H:%M} to {datetime.datetime.now():%H:%M}, {cpu_model()}, {os.cpu_count()} cores; load average "
         f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end (2 of it would be ours). spleen-hpc {commit}, torch "

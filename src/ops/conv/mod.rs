@@ -13,15 +13,20 @@
 //! Where the outputs have at most four channels, or both sides of a wgrad two, neighbouring voxels fill the lanes instead.
 //!
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
-//! and multiplies shifted views of it: there is no im2col matrix. Passes of kernel 3 and stride 1 between 8 channels and
-//! more multiply transforms of it instead, which takes fewer products (`winograd`): in f32, and for weight gradients. The forward
-//! pass of a training step does not. Its values would be as good, but the slope of a PReLU jumps at 0: where rounding decides
-//! a value's sign, in one of three million, gradients move by up to 4e-4 of their largest. With the direct sum, which is what
-//! libtorch takes too, no sign differs in the trajectories that training is held against. Several inputs (concat) and several outputs (a
-//! convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products of more than four channels); the micro-kernels are the same code over other lanes. On a CPU
-//! with AMX both cores multiply matrices instead (`amx`), with products in another order. No result depends on the number
-//! of threads: every sum has one order.
+//! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several
+//! outputs (a convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
+//! channels (gather core) or of voxels (outer products of more than four channels); the micro-kernels are the same code
+//! over other lanes.
+//!
+//! Passes of kernel 3 and stride 1 with 8 channels or more on both sides multiply transforms of the input instead, which
+//! takes fewer products (`winograd`): in f32, and for weight gradients of either operands. The forward pass of a training
+//! step does not. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two patches of 48^3
+//! rounding gave one value of three million another sign than float64, which moved gradients by 3e-4 to 7e-4 of their
+//! largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held against
+//! PyTorch's.
+//!
+//! On a CPU with AMX the first two cores multiply matrices of bfloat16 instead (`amx`), with products in another order. No
+//! result depends on the number of threads: every sum has one order.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -54,10 +54,10 @@ pub fn correlate<'a>(
         origins.iter().flat_map(|o| (0..lanes.len()).step_by(part).map(move |first| (o, first))).collect();
     tasks.into_par_iter().for_each_init(Default::default, |scratch, (origin, first)| {
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
-        let mut v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
-        let mut m = Buffer::dirty(PRODUCTS * CHUNK * ACCUMULATORS * LANES);
+        let v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
+        let m = Buffer::dirty(PRODUCTS * CHUNK * ACCUMULATORS * LANES);
         let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
-        pass.run(&slab, first..lanes.len().min(first + part), &mut v, &mut m, scratch);
+        pass.run(&slab, first..lanes.len().min(first + part), &mut Room { v, m, scratch });
     });
 }
 
@@ -85,6 +85,15 @@ fn pack<'a>(
     Packed::from_buffer(data)
 }
 
+/// What a task computes in.
+struct Room<'a> {
+    /// The slab's transformed inputs.
+    v: Buffer,
+    /// Products of a chunk of register tiles.
+    m: Buffer,
+    scratch: &'a mut Scratch,
+}
+
 /// What all tasks of a pass share.
 struct Pass<'a> {
     sources: &'a [Source<'a>],
@@ -95,59 +104,39 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// Computes the lane blocks `lanes` of a slab; `v` and `m` hold transformed inputs and products.
-    fn run(&self, slab: &Slab, lanes: Range<usize>, v: &mut [f32], m: &mut [f32], scratch: &mut Scratch) {
+    /// Computes some lane blocks of a slab.
+    fn run(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
         match simd() {
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { self.run_avx512(slab, lanes, v, m, scratch) },
+            Simd::Avx512 => unsafe { self.run_avx512(slab, lanes, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => unsafe { self.run_avx2(slab, lanes, v, m, scratch) },
+            Simd::Avx2 => unsafe { self.run_avx2(slab, lanes, room) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, 2>(slab, lanes, v, m, scratch) },
+            _ => unsafe { self.run_lanes::<Plain, 2>(slab, lanes, room) },
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,fma")]
-    unsafe fn run_avx512(
-        &self,
-        slab: &Slab,
-        lanes: Range<usize>,
-        v: &mut [f32],
-        m: &mut [f32],
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_avx512(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, lanes, v, m, scratch) }
+        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, lanes, room) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(
-        &self,
-        slab: &Slab,
-        lanes: Range<usize>,
-        v: &mut [f32],
-        m: &mut [f32],
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_avx2(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx2, 6>(slab, lanes, v, m, scratch) }
+        unsafe { self.run_lanes::<Avx2, 6>(slab, lanes, room) }
     }
 
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes, const N: usize>(
-        &self,
-        slab: &Slab,
-        lanes: Range<usize>,
-        v: &mut [f32],
-        m: &mut [f32],
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
+        let Room { v, m, scratch } = room;
         let (plane, block_floats) = (slab.plane_tiles() * LANES, slab.input_tiles() * LANES);
         let pitch = self.blocks.len() * block_floats;
         let mut rows = Vec::with_capacity(3 * self.blocks.len());

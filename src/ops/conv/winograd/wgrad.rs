@@ -47,6 +47,19 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     partials.arrange(27, &sums, sources, lane_sources)
 }
 
+/// What a task computes in.
+struct Room<'a> {
+    /// Transformed inputs of a slab.
+    v: Buffer,
+    /// Transformed gradients of its outputs.
+    dm: Buffer,
+    /// `[product][plane][channel][lane]`
+    sum: Buffer,
+    /// Whether no slab was added yet: it writes, the others add.
+    first: bool,
+    scratch: &'a mut Scratch,
+}
+
 /// A task of a pass.
 struct Pass<'a> {
     problem: &'a Problem,
@@ -65,76 +78,50 @@ impl Pass<'_> {
         let buffer = |tiles: usize, blocks: usize| {
             Buffer::dirty((PRODUCTS * tiles * blocks * LANES).next_multiple_of(SLAB_FLOATS / 2))
         };
-        let mut v = buffer((largest.d + 2) * plane, blocks);
-        let mut dm = buffer(largest.d * plane, self.task.lanes.len());
-        let mut sum = Buffer::dirty(self.task.floats);
-        for (index, origin) in origins.iter().enumerate() {
-            let slab = Slab { problem: self.problem, origin, tiles_w: self.tiles_w };
-            self.run(&slab, &mut v, &mut dm, (&mut sum, index == 0), scratch);
+        let v = buffer((largest.d + 2) * plane, blocks);
+        let dm = buffer(largest.d * plane, self.task.lanes.len());
+        let mut room = Room { v, dm, sum: Buffer::dirty(self.task.floats), first: true, scratch };
+        for origin in origins {
+            self.run(&Slab { problem: self.problem, origin, tiles_w: self.tiles_w }, &mut room);
+            room.first = false;
         }
-        sum
+        room.sum
     }
 
-    /// Writes a slab's products to the sum, or adds them; `v` and `dm` hold transformed inputs and gradients.
-    fn run(
-        &self,
-        slab: &Slab,
-        v: &mut [f32],
-        dm: &mut [f32],
-        sum: (&mut [f32], bool),
-        scratch: &mut Scratch,
-    ) {
+    /// Writes a slab's products to the sum, or adds them.
+    fn run(&self, slab: &Slab, room: &mut Room) {
         match simd() {
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { self.run_avx512(slab, v, dm, sum, scratch) },
+            Simd::Avx512 => unsafe { self.run_avx512(slab, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => unsafe { self.run_avx2(slab, v, dm, sum, scratch) },
+            Simd::Avx2 => unsafe { self.run_avx2(slab, room) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, 2>(slab, v, dm, sum, scratch) },
+            _ => unsafe { self.run_lanes::<Plain, 2>(slab, room) },
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,fma")]
-    unsafe fn run_avx512(
-        &self,
-        slab: &Slab,
-        v: &mut [f32],
-        dm: &mut [f32],
-        sum: (&mut [f32], bool),
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_avx512(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, v, dm, sum, scratch) }
+        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, room) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(
-        &self,
-        slab: &Slab,
-        v: &mut [f32],
-        dm: &mut [f32],
-        sum: (&mut [f32], bool),
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_avx2(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx2, 6>(slab, v, dm, sum, scratch) }
+        unsafe { self.run_lanes::<Avx2, 6>(slab, room) }
     }
 
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes, const N: usize>(
-        &self,
-        slab: &Slab,
-        v: &mut [f32],
-        dm: &mut [f32],
-        (sum, first): (&mut [f32], bool),
-        scratch: &mut Scratch,
-    ) {
+    unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, room: &mut Room) {
+        let Room { v, dm, sum, first, scratch } = room;
+        let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
         let block_floats = slab.input_tiles() * CHANNEL_BLOCK;
