@@ -88,7 +88,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     if let Some(nvrtc) = nvrtc {
         for target in targets(args, &gpus, nvrtc)? {
-            compile(&mut findings, nvrtc, &target, &chosen, args.verbose);
+            compile(&mut findings, nvrtc, &cache, &target, (&chosen, args.verbose));
         }
     }
     try_device(&mut findings, args.device, &gpus);
@@ -166,20 +166,33 @@ fn chosen(names: &[String]) -> Result<Vec<Source<'static>>> {
     Ok(sources::all().filter(|source| names.is_empty() || names.iter().any(|n| n == source.file)).collect())
 }
 
-/// Compiles kernel files at both precisions, without the cache.
-fn compile(findings: &mut Findings, nvrtc: &Nvrtc, target: &Target, chosen: &[Source], verbose: bool) {
+/// Compiles the chosen kernel files at both precisions, those in the cache too, and keeps them for the self-tests and for
+/// work to come.
+fn compile(
+    findings: &mut Findings,
+    nvrtc: &Nvrtc,
+    cache: &KernelCache,
+    target: &Target,
+    (chosen, verbose): (&[Source], bool),
+) {
     let jobs: Vec<_> =
         chosen.iter().flat_map(|source| PRECISIONS.map(|precision| (*source, precision))).collect();
     let begun = Instant::now();
-    let made = in_parallel(&jobs, |(source, precision)| nvrtc.compile(source, *precision, target));
+    let made = in_parallel(&jobs, |(source, precision)| cache.compile(nvrtc, source, *precision, target));
     let seconds = begun.elapsed().as_secs_f64();
-    let mut modules: Vec<Module> = Vec::new();
+    let (mut modules, mut warning): (Vec<Module>, _) = (Vec::new(), None);
     let before = findings.healthy;
-    for module in made {
-        match module {
-            Ok(module) => modules.push(module),
+    for made in made {
+        match made {
+            Ok(made) => {
+                modules.push(made.module);
+                warning = warning.or(made.warning);
+            }
             Err(err) => findings.broken("kernels", err),
         }
+    }
+    if let Some(warning) = warning {
+        findings.say("cache", warning);
     }
     let entries: Vec<Entry> = modules.into_iter().flat_map(|module| module.entries).collect();
     let spilling = entries.iter().filter(|e| e.stack + e.spill_stores + e.spill_loads > 0).count();

@@ -203,13 +203,6 @@ mod functions {
             SUCCESS
         }
         cuCtxSetCurrent(context: *const u8) { CURRENT.set(context); SUCCESS }
-        cuCtxSynchronize() {
-            in_context(|| {
-                let streams = state().streams;
-                let all = (0..streams).try_for_each(|i| gpu().emulated.synchronize(Stream(i)));
-                status(all, ILLEGAL_ADDRESS)
-            })
-        }
         cuThreadExchangeStreamCaptureMode(mode: *mut c_uint) { *mode = MODE.replace(*mode); SUCCESS }
 
         cuMemAlloc_v2(address: *mut u64, bytes: usize) {

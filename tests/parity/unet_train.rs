@@ -107,7 +107,7 @@ pub fn steps(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
         losses.push(trainer.step(&images, &labels, [n, d, h, w])?);
         if recorded.binary_search(&step).is_ok() {
             trainer.refresh()?;
-            compare_parameters(file, step, &trainer.net, ledger);
+            compare_parameters(file, step, &trainer.net, ledger)?;
             compare_buffers(
                 file,
                 &format!("adam{step}.buf"),
@@ -122,16 +122,22 @@ pub fn steps(file: &File, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
     Ok(())
 }
 
-fn compare_parameters(file: &File, step: usize, net: &UNet, ledger: &mut Ledger) {
-    for (param, name) in net.params().iter().zip(net.param_names()) {
+fn compare_parameters(file: &File, step: usize, net: &UNet, ledger: &mut Ledger) -> Outcome<()> {
+    let yardstick = file.need(&format!("adam{step}_maxabs_f32_f64"))?;
+    if yardstick.shape != [net.params().len(), 2] {
+        return Err(format!("adam{step}_maxabs_f32_f64 has shape {:?}", yardstick.shape).into());
+    }
+    for (i, (param, name)) in net.params().iter().zip(net.param_names()).enumerate() {
         let golden = format!("adam{step}.{name}");
         if bias_is_cancelled(net, name) {
             ledger.leave_out(file, &golden, "its true gradient is 0: Adam makes steps of rounding noise");
         } else {
             let got = Tensor::new(&param.shape, &param.value);
-            ledger.compare(file, &golden, &got, parameters(step, param.value.len()));
+            let bound = parameters(step, param.value.len(), yardstick.data[2 * i]);
+            ledger.compare(file, &golden, &got, bound);
         }
     }
+    Ok(())
 }
 
 /// State as `PREFIX.<name>`: running statistics, of which alone the file has such names.

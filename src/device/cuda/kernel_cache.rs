@@ -85,18 +85,43 @@ impl KernelCache {
         target: &Target,
     ) -> Result<Cached> {
         let key = key(nvrtc.version(), source, precision, target);
-        let stem = source.file.trim_end_matches(".cu");
-        let name = format!("{stem}{}-{target}-{}.{EXTENSION}", precision.suffix(), &key.to_hex()[..16]);
-        let path = self.folder().map(|folder| folder.join(name));
-        let kept =
-            path.as_ref().and_then(|path| std::fs::read(path).ok()).and_then(|bytes| decode(&key, &bytes));
-        if let Some(module) = kept {
-            return Ok(Cached { module, hit: true, warning: None });
+        let file = self.file(&key, source, precision, target);
+        match file.and_then(|file| std::fs::read(file).ok()).and_then(|bytes| decode(&key, &bytes)) {
+            Some(module) => Ok(Cached { module, hit: true, warning: None }),
+            None => self.compile(nvrtc, source, precision, target),
         }
+    }
+
+    /// A kernel file's module, compiled even if it is there, and kept.
+    ///
+    /// # Errors
+    /// Those of [`Nvrtc::compile`].
+    pub fn compile(
+        &self,
+        nvrtc: &Nvrtc,
+        source: &Source<'_>,
+        precision: Precision,
+        target: &Target,
+    ) -> Result<Cached> {
+        let key = key(nvrtc.version(), source, precision, target);
         let module = nvrtc.compile(source, precision, target)?;
-        let written = path.map_or(Ok(()), |path| keep(&path, &encode(&key, &module)));
+        let file = self.file(&key, source, precision, target);
+        let written = file.map_or(Ok(()), |file| keep(&file, &encode(&key, &module)));
         let warning = written.err().map(|err| format!("a compiled kernel is not kept: {err}"));
         Ok(Cached { module, hit: false, warning })
+    }
+
+    /// Where a module is kept.
+    fn file(
+        &self,
+        key: &blake3::Hash,
+        source: &Source<'_>,
+        precision: Precision,
+        target: &Target,
+    ) -> Option<PathBuf> {
+        let stem = source.file.trim_end_matches(".cu");
+        let name = format!("{stem}{}-{target}-{}.{EXTENSION}", precision.suffix(), &key.to_hex()[..16]);
+        Some(self.folder()?.join(name))
     }
 }
 

@@ -17,7 +17,6 @@ const LIBRARY: &str = "libcuda.so.1";
 /// Every driver function that is called. All are in the driver of CUDA 12.0 and in later ones.
 const FUNCTIONS: &[&str] = &[
     "cuCtxSetCurrent",
-    "cuCtxSynchronize",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",

@@ -115,6 +115,15 @@ impl Native {
         lock(&self.streams)[stream.0].stream
     }
 
+    /// Waits for all streams, whatever became of their work. They are waited for one by one: the context is shared with
+    /// whoever else uses this GPU in the process, and waiting for all of it would end their captures.
+    fn finish(&self) {
+        for queue in lock(&self.streams).iter() {
+            // SAFETY: a live stream.
+            unsafe { sys::cuStreamSynchronize(queue.stream) };
+        }
+    }
+
     fn remember(&self, what: Recent) {
         let mut recent = lock(&self.recent);
         if recent.len() == REMEMBERED {
@@ -181,8 +190,7 @@ impl Driver for Native {
             return;
         }
         // cuMemFree waits for the work before it in practice, but nothing says it must.
-        // SAFETY: no arguments.
-        unsafe { sys::cuCtxSynchronize() };
+        self.finish();
         // SAFETY: the address is from `allocate`. A failure is that of earlier work, which `synchronize` reports.
         unsafe { sys::cuMemFree_v2(address) };
     }
@@ -352,8 +360,8 @@ impl Driver for Native {
 impl Drop for Native {
     fn drop(&mut self) {
         if self.enter().is_ok() {
-            // SAFETY: no arguments. What is destroyed below is then idle.
-            unsafe { sys::cuCtxSynchronize() };
+            // What is destroyed below is then idle.
+            self.finish();
             for Replayable { graph, .. } in lock(&self.graphs).drain(..) {
                 // SAFETY: a live handle, not used again. So below; failures leave nothing to mend.
                 unsafe { sys::cuGraphExecDestroy(graph) };
