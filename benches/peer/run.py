@@ -124,7 +124,7 @@ def measure(args):
     def wanted(name):
         return not args.only or any(name.startswith(only) for only in args.only)
 
-    spleen, peer = build()
+    spleen, peer = args.programs or build()
     begin, load = datetime.datetime.now(), os.getloadavg()
     with tempfile.TemporaryDirectory() as inputs:
         runner = Runner(spleen, peer, inputs, args.raw)
@@ -149,13 +149,13 @@ def measure(args):
                 runner.in_turn(threads, layers)
     import monai
     import torch
-    commit = output(["git", "-C", ROOT, "describe", "--always", "--dirty"]).strip()
+    version = output([spleen, "--version"]).strip()
     # Where the rows were kept is nobody's business but ours.
     raw = sys.argv.index("--raw") if "--raw" in sys.argv else len(sys.argv)
     command = " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:raw], *sys.argv[raw + 2:]])
     runner.keep(side="about", text=(
         f"{begin:%Y-%m-%d %H:%M} to {datetime.datetime.now():%H:%M}, {cpu_model()}, {os.cpu_count()} cores; load average "
-        f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end (2 of it would be ours). spleen-hpc {commit}, torch "
+        f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end (2 of it would be ours). {version}, torch "
         f"{torch.__version__}, monai {monai.__version__}. `python {command}`"))
     return runner.rows
 
@@ -278,6 +278,8 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side of the rows of a scan")
     parser.add_argument("--only", nargs="+", help="beginnings of names of rows, such as step_ or layer_")
+    parser.add_argument("--programs", type=Path, nargs=2, metavar=("OURS", "PEER"),
+                        help="spleen-hpc and spleen-hpc-peer, built elsewhere; libtorch must be on LD_LIBRARY_PATH")
     parser.add_argument("--raw", type=argparse.FileType("w"), help="file for every row as JSON lines")
     parser.add_argument("--render", type=argparse.FileType(), help="print the tables of such a file, time nothing")
     args = parser.parse_args()
