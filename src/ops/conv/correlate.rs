@@ -23,6 +23,11 @@ const MIN_TASKS: usize = 32;
 /// Tasks a thread, so that none waits long for the last.
 const TASKS_A_THREAD: usize = 8;
 
+/// Length of runs of tiles, long enough to share planes and short enough to keep all threads busy.
+pub fn tiles_a_task(tiles: usize) -> usize {
+    tiles.div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()))
+}
+
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias.
 pub fn correlate<'a>(
     problem: Problem,
@@ -68,8 +73,7 @@ pub fn correlate<'a>(
     // A multiple of 4 lane blocks a task keeps the widest micro-kernels usable.
     let parts = MIN_TASKS.div_ceil(tiles.len()).min(lanes.len().div_ceil(4));
     let part = lanes.len().div_ceil(parts).next_multiple_of(4);
-    // Runs of tiles long enough to share planes and short enough to keep all threads busy.
-    let run = tiles.len().div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()));
+    let run = tiles_a_task(tiles.len());
     let outs: Vec<_> = heads
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
@@ -111,8 +115,8 @@ pub fn correlate<'a>(
                     start += voxels * order.row_floats(1, element.of(block.len));
                 }
                 let next = match index + 1 < groups.len() {
-                    true => Some((place(i), groups[index + 1])),
-                    false if i + 1 < origins.len() => Some((place(i + 1), groups[0])),
+                    true => Some(Next { place: place(i), group: groups[index + 1] }),
+                    false if i + 1 < origins.len() => Some(Next { place: place(i + 1), group: groups[0] }),
                     false => None,
                 };
                 let tile = &tile[..];
@@ -163,17 +167,22 @@ pub struct Step<'a> {
     packed: &'a Packed,
     origin: &'a Origin,
     lanes: std::ops::Range<usize>,
-    /// What will be loaded next.
-    next: Option<(Place<'a>, &'a [Block])>,
+    next: Option<Next<'a>>,
 }
 
-impl Step<'_> {
-    /// Asks the cache for a part of what will be loaded next.
-    fn prefetch(&self, sources: &[Source], (part, parts): (usize, usize)) {
-        if let Some((place, group)) = &self.next {
-            for &block in *group {
-                place.prefetch(&sources[block.tensor], block, (part, parts));
-            }
+/// What will be loaded after a step.
+pub struct Next<'a> {
+    /// Of which tile.
+    pub place: Place<'a>,
+    /// Its blocks of source channels.
+    pub group: &'a [Block],
+}
+
+impl Next<'_> {
+    /// Asks the cache for a part of it.
+    pub fn prefetch(&self, sources: &[Source], (part, parts): (usize, usize)) {
+        for &block in self.group {
+            self.place.prefetch(&sources[block.tensor], block, (part, parts));
         }
     }
 }
@@ -308,8 +317,11 @@ impl Pass<'_> {
                     _ => 1,
                 };
                 for (d, h) in (0..size.d).flat_map(|d| (0..size.h).map(move |h| (d, h))) {
-                    if class_index == 0 && lane == step.lanes.start {
-                        step.prefetch(self.sources, (d * size.h + h, size.d * size.h));
+                    if let Some(next) = &step.next
+                        && class_index == 0
+                        && lane == step.lanes.start
+                    {
+                        next.prefetch(self.sources, (d * size.h + h, size.d * size.h));
                     }
                     let od = (d0 + d) * outputs + class.parity[0];
                     let oh = (h0 + h) * outputs + class.parity[1];

@@ -1,6 +1,6 @@
 //! Rows of voxels to pairs of bfloat16 channels, norm and PReLU applied on the way.
 
-use super::tile::{Affine, pair_channels, transform_row};
+use super::tile::{Affine, mapped_row, pair_channels};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::{Simd, simd_of_pairs};
 
@@ -13,6 +13,23 @@ pub fn transform_pairs(
     map: Affine,
     row: &mut [f32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if len == 2 * pitch && x_pitch == len && matches!(len, 2 | 4 | 8) && simd_of_pairs() == Simd::Avx512 {
+        // A whole number of voxels fills 16 lanes.
+        let repeated = map.map(|(scale, shift, slope)| {
+            let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i & (len - 1)]);
+            (repeat(scale), repeat(shift), slope)
+        });
+        let repeated = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
+        let sixteens = out.len() / 8;
+        assert!(x.len() >= 16 * sixteens, "{sixteens} x 16 values");
+        // SAFETY: the CPU has the features; lengths were just checked.
+        unsafe { x86::voxels_16((out.as_mut_ptr(), 8), (x.as_ptr(), 16), sixteens, repeated) };
+        let (out, x) = (&mut out[8 * sixteens..], &x[16 * sixteens..]);
+        let row = mapped_row(&mut row[..2 * out.len()], &x[..2 * out.len()], len, len, map);
+        pair_channels(row, len, out, pitch);
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if len == 2 * pitch && len.is_multiple_of(16) && simd_of_pairs() == Simd::Avx512 {
         let voxels = out.len() / pitch;
@@ -31,8 +48,7 @@ pub fn transform_pairs(
         }
         return;
     }
-    let row = &mut row[..out.len() / pitch * len];
-    transform_row(row, len, x, x_pitch, len, map);
+    let row = mapped_row(&mut row[..out.len() / pitch * len], x, x_pitch, len, map);
     pair_channels(row, len, out, pitch);
 }
 
@@ -80,20 +96,33 @@ mod tests {
     use super::*;
     use crate::device::bf16::pair;
 
+    /// Some of two channels fill no vector.
+    const VOXELS: usize = 21;
+
     #[test]
     fn every_value_is_mapped_and_rounded_as_one_by_one() {
         let special =
             [0.0, -0.0, 1e-40, -1e-40, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1.0 + f32::EPSILON];
         let (scale, shift): (Vec<f32>, Vec<f32>) =
             (0..32).map(|i| (1.0 - i as f32 / 7.0, if i % 3 == 0 { 0.0 } else { 0.1 * i as f32 })).unzip();
-        for (len, pitch, x_pitch) in [(16, 8, 16), (32, 16, 48), (5, 8, 5), (1, 1, 1), (16, 8, 40)] {
-            let x: Vec<f32> = (0..7 * x_pitch)
+        for (len, pitch, x_pitch) in [
+            (16, 8, 16),
+            (32, 16, 48),
+            (5, 8, 5),
+            (1, 1, 1),
+            (16, 8, 40),
+            (2, 1, 2),
+            (4, 2, 4),
+            (8, 4, 8),
+            (2, 1, 6),
+        ] {
+            let x: Vec<f32> = (0..VOXELS * x_pitch)
                 .map(|i| if i % 5 == 0 { special[i / 5 % 8] } else { (i as f32).sin() * 1e3 })
                 .collect();
             for slope in [None, Some(0.25)] {
                 let map: Affine = slope.map(|slope| (&scale[..len], &shift[..len], slope));
-                let mut out = vec![0.0; 7 * pitch];
-                transform_pairs((&mut out, pitch), (&x, x_pitch), len, map, &mut vec![0.0; 7 * len]);
+                let mut out = vec![0.0; VOXELS * pitch];
+                transform_pairs((&mut out, pitch), (&x, x_pitch), len, map, &mut vec![0.0; VOXELS * len]);
                 let value = |v: usize, c: usize| {
                     let x = if c < len { x[v * x_pitch + c] } else { 0.0 };
                     match map {

@@ -185,8 +185,7 @@ pub fn load_rows(
                 pair_voxels(row, &row[(stride * len).min(row.len())..], out);
             }
             (Order::ChannelRows, _) => {
-                let row = &mut row[..inside_w * len];
-                transform_row(row, len, x, c, len, pending);
+                let row = mapped_row(&mut row[..inside_w * len], x, c, len, pending);
                 for out in out.chunks_exact_mut(ew) {
                     out[..pad].fill(0.0);
                     out[inside.end..].fill(0.0);
@@ -201,14 +200,30 @@ pub fn load_rows(
                         pair_voxels(&even[..inside_w], odd, &mut out[pad..]);
                     }
                 } else {
-                    if element == Element::Rounded {
-                        round_row(row);
-                    }
                     transpose(row, len, &mut out[pad..], ew);
+                    if element == Element::Rounded {
+                        round_row(out);
+                    }
                 }
             }
         }
     }
+}
+
+/// Voxels of `len` channels with nothing between them, taken from `x` every `x_pitch` floats and mapped if there is a map:
+/// in `row`, which is as long, or `x` itself where nothing is to be done.
+pub fn mapped_row<'a>(
+    row: &'a mut [f32],
+    x: &'a [f32],
+    x_pitch: usize,
+    len: usize,
+    map: Affine,
+) -> &'a [f32] {
+    if map.is_none() && x_pitch == len {
+        return x;
+    }
+    transform_row(row, len, x, x_pitch, len, map);
+    row
 }
 
 vectorised! {
@@ -269,7 +284,7 @@ vectorised! {
             // A whole number of voxels fills 16 lanes.
             1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
                 let repeated = map.map(|(scale, shift, slope)| {
-                    let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i % len]);
+                    let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i & (len - 1)]);
                     (repeat(scale), repeat(shift), slope)
                 });
                 let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));

@@ -7,10 +7,11 @@ use super::halo::{Halo, SLACK};
 use super::micro::{Step, multiply_parts, parts_of_a};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Scheme};
-use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
+use crate::device::amx::{ROW_BYTES, ROWS, Tiles, prefetch_to_write};
+use crate::device::arena::Buffer;
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
-use crate::ops::conv::correlate::Out;
+use crate::ops::conv::correlate::{Next, Out, tiles_a_task};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
@@ -57,27 +58,48 @@ pub fn correlate<'a>(
         .iter_mut()
         .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
         .collect();
-    let pass = Pass { map, scheme, out_space, lanes: &lanes, outs: &outs };
+    let biases: Vec<_> = lanes.iter().map(|&lane| scheme.bias(outs[lane.tensor].bias, lane)).collect();
+    let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, biases: &biases };
+    let run = tiles_a_task(tiles.len());
     let tasks: Vec<_> =
-        tiles.iter().flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
-    tasks.into_par_iter().for_each_init(
-        || (Vec::new(), Vec::new(), Cover::default(), Vec::new()),
-        |(tile, row, cover, steps), (origin, first)| {
+        tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
+    tasks.into_par_iter().for_each_init(Task::default, |task, (origins, first)| {
+        let lanes = first..lanes.len().min(first + part);
+        // Planes of the tile before are there where it has the same layout and no other group of blocks came after it.
+        let place = |i: usize| {
+            let before = i.checked_sub(1).map(|i| &origins[i]);
+            let before = before.filter(|before| groups.len() == 1 && before.size == origins[i].size);
+            Place { map, space, anchors_w: anchors[2], origin: &origins[i], before }
+        };
+        for (i, origin) in origins.iter().enumerate() {
             let halo = Halo::new(depth, map, origin.size, anchors[2]);
-            for (index, group) in groups.iter().enumerate() {
-                tile.resize(halo.len() * group.len() + SLACK, 0.0);
+            for (index, &blocks) in groups.iter().enumerate() {
+                let tile = task.tile.first(halo.len() * blocks.len() + SLACK);
                 // What the last rows of A read past the tile is multiplied by 0, and must be a number.
-                tile[halo.len() * group.len()..].fill(0.0);
-                let place = Place { map, space, anchors_w: anchors[2], origin, before: None };
-                for (&block, tile) in group.iter().zip(tile.chunks_exact_mut(halo.len())) {
-                    halo.load(&sources[block.tensor], block, &place, tile, row);
+                tile[halo.len() * blocks.len()..].fill(0.0);
+                for (&block, tile) in blocks.iter().zip(tile.chunks_exact_mut(halo.len())) {
+                    halo.load(&sources[block.tensor], block, &place(i), tile, &mut task.row);
                 }
-                let lanes = first..lanes.len().min(first + part);
-                let group = Group { halo, tile, blocks: group, index, packed: &packed, origin, lanes };
-                pass.run(&group, cover, steps);
+                let next = match index + 1 < groups.len() {
+                    true => Some(Next { place: place(i), group: groups[index + 1] }),
+                    false if i + 1 < origins.len() => Some(Next { place: place(i + 1), group: groups[0] }),
+                    false => None,
+                };
+                let (packed, lanes) = (&packed, lanes.clone());
+                let group = Group { halo, tile, blocks, index, packed, origin, lanes, next };
+                pass.run(&group, &mut task.cover, &mut task.steps);
             }
-        },
-    );
+        }
+    });
+}
+
+/// What a thread keeps from one task to the next.
+#[derive(Default)]
+struct Task {
+    tile: Buffer,
+    row: Vec<f32>,
+    cover: Cover,
+    steps: Vec<Step>,
 }
 
 /// What all tasks of a pass share.
@@ -85,8 +107,11 @@ struct Pass<'a> {
     map: Map,
     scheme: &'a Scheme,
     out_space: [usize; 3],
+    sources: &'a [Source<'a>],
     lanes: &'a [Block],
     outs: &'a [Out<'a>],
+    /// Of every lane block, if its head has one.
+    biases: &'a [Option<[f32; LANES]>],
 }
 
 /// One halo tile, one group of source blocks, some lane blocks.
@@ -98,6 +123,7 @@ struct Group<'a> {
     packed: &'a Packed,
     origin: &'a Origin,
     lanes: std::ops::Range<usize>,
+    next: Option<Next<'a>>,
 }
 
 impl Pass<'_> {
@@ -154,11 +180,20 @@ impl Pass<'_> {
                 });
                 let m = parts_of_a(n);
                 for first in (0..cover.len()).step_by(m) {
+                    if let Some(next) = &group.next
+                        && class_index == 0
+                        && lane == group.lanes.start
+                    {
+                        next.prefetch(self.sources, (first / m, cover.len().div_ceil(m)));
+                    }
                     let m = m.min(cover.len() - first);
                     let a: [*const u8; 4] = std::array::from_fn(|i| {
                         let position = cover.start(first + i.min(m - 1));
                         super::bytes(group.tile[position * between..].as_ptr())
                     });
+                    for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
+                        self.prefetch_outputs(group, class, (cover, first + i), lane + q);
+                    }
                     let sums = scratch.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
                     // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
@@ -220,6 +255,31 @@ impl Pass<'_> {
         ((n * self.out_space[0] + d) * self.out_space[1] + h) * self.out_space[2] + w
     }
 
+    /// Asks the cache for the lines that [`Self::write_run`] will write: there is time until the products are done.
+    #[inline(always)]
+    fn prefetch_outputs(
+        &self,
+        group: &Group,
+        class: &Class,
+        (cover, register): (&Cover, usize),
+        lane: usize,
+    ) {
+        if self.scheme.fold.is_some() {
+            return;
+        }
+        let block = self.lanes[lane];
+        let out = &self.outs[block.tensor];
+        let between = self.map.outputs() * out.channels;
+        for run in cover.runs(register) {
+            let start = self.voxel(group, run, class.parity) * out.channels + block.first;
+            let y = out.data.at(start, (run.len - 1) * between + block.len);
+            for i in 0..run.len {
+                // SAFETY: `at` has checked the bounds.
+                unsafe { prefetch_to_write(y.add(i * between)) };
+            }
+        }
+    }
+
     /// Writes or adds a lane block of neighbouring voxels.
     ///
     /// # Safety
@@ -234,8 +294,7 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let block = self.lanes[lane];
-        let out = &self.outs[block.tensor];
-        let bias = out.bias.map(|b| &b[block.first..][..block.len]);
+        let (out, bias) = (&self.outs[block.tensor], self.biases[lane].as_ref());
         let between = self.map.outputs() * out.channels;
         let start = self.voxel(group, run, class.parity) * out.channels + block.first;
         let y = out.data.at(start, (run.len - 1) * between + block.len);
@@ -252,9 +311,7 @@ impl Pass<'_> {
                     }
                     .store(y);
                 } else {
-                    for (i, y) in std::slice::from_raw_parts_mut(y, block.len).iter_mut().enumerate() {
-                        *y = values[i] + if group.index == 0 { bias.map_or(0.0, |b| b[i]) } else { *y };
-                    }
+                    self.write_floats(group, lane, y, &values[..block.len], 0);
                 }
             }
         }
@@ -281,7 +338,9 @@ impl Pass<'_> {
             let y = self.outs[0].data.at(voxel * channels, run.len * pair);
             for (i, values) in values.iter().enumerate() {
                 // SAFETY: `at` has checked the bounds; the floats are the caller's.
-                unsafe { self.write_floats(group, y.add(i * pair), &values[first..first + pair]) };
+                unsafe {
+                    self.write_floats(group, lane, y.add(i * pair), &values[first..first + pair], first)
+                };
             }
         }
     }
@@ -299,21 +358,36 @@ impl Pass<'_> {
         for (i, values) in values.iter().enumerate() {
             let voxels = BAND.min(voxels - i * BAND);
             // SAFETY: `at` has checked the bounds; the floats are the caller's.
-            unsafe { self.write_floats(group, y.add(i * BAND * channels), &values[..voxels * channels]) };
+            unsafe {
+                self.write_floats(group, 0, y.add(i * BAND * channels), &values[..voxels * channels], 0)
+            };
         }
     }
 
-    /// Writes or adds whole voxels of the only head.
+    /// Writes or adds lanes of a block, `first` the first of them.
     ///
     /// # Safety
     /// `values.len()` floats from `y` on must be the caller's.
     #[inline(always)]
-    unsafe fn write_floats(&self, group: &Group, y: *mut f32, values: &[f32]) {
-        let out = &self.outs[0];
+    unsafe fn write_floats(&self, group: &Group, lane: usize, y: *mut f32, values: &[f32], first: usize) {
         // SAFETY: by the caller's promise.
         let y = unsafe { std::slice::from_raw_parts_mut(y, values.len()) };
-        for (i, (y, v)) in y.iter_mut().zip(values).enumerate() {
-            *y = v + if group.index == 0 { out.bias.map_or(0.0, |b| b[i % out.channels]) } else { *y };
+        let bias = self.biases[lane].as_ref().unwrap_or(&[0.0; LANES]);
+        let bias = (group.index == 0).then_some(&bias[first..]);
+        // Lengths that the compiler knows become vectors.
+        match values.len() {
+            LANES => write_lanes(&mut y[..LANES], &values[..LANES], bias),
+            4 => write_lanes(&mut y[..4], &values[..4], bias),
+            _ => write_lanes(y, values, bias),
         }
+    }
+}
+
+/// `y` = `values` + `bias`; without a bias they are added to `y`.
+#[inline(always)]
+fn write_lanes(y: &mut [f32], values: &[f32], bias: Option<&[f32]>) {
+    match bias {
+        Some(bias) => y.iter_mut().zip(values).zip(&bias[..values.len()]).for_each(|((y, v), b)| *y = v + b),
+        None => y.iter_mut().zip(values).for_each(|(y, v)| *y += v),
     }
 }

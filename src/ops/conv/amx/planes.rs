@@ -12,7 +12,7 @@ use crate::device::amx::ROWS;
 use crate::device::bf16;
 use crate::device::cpu::vectorised;
 use crate::ops::conv::plan::{Block, LANES, Map, Tile};
-use crate::ops::conv::tile::{pair_neighbours, transform_row};
+use crate::ops::conv::tile::{mapped_row, pair_neighbours};
 use crate::ops::conv::transpose::transpose;
 use crate::ops::conv::{Affine, Source};
 
@@ -162,8 +162,7 @@ impl Planes {
                 let affine: Affine = affine.map(|(scale, shift, slope)| {
                     (&scale[first..first + len], &shift[first..first + len], slope)
                 });
-                let voxels = &mut voxels[..inside_w * len];
-                transform_row(voxels, len, x, source.channels, len, affine);
+                let voxels = mapped_row(&mut voxels[..inside_w * len], x, source.channels, len, affine);
                 transpose(voxels, len, &mut rows[pad..], extent_w);
                 for (c, row) in rows.chunks_exact(extent_w).take(len).enumerate() {
                     let out = &mut out[at + c * self.channel_pitch()..];
@@ -205,7 +204,7 @@ impl Planes {
             if d < space[0] && h < space[1] {
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * channels;
                 let x = &source.data[start..][..inside_w * channels];
-                transform_row(voxels, channels, x, channels, channels, affine);
+                let voxels = mapped_row(voxels, x, channels, channels, affine);
                 transpose(voxels, channels, &mut rows[pad..], extent_w);
             } else {
                 rows.fill(0.0);
@@ -251,7 +250,7 @@ impl Planes {
                 let voxel = ((n * space[0] + d0 + d) * space[1] + h0 + h) * space[2];
                 let x = &source.data[voxel * source.channels + block.first..];
                 let x = &x[..(width - 1) * source.channels + block.len];
-                transform_row(row, block.len, x, source.channels, block.len, affine);
+                let row = mapped_row(row, x, source.channels, block.len, affine);
                 let at = (d * self.lanes + index) * self.lane_block_len() + h * self.pitch / 2 * LANES;
                 pair_neighbours(row, block.len, &mut out[at..][..width.div_ceil(2) * LANES], LANES);
             }

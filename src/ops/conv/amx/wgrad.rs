@@ -45,24 +45,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
 struct Scratch {
     /// Layout of the tiles and channels in them. What it leaves out is 0.
     layout: Option<(Planes, usize)>,
-    tile: Vec<u16>,
-    lane_tile: Vec<f32>,
+    tile: Buffer,
+    lane_tile: Buffer,
     row: Vec<f32>,
     steps: Vec<Step>,
-}
-
-impl Scratch {
-    /// Makes the tiles long enough, and 0 where their layout is not the last one's.
-    fn prepare(&mut self, planes: Planes, channels: usize) {
-        let layout = Some((planes, channels));
-        if self.layout != layout {
-            self.layout = layout;
-            self.tile.clear();
-            self.tile.resize(planes.source_len(), 0);
-            self.lane_tile.clear();
-            self.lane_tile.resize(planes.lane_len(), 0.0);
-        }
-    }
 }
 
 /// What all tiles of a task share.
@@ -88,8 +74,13 @@ impl Pass<'_> {
     ) {
         let layout = if self.thin { Planes::of_copies } else { Planes::new };
         let planes = layout(self.map, size, self.anchors[2], block.len, self.lanes.len());
-        scratch.prepare(planes, block.len);
-        let Scratch { tile, lane_tile, row, steps, .. } = scratch;
+        let Scratch { layout, tile, lane_tile, row, steps } = scratch;
+        let tile: &mut [u16] = bytemuck::cast_slice_mut(tile.first(planes.source_len().div_ceil(2)));
+        let lane_tile = lane_tile.first(planes.lane_len());
+        if layout.replace((planes, block.len)) != Some((planes, block.len)) {
+            tile.fill(0);
+            lane_tile.fill(0.0);
+        }
         let origin = (n, d0, h0);
         planes.load_source(&self.sources[block.tensor], block, self.space, origin, tile, row);
         planes.load_lanes(self.lane_sources, self.lanes, self.anchors, origin, lane_tile, row);
