@@ -1,6 +1,6 @@
-//! Rows of voxels to pairs of bfloat16 channels, norm and PReLU applied on the way.
+//! Rows of voxels to pairs of bfloat16, of channels or of neighbours, norm and PReLU applied on the way.
 
-use super::tile::{Affine, mapped_row, pair_channels};
+use super::tile::{Affine, mapped_row, pair_channels, pair_neighbours};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::{Simd, simd_of_pairs};
 
@@ -52,10 +52,50 @@ pub fn transform_pairs(
     pair_channels(row, len, out, pitch);
 }
 
+/// `out[i * pitch + c]` = channel c of voxels 2 i and 2 i + 1, or 0 where there is no second one, mapped if there is a map, of
+/// `x`, whose voxels are `x_pitch` floats apart and have `len` channels. `row` is scratch.
+pub fn transform_neighbours(
+    (out, pitch): (&mut [f32], usize),
+    (x, x_pitch): (&[f32], usize),
+    len: usize,
+    map: Affine,
+    row: &mut Vec<f32>,
+) {
+    let voxels = (x.len() + x_pitch - len) / x_pitch;
+    #[cfg(target_arch = "x86_64")]
+    if len == 16 && voxels > 0 && simd_of_pairs() == Simd::Avx512 {
+        assert!(out.len() >= (voxels.div_ceil(2) - 1) * pitch + 16, "{voxels} voxels");
+        assert!(map.is_none_or(|(scale, shift, _)| scale.len() == 16 && shift.len() == 16), "16 channels");
+        // SAFETY: the CPU has the features; lengths were just checked.
+        unsafe { x86::neighbours_16((out.as_mut_ptr(), pitch), (x.as_ptr(), x_pitch), voxels, map) };
+        return;
+    }
+    row.resize(voxels * len, 0.0);
+    pair_neighbours(mapped_row(row, x, x_pitch, len, map), len, out, pitch);
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Affine;
     use std::arch::x86_64::*;
+
+    /// The 16 values from `x` on, mapped. Not fused: as every other copy of the map.
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512F; 16 floats of `x` and of the map must be readable.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn mapped(x: *const f32, map: Affine) -> __m512 {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let x = _mm512_loadu_ps(x);
+            let Some((scale, shift, slope)) = map else { return x };
+            let (scale, shift) = (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(shift.as_ptr()));
+            let z = _mm512_add_ps(_mm512_mul_ps(x, scale), shift);
+            let rest = _mm512_cmp_ps_mask::<_CMP_NGT_UQ>(z, _mm512_setzero_ps());
+            _mm512_mask_mul_ps(z, rest, _mm512_set1_ps(slope), z)
+        }
+    }
 
     /// Sixteen channels of each voxel. The instruction rounds as [`crate::device::bf16::round`] does: to nearest even,
     /// denormals to 0, NaN to quiet ones.
@@ -71,21 +111,34 @@ mod x86 {
     ) {
         // SAFETY: by the caller's promise.
         unsafe {
-            let load = |v: usize| _mm512_loadu_ps(x.add(v * x_pitch));
-            let store = |v: usize, values: __m512| {
-                let pairs = std::mem::transmute::<__m256bh, __m256>(_mm512_cvtneps_pbh(values));
-                _mm256_storeu_ps(out.add(v * pitch), pairs);
-            };
-            let Some((scale, shift, slope)) = map else {
-                return (0..voxels).for_each(|v| store(v, load(v)));
-            };
-            let (scale, shift) = (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(shift.as_ptr()));
-            let slope = _mm512_set1_ps(slope);
             for v in 0..voxels {
-                // Not fused: as every other copy of the map.
-                let z = _mm512_add_ps(_mm512_mul_ps(load(v), scale), shift);
-                let rest = _mm512_cmp_ps_mask::<_CMP_NGT_UQ>(z, _mm512_setzero_ps());
-                store(v, _mm512_mask_mul_ps(z, rest, slope, z));
+                let pairs = _mm512_cvtneps_pbh(mapped(x.add(v * x_pitch), map));
+                _mm256_storeu_ps(out.add(v * pitch), std::mem::transmute::<__m256bh, __m256>(pairs));
+            }
+        }
+    }
+
+    /// Sixteen channels of two voxels each, side by side; of the last voxel of an odd number and 0.
+    ///
+    /// # Safety
+    /// As [`voxels_16`], with 16 writable floats for every two voxels.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn neighbours_16(
+        (out, pitch): (*mut f32, usize),
+        (x, x_pitch): (*const f32, usize),
+        voxels: usize,
+        map: Affine,
+    ) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let narrow = |v: usize| {
+                let halves = _mm512_cvtneps_pbh(mapped(x.add(v * x_pitch), map));
+                _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(halves))
+            };
+            for first in (0..voxels).step_by(2) {
+                let second = if first + 1 < voxels { narrow(first + 1) } else { _mm512_setzero_si512() };
+                let both = _mm512_or_si512(narrow(first), _mm512_slli_epi32::<16>(second));
+                _mm512_storeu_si512(out.add(first / 2 * pitch).cast(), both);
             }
         }
     }

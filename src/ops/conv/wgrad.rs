@@ -3,11 +3,12 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::micro::outer_product;
+use super::narrow::transform_neighbours;
 use super::partials::{Partials, Task};
 use super::plan::{Block, LANES, Origin, Tile};
 use super::run::THIN_CHANNELS;
 use super::thin_wgrad;
-use super::tile::{Element, Order, Place, load, pair_neighbours, round_row};
+use super::tile::{Element, Order, Place, load, round_row};
 use super::{Problem, Source, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -148,9 +149,7 @@ fn load_lanes(
             let x = &x[..(space[2] - 1) * s.channels + block.len];
             let out = &mut out[index * LANES..];
             if element == Element::Voxels {
-                row.resize(space[2] * block.len, 0.0);
-                super::transform_row(row, block.len, x, s.channels, block.len, pending);
-                pair_neighbours(row, block.len, out, width);
+                transform_neighbours((out, width), (x, s.channels), block.len, pending, row);
             } else {
                 super::transform_row(out, width, x, s.channels, block.len, pending);
             }

@@ -11,8 +11,9 @@
 use crate::device::amx::ROWS;
 use crate::device::bf16;
 use crate::device::cpu::vectorised;
+use crate::ops::conv::narrow::transform_neighbours;
 use crate::ops::conv::plan::{Block, LANES, Map, Tile};
-use crate::ops::conv::tile::{mapped_row, pair_neighbours};
+use crate::ops::conv::tile::mapped_row;
 use crate::ops::conv::transpose::transpose;
 use crate::ops::conv::{Affine, Source};
 
@@ -244,15 +245,13 @@ impl Planes {
         for (index, &block) in lanes.iter().enumerate() {
             let source = &sources[block.tensor];
             let affine = source.affine(n, block);
-            row.resize(width * block.len, 0.0);
-            let row = &mut row[..width * block.len];
             for (d, h) in (0..self.anchors[0]).flat_map(|d| (0..anchors_h).map(move |h| (d, h))) {
                 let voxel = ((n * space[0] + d0 + d) * space[1] + h0 + h) * space[2];
                 let x = &source.data[voxel * source.channels + block.first..];
                 let x = &x[..(width - 1) * source.channels + block.len];
-                let row = mapped_row(row, x, source.channels, block.len, affine);
                 let at = (d * self.lanes + index) * self.lane_block_len() + h * self.pitch / 2 * LANES;
-                pair_neighbours(row, block.len, &mut out[at..][..width.div_ceil(2) * LANES], LANES);
+                let out = &mut out[at..][..width.div_ceil(2) * LANES];
+                transform_neighbours((out, LANES), (x, source.channels), block.len, affine, row);
             }
         }
     }
