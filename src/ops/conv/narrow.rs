@@ -26,8 +26,10 @@ pub fn transform_pairs(
         // SAFETY: the CPU has the features; lengths were just checked.
         unsafe { x86::voxels_16((out.as_mut_ptr(), 8), (x.as_ptr(), 16), sixteens, repeated) };
         let (out, x) = (&mut out[8 * sixteens..], &x[16 * sixteens..]);
-        let row = mapped_row(&mut row[..2 * out.len()], &x[..2 * out.len()], len, len, map);
-        pair_channels(row, len, out, pitch);
+        if !out.is_empty() {
+            let row = mapped_row(&mut row[..2 * out.len()], &x[..2 * out.len()], len, len, map);
+            pair_channels(row, len, out, pitch);
+        }
         return;
     }
     #[cfg(target_arch = "x86_64")]

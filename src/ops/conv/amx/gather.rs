@@ -18,6 +18,7 @@ use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
 use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Head, Problem, Source, Weights};
 use rayon::prelude::*;
+use std::arch::x86_64::{_mm_add_ps, _mm_loadu_ps, _mm_storeu_ps};
 
 /// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights are 221
 /// KB; every CPU with AMX has 2 MB of L2 a core.
@@ -238,9 +239,9 @@ impl Pass<'_> {
                 match self.scheme.fold {
                     None => self.write_run::<V>(group, class, run, lane, values),
                     Some(Fold::Outputs { channels }) => {
-                        self.write_outputs(group, channels, run, lane, values);
+                        self.write_outputs::<V>(group, channels, run, lane, values);
                     }
-                    Some(Fold::Band { channels }) => self.write_band(group, channels, run, values),
+                    Some(Fold::Band { channels }) => self.write_band::<V>(group, channels, run, values),
                 }
             }
         }
@@ -255,7 +256,7 @@ impl Pass<'_> {
         ((n * self.out_space[0] + d) * self.out_space[1] + h) * self.out_space[2] + w
     }
 
-    /// Asks the cache for the lines that [`Self::write_run`] will write: there is time until the products are done.
+    /// Asks the cache for the lines that [`Self::write`] will write: there is time until the products are done.
     #[inline(always)]
     fn prefetch_outputs(
         &self,
@@ -264,20 +265,38 @@ impl Pass<'_> {
         (cover, register): (&Cover, usize),
         lane: usize,
     ) {
-        if self.scheme.fold.is_some() {
-            return;
-        }
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
-        let between = self.map.outputs() * out.channels;
+        let ask = |start: usize, floats: usize, pitch: usize| {
+            let y = out.data.at(start, floats);
+            // SAFETY: `at` has checked the bounds.
+            (0..floats).step_by(pitch).for_each(|i| prefetch_to_write(unsafe { y.add(i) }));
+        };
         for run in cover.runs(register) {
-            let start = self.voxel(group, run, class.parity) * out.channels + block.first;
-            let y = out.data.at(start, (run.len - 1) * between + block.len);
-            for i in 0..run.len {
-                // SAFETY: `at` has checked the bounds.
-                unsafe { prefetch_to_write(y.add(i * between)) };
+            match self.scheme.fold {
+                None => {
+                    let between = self.map.outputs() * out.channels;
+                    let start = self.voxel(group, run, class.parity) * out.channels + block.first;
+                    ask(start, (run.len - 1) * between + block.len, between.max(LANES));
+                }
+                Some(Fold::Outputs { channels }) => {
+                    for first in (0..block.len).step_by(2 * channels) {
+                        let voxel = self.voxel(group, run, parity((block.first + first) / channels));
+                        ask(voxel * channels, run.len * 2 * channels, LANES);
+                    }
+                }
+                Some(Fold::Band { channels }) => {
+                    let (voxel, voxels) = self.band(group, run);
+                    ask(voxel * channels, voxels * channels, LANES);
+                }
             }
         }
+    }
+
+    /// First output voxel of neighbouring bands and their number: the last band of a row may go beyond its end.
+    fn band(&self, group: &Group, run: &Run) -> (usize, usize) {
+        let voxel = self.voxel(group, &Run { w: run.w * BAND, ..*run }, [0; 3]);
+        (voxel, (run.len * BAND).min(self.out_space[2] - run.w * BAND))
     }
 
     /// Writes or adds a lane block of neighbouring voxels.
@@ -294,25 +313,14 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let block = self.lanes[lane];
-        let (out, bias) = (&self.outs[block.tensor], self.biases[lane].as_ref());
+        let out = &self.outs[block.tensor];
         let between = self.map.outputs() * out.channels;
         let start = self.voxel(group, run, class.parity) * out.channels + block.first;
         let y = out.data.at(start, (run.len - 1) * between + block.len);
         for (i, values) in values.iter().enumerate() {
             // SAFETY: `at` has checked the bounds; the floats are the caller's.
             unsafe {
-                let y = y.add(i * between);
-                if block.len == LANES {
-                    let sum = V::load(values.as_ptr());
-                    match (group.index, bias) {
-                        (0, None) => sum,
-                        (0, Some(bias)) => sum.add(V::load(bias.as_ptr())),
-                        _ => sum.add(V::load(y)),
-                    }
-                    .store(y);
-                } else {
-                    self.write_floats(group, lane, y, &values[..block.len], 0);
-                }
+                self.write_floats::<V>(group, lane, y.add(i * between), &values[..block.len], 0);
             }
         }
     }
@@ -320,9 +328,9 @@ impl Pass<'_> {
     /// Writes or adds all outputs of neighbouring anchors that a lane block holds.
     ///
     /// # Safety
-    /// Nobody else may use these voxels' lanes.
+    /// As [`Self::write`].
     #[inline(always)]
-    unsafe fn write_outputs(
+    unsafe fn write_outputs<V: Lanes>(
         &self,
         group: &Group,
         channels: usize,
@@ -339,7 +347,7 @@ impl Pass<'_> {
             for (i, values) in values.iter().enumerate() {
                 // SAFETY: `at` has checked the bounds; the floats are the caller's.
                 unsafe {
-                    self.write_floats(group, lane, y.add(i * pair), &values[first..first + pair], first)
+                    self.write_floats::<V>(group, lane, y.add(i * pair), &values[first..first + pair], first)
                 };
             }
         }
@@ -348,46 +356,49 @@ impl Pass<'_> {
     /// Writes or adds neighbouring bands.
     ///
     /// # Safety
-    /// Nobody else may use these voxels.
+    /// As [`Self::write`].
     #[inline(always)]
-    unsafe fn write_band(&self, group: &Group, channels: usize, run: &Run, values: &[[f32; LANES]]) {
-        let voxel = self.voxel(group, &Run { w: run.w * BAND, ..*run }, [0; 3]);
-        // The last band of a row may go beyond its end.
-        let voxels = (run.len * BAND).min(self.out_space[2] - run.w * BAND);
+    unsafe fn write_band<V: Lanes>(
+        &self,
+        group: &Group,
+        channels: usize,
+        run: &Run,
+        values: &[[f32; LANES]],
+    ) {
+        let (voxel, voxels) = self.band(group, run);
         let y = self.outs[0].data.at(voxel * channels, voxels * channels);
         for (i, values) in values.iter().enumerate() {
             let voxels = BAND.min(voxels - i * BAND);
             // SAFETY: `at` has checked the bounds; the floats are the caller's.
             unsafe {
-                self.write_floats(group, 0, y.add(i * BAND * channels), &values[..voxels * channels], 0)
+                self.write_floats::<V>(group, 0, y.add(i * BAND * channels), &values[..voxels * channels], 0)
             };
         }
     }
 
-    /// Writes or adds lanes of a block, `first` the first of them.
+    /// Writes or adds lanes of a block, `first` the first of them. Vectors are spelt out: the compiler makes single floats
+    /// or gathers of such loops.
     ///
     /// # Safety
-    /// `values.len()` floats from `y` on must be the caller's.
+    /// V's vector unit must exist; `values.len()` floats from `y` on must be the caller's.
     #[inline(always)]
-    unsafe fn write_floats(&self, group: &Group, lane: usize, y: *mut f32, values: &[f32], first: usize) {
+    unsafe fn write_floats<V: Lanes>(
+        &self,
+        group: &Group,
+        lane: usize,
+        y: *mut f32,
+        values: &[f32],
+        first: usize,
+    ) {
+        let bias = &self.biases[lane].as_ref().unwrap_or(&[0.0; LANES])[first..first + values.len()];
+        let more = if group.index == 0 { bias.as_ptr() } else { y };
         // SAFETY: by the caller's promise.
-        let y = unsafe { std::slice::from_raw_parts_mut(y, values.len()) };
-        let bias = self.biases[lane].as_ref().unwrap_or(&[0.0; LANES]);
-        let bias = (group.index == 0).then_some(&bias[first..]);
-        // Lengths that the compiler knows become vectors.
-        match values.len() {
-            LANES => write_lanes(&mut y[..LANES], &values[..LANES], bias),
-            4 => write_lanes(&mut y[..4], &values[..4], bias),
-            _ => write_lanes(y, values, bias),
+        unsafe {
+            match values.len() {
+                LANES => V::load(values.as_ptr()).add(V::load(more)).store(y),
+                4 => _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(values.as_ptr()), _mm_loadu_ps(more))),
+                len => (0..len).for_each(|i| *y.add(i) = values[i] + *more.add(i)),
+            }
         }
-    }
-}
-
-/// `y` = `values` + `bias`; without a bias they are added to `y`.
-#[inline(always)]
-fn write_lanes(y: &mut [f32], values: &[f32], bias: Option<&[f32]>) {
-    match bias {
-        Some(bias) => y.iter_mut().zip(values).zip(&bias[..values.len()]).for_each(|((y, v), b)| *y = v + b),
-        None => y.iter_mut().zip(values).for_each(|(y, v)| *y += v),
     }
 }
