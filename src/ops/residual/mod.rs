@@ -42,18 +42,56 @@ pub fn add(tape: &mut Tape, a: &Activation, b: &Activation) -> Result<Tensor> {
 fn add_on_host(a: &Activation, b: &Activation) -> Tensor {
     let mut y = Tensor::new(a.shape(), Buffer::dirty(a.shape().len()));
     let c = a.shape().c;
-    for_chunks(y.make_mut(), [a, b], |y, [(a, map_a), (b, map_b)], mapped| {
-        transform_row(y, c, a, c, c, map_a);
-        let b = match map_b {
-            None => b,
-            Some(_) => {
-                mapped.resize(y.len(), 0.0);
-                transform_row(mapped, c, b, c, c, map_b);
-                mapped
-            }
-        };
-        y.iter_mut().zip(b).for_each(|(y, b)| *y += b);
+    for_chunks(y.make_mut(), [a, b], |y, [a, b], lanes| {
+        // Maps of whole vectors: channels repeat after so many floats.
+        let period = LANES * (1..=c).find(|n| (n * LANES).is_multiple_of(c)).unwrap_or(c);
+        lanes.clear();
+        for (scale, shift, _) in [a.1, b.1].into_iter().flatten() {
+            lanes.extend(scale.iter().cycle().take(period));
+            lanes.extend(shift.iter().cycle().take(period));
+        }
+        let mut maps = lanes.chunks_exact(period);
+        let [a, b] = [a, b].map(|(x, map)| {
+            let repeated = map.map(|(_, _, slope)| {
+                let mut next = || maps.next().expect("a scale and a shift a map");
+                (next(), next(), slope)
+            });
+            (x, repeated)
+        });
+        add_mapped(y, a, b, period);
     });
+    y
+}
+
+vectorised! {
+    /// y = a + b, either mapped by scales, shifts and a slope if it has them, which repeat after `period` floats.
+    fn add_mapped(y: &mut [f32], a: Chunk, b: Chunk, period: usize) {
+        let (y, rest) = y.as_chunks_mut::<LANES>();
+        let ((a_lanes, a_rest), (b_lanes, b_rest)) = (a.0.as_chunks::<LANES>(), b.0.as_chunks::<LANES>());
+        let mut at = 0;
+        for ((y, a_lanes), b_lanes) in y.iter_mut().zip(a_lanes).zip(b_lanes) {
+            let (a, b) = (mapped(a_lanes, a.1, at), mapped(b_lanes, b.1, at));
+            (0..LANES).for_each(|i| y[i] = a[i] + b[i]);
+            at = if at + LANES == period { 0 } else { at + LANES };
+        }
+        if !rest.is_empty() {
+            let pad = |x: &[f32]| std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0));
+            let (a, b) = (mapped(&pad(a_rest), a.1, at), mapped(&pad(b_rest), b.1, at));
+            rest.iter_mut().enumerate().for_each(|(i, y)| *y = a[i] + b[i]);
+        }
+    }
+}
+
+/// Sixteen values under the map's lanes from `at` on.
+#[inline(always)]
+fn mapped(x: &[f32; LANES], map: Affine, at: usize) -> [f32; LANES] {
+    let Some((scale, shift, slope)) = map else { return *x };
+    let (scale, shift) = (&scale[at..at + LANES], &shift[at..at + LANES]);
+    let mut y = [0.0; LANES];
+    for i in 0..LANES {
+        let z = x[i] * scale[i] + shift[i];
+        y[i] = if z > 0.0 { z } else { slope * z };
+    }
     y
 }
 
@@ -177,3 +215,52 @@ pub const SELF_TESTS: &[SelfTest] = &[SelfTest {
         })
     },
 }];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Pending;
+
+    /// Channels that fill vectors and that do not, maps of a sample each, on either side or none.
+    #[test]
+    fn sums_are_those_of_single_values() {
+        for (c, space) in [
+            (1, [2, 3, 7]),
+            (2, [3, 5, 11]),
+            (3, [4, 4, 4]),
+            (16, [1, 1, 1]),
+            (24, [3, 3, 5]),
+            (32, [2, 2, 2]),
+        ] {
+            let shape = Shape::new(2, space, c);
+            let value = |i: usize, k: f32| ((i as f32) * k).sin();
+            let tensor =
+                |k| Tensor::from_slice(shape, &(0..shape.len()).map(|i| value(i, k)).collect::<Vec<_>>());
+            let pending = |k: f32, slope| {
+                let lanes = |k| (0..2 * c).map(|i| value(i + 1, k)).collect();
+                Pending { scale: lanes(k), shift: lanes(2.0 * k), slope }
+            };
+            let operand = |k: f32, slope: Option<f32>| match slope {
+                Some(slope) => Activation::lazy(tensor(k), pending(0.3 * k, slope)),
+                None => tensor(k).into(),
+            };
+            for slopes in [[None, None], [Some(0.25), None], [None, Some(-0.5)], [Some(0.1), Some(0.2)]] {
+                let operands = [operand(0.7, slopes[0]), operand(1.3, slopes[1])];
+                let y = add(&mut Tape::off(), &operands[0], &operands[1]).unwrap();
+                for (i, y) in y.data().iter().enumerate() {
+                    let sample = i / (shape.len() / 2);
+                    let one = |x: &Activation| {
+                        let value = x.raw().data()[i];
+                        x.pending().map_or(value, |p| {
+                            let (scale, shift) = p.of_sample(sample, c);
+                            let z = value * scale[i % c] + shift[i % c];
+                            if z > 0.0 { z } else { p.slope * z }
+                        })
+                    };
+                    let want = one(&operands[0]) + one(&operands[1]);
+                    assert_eq!(y.to_bits(), want.to_bits(), "{c} channels, {slopes:?}, value {i}");
+                }
+            }
+        }
+    }
+}
