@@ -12,6 +12,7 @@ use spleen_hpc::train::run::{BEST, Event, HISTORY, LAST, Place, Run, Summary};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 fn config() -> Config {
     let mut c = Config::for_recipe(Recipe::Seed);
@@ -59,6 +60,7 @@ fn run(
         resume,
         stop: &stop,
         place: Place::Cpu(c.amp.into()),
+        between_checkpoints: Duration::ZERO,
     };
     let summary = run.train(&mut |event| {
         if let Event::Step { loss, .. } = event {
@@ -93,6 +95,42 @@ fn a_run_stopped_anywhere_resumes_to_the_same_bytes() {
         for name in [LAST, BEST, HISTORY] {
             assert!(read(&parts, name) == read(&whole, name), "stopped at {at}: {name} differs");
         }
+    }
+}
+
+/// However rarely it saves, a run leaves the same files; while it lasts, the checkpoint is that of its start.
+#[test]
+fn checkpoints_are_as_rare_as_was_asked_and_change_nothing() {
+    let (dir, train, val) = cases(CacheDtype::F16);
+    let (c, train) = (config(), Arc::new(train));
+    let folder = |name: &str| dir.path().join(name);
+    let mut seen = Vec::new();
+    for (name, between_checkpoints) in [("often", Duration::ZERO), ("rarely", Duration::MAX)] {
+        std::fs::create_dir_all(folder(name)).expect("a run folder");
+        let stop = AtomicBool::new(false);
+        let run = Run {
+            config: &c,
+            dir: &folder(name),
+            train: Arc::clone(&train),
+            val: &val,
+            resume: None,
+            stop: &stop,
+            place: Place::Cpu(c.amp.into()),
+            between_checkpoints,
+        };
+        let mut steps = Vec::new();
+        run.train(&mut |event| {
+            if let Event::Epoch { .. } = event {
+                steps.push(checkpoint::load(&folder(name).join(LAST)).expect("a checkpoint").meta.step);
+            }
+        })
+        .expect("a run");
+        seen.push(steps);
+    }
+    assert_eq!(seen, [[2, 4, 6, 8], [0, 0, 0, 8]]);
+    let read = |name: &str, file: &str| std::fs::read(folder(name).join(file)).expect(file);
+    for file in [LAST, BEST, HISTORY] {
+        assert!(read("often", file) == read("rarely", file), "{file} differs");
     }
 }
 
@@ -155,6 +193,7 @@ fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
         resume,
         stop: &stop,
         place: Place::Cpu(Operands::Single),
+        between_checkpoints: Duration::ZERO,
     };
     let error = run.train(&mut |_| {}).expect_err("weights that are infinite").to_string();
     assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
@@ -178,6 +217,7 @@ fn weights_that_left_the_numbers_are_never_saved() {
         resume: None,
         stop: &stop,
         place: Place::Cpu(Operands::Single),
+        between_checkpoints: Duration::ZERO,
     };
     let error = run.train(&mut |_| {}).expect_err("weights beyond f32").to_string();
     assert!(error.contains("last good checkpoint is"), "{error}");

@@ -25,8 +25,10 @@ use crate::{Error, Result};
 
 /// Train the network; without --data on phantoms it makes itself
 ///
-/// Leaves in the run folder: best.safetensors (best validation Dice), last.safetensors (to resume from) and
-/// config.toml (every number of the run, a --config for the next one). Ctrl-C and SIGTERM save and end the run.
+/// Leaves in the run folder: best.safetensors (best validation Dice), last.safetensors (to resume from) and config.toml
+/// (every number of the run, a --config for the next one). Ctrl-C and SIGTERM save and end the run; a machine that
+/// fails takes at most the epochs since the last checkpoint, which the first epoch to end ten seconds after the one
+/// before it writes.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   spleen-hpc train                                      a small run on synthetic scans: nothing is needed
@@ -111,6 +113,7 @@ pub fn run(args: &Args) -> Outcome {
         resume,
         stop,
         place,
+        between_checkpoints: train::BETWEEN_CHECKPOINTS,
     };
     let mut screen = Screen::new(config.run.epochs);
     let summary = run.train(&mut |event| screen.show(event))?;

@@ -25,7 +25,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What a run works on.
 pub struct Run<'a> {
@@ -43,7 +43,13 @@ pub struct Run<'a> {
     pub stop: &'a AtomicBool,
     /// What trains.
     pub place: Place,
+    /// An epoch that ends sooner after the last checkpoint writes none; the last one and one that is stopped always do.
+    pub between_checkpoints: Duration,
 }
+
+/// Least time between checkpoints. A fast device's epochs are shorter than the writing of one, which holds three times the
+/// weights and is waited for until the disk has it.
+pub const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(10);
 
 /// What trains.
 #[derive(Clone, Debug)]
@@ -172,6 +178,7 @@ impl Run<'_> {
             // From the first step on there is something to resume from.
             self.save(&mut trainer, &mut meta)?;
         }
+        let mut saved = Instant::now();
         let start = (meta.epoch, meta.epoch_losses.len());
         let resident = matches!(self.place, Place::Cuda { resident: true, .. });
         let mut feed = Feed::new(&self.train, &c.sampling, c.seed, start, resident)?;
@@ -189,13 +196,17 @@ impl Run<'_> {
             }
             self.collect(&mut trainer, &mut meta, true, total, watch)?;
             let seconds = before.elapsed().as_secs_f64();
-            self.refuse_infinities(&mut trainer)?;
-            if queued < per_epoch {
+            let (stopped, ended) = (queued < per_epoch, epoch == c.run.epochs);
+            let due = epoch.is_multiple_of(c.run.val_interval) || ended;
+            let save = ended || saved.elapsed() >= self.between_checkpoints;
+            if stopped || due || save {
+                self.refuse_infinities(&mut trainer)?;
+            }
+            if stopped {
                 self.save(&mut trainer, &mut meta)?;
                 return Ok(self.summary(&trainer, &meta, false));
             }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
-            let due = epoch.is_multiple_of(c.run.val_interval) || epoch == c.run.epochs;
             let mut dice = None;
             if due && !self.val.is_empty() {
                 watch(&Event::Validation { epoch });
@@ -216,11 +227,14 @@ impl Run<'_> {
             if best {
                 (meta.best_dice, meta.best_epoch) = (dice, Some(meta.epoch));
             }
-            trainer.refresh()?;
-            if best || (self.val.is_empty() && epoch == c.run.epochs) {
+            if best || (self.val.is_empty() && ended) {
+                trainer.refresh()?;
                 self.save_best(&trainer.net, &meta)?;
             }
-            self.save(&mut trainer, &mut meta)?;
+            if save {
+                self.save(&mut trainer, &mut meta)?;
+                saved = Instant::now();
+            }
             let patches_per_s = patches as f64 / seconds.max(1e-9);
             watch(&Event::Epoch { epoch, loss, dice, best, patches_per_s });
         }
