@@ -96,6 +96,9 @@ fn cases(config: &Config) -> (tempfile::TempDir, Vec<CachedCase>) {
 
 fn step(c: &mut Criterion) {
     let (n, side) = (8, 96);
+    if gpu(Amp::On).is_none() {
+        return;
+    }
     let (_dir, cases) = cases(&config(Norm::Batch));
     let spec = |i: usize| PatchSpec { case: i % 2, start: [i as i64; 3], shift: 0.0 };
     let specs: Vec<PatchSpec> = (0..n).map(spec).collect();

@@ -17,6 +17,8 @@ const WRITING: &str = ".writing-";
 /// The numbers of a run of about a second: five epochs of two steps, each validated and saved.
 const NUMBERS: &str =
     "--channels 4,6,8 --patch 16 --roi 48 --epochs 5 --val-interval 1 --val-cases 1 --lr 3e-3";
+/// A checkpoint after every epoch, however short.
+const SAVED: &str = "--save-interval 0";
 
 /// Four labelled phantoms and one more, made once and kept from one call of the tests to the next.
 static DATA: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -54,7 +56,7 @@ impl Lab {
             true => "--resume",
             false => NUMBERS,
         };
-        let mut command = self.spleen(&format!("train --run {run} --threads {threads} {numbers}"));
+        let mut command = self.spleen(&format!("train --run {run} --threads {threads} {SAVED} {numbers}"));
         command.args(["--cache-dir", "cache", "--data"]).arg(&*DATA);
         command
     }

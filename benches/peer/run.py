@@ -1,6 +1,6 @@
 """Times spleen-hpc beside libtorch and MONAI and prints the tables for benches/RESULTS.md.
 
-    python benches/peer/run.py [--threads 1 2] [--rounds 3] [--only NAME ..] [--raw FILE] > tables.md
+    python benches/peer/run.py [--threads 1 2] [--rounds 3] [--only NAME ..] [--programs OURS PEER] [--raw FILE] > tables.md
     python benches/peer/run.py --render FILE > tables.md
 
 Run it with a Python that has torch 2.11, monai 1.6 and nibabel; cargo builds both programs first. The network's rows
@@ -124,7 +124,7 @@ def measure(args):
     def wanted(name):
         return not args.only or any(name.startswith(only) for only in args.only)
 
-    spleen, peer = args.programs or build()
+    spleen, peer = [program.resolve() for program in args.programs] if args.programs else build()
     begin, load = datetime.datetime.now(), os.getloadavg()
     with tempfile.TemporaryDirectory() as inputs:
         runner = Runner(spleen, peer, inputs, args.raw)
@@ -150,9 +150,15 @@ def measure(args):
     import monai
     import torch
     version = output([spleen, "--version"]).strip()
-    # Where the rows were kept is nobody's business but ours.
-    raw = sys.argv.index("--raw") if "--raw" in sys.argv else len(sys.argv)
-    command = " ".join([os.path.relpath(__file__, ROOT), *sys.argv[1:raw], *sys.argv[raw + 2:]])
+    if not args.programs and output(["git", "-C", ROOT, "status", "--porcelain", "--untracked-files=no"]):
+        version += ", changed since"
+    # Where files lay is nobody's business but ours.
+    said = sys.argv[1:]
+    for option, values in [("--raw", 1), ("--programs", 2)]:
+        if option in said:
+            at = said.index(option)
+            del said[at:at + 1 + values]
+    command = " ".join([os.path.relpath(__file__, ROOT), *said])
     runner.keep(side="about", text=(
         f"{begin:%Y-%m-%d %H:%M} to {datetime.datetime.now():%H:%M}, {cpu_model()}, {os.cpu_count()} cores; load average "
         f"{load[0]:.1f} before, {os.getloadavg()[0]:.1f} at the end (2 of it would be ours). {version}, torch "

@@ -76,6 +76,8 @@ pub fn run(args: &Args) -> Outcome {
     let gpus = driver(&mut findings);
     let nvrtc = compiler(&mut findings);
     let cache = KernelCache::open();
+    // For chips that are not here nobody will ask the folder.
+    let kept = if gpus.is_empty() || !args.arch.is_empty() { KernelCache::none() } else { cache.clone() };
     match (cache.folder(), cache.size()) {
         (Some(folder), (files, bytes)) => {
             let mib = bytes as f64 / f64::from(1 << 20);
@@ -88,7 +90,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     if let Some(nvrtc) = nvrtc {
         for target in targets(args, &gpus, nvrtc)? {
-            compile(&mut findings, nvrtc, &cache, &target, (&chosen, args.verbose));
+            compile(&mut findings, nvrtc, &kept, &target, (&chosen, args.verbose));
         }
     }
     try_device(&mut findings, args.device, &gpus);
@@ -166,8 +168,8 @@ fn chosen(names: &[String]) -> Result<Vec<Source<'static>>> {
     Ok(sources::all().filter(|source| names.is_empty() || names.iter().any(|n| n == source.file)).collect())
 }
 
-/// Compiles the chosen kernel files at both precisions, those in the cache too, and keeps them for the self-tests and for
-/// work to come.
+/// Compiles the chosen kernel files at both precisions, those in the cache too, which keeps them for the self-tests and
+/// for work to come.
 fn compile(
     findings: &mut Findings,
     nvrtc: &Nvrtc,

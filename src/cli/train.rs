@@ -26,9 +26,9 @@ use crate::{Error, Result};
 /// Train the network; without --data on phantoms it makes itself
 ///
 /// Leaves in the run folder: best.safetensors (best validation Dice), last.safetensors (to resume from) and config.toml
-/// (every number of the run, a --config for the next one). Ctrl-C and SIGTERM save and end the run; a machine that
-/// fails takes at most the epochs since the last checkpoint, which the first epoch to end ten seconds after the one
-/// before it writes.
+/// (every number of the run, a --config for the next one). Ctrl-C and SIGTERM save and end the run; a machine that fails
+/// takes at most the epochs since the last checkpoint, which the first epoch to end --save-interval after the one before
+/// it writes.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:
   spleen-hpc train                                      a small run on synthetic scans: nothing is needed
@@ -45,8 +45,16 @@ pub struct Args {
     /// Folder of the preprocessed cases [default: DATA/.spleen-hpc-cache]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+    /// Least seconds between two checkpoints; the end of a run, or its being stopped, always writes one
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    save_interval: Duration,
     #[command(flatten)]
     settings: Settings,
+}
+
+fn seconds(text: &str) -> std::result::Result<Duration, String> {
+    let number = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    number.ok_or_else(|| "not a number of seconds".into())
 }
 
 /// Trains from the first epoch or from the last checkpoint.
@@ -113,7 +121,7 @@ pub fn run(args: &Args) -> Outcome {
         resume,
         stop,
         place,
-        between_checkpoints: train::BETWEEN_CHECKPOINTS,
+        between_checkpoints: args.save_interval,
     };
     let mut screen = Screen::new(config.run.epochs);
     let summary = run.train(&mut |event| screen.show(event))?;

@@ -74,9 +74,10 @@ impl Buffer {
     }
 
     /// The first `len` floats of a scratch buffer, which is replaced by another, of unspecified content, if it has fewer.
+    /// Lengths are powers of two: the arena keeps every length that it was ever asked for.
     pub fn first(&mut self, len: usize) -> &mut [f32] {
         if self.len < len {
-            *self = Self::dirty(len);
+            *self = Self::dirty(len.next_power_of_two());
         }
         &mut self[..len]
     }

@@ -43,13 +43,11 @@ pub struct Run<'a> {
     pub stop: &'a AtomicBool,
     /// What trains.
     pub place: Place,
-    /// An epoch that ends sooner after the last checkpoint writes none; the last one and one that is stopped always do.
+    /// An epoch that ends sooner after the last checkpoint writes none; the last one and one that is stopped always do. A
+    /// fast device's epochs are shorter than the writing of one, which holds three times the weights and is waited for
+    /// until the disk has it.
     pub between_checkpoints: Duration,
 }
-
-/// Least time between checkpoints. A fast device's epochs are shorter than the writing of one, which holds three times the
-/// weights and is waited for until the disk has it.
-pub const BETWEEN_CHECKPOINTS: Duration = Duration::from_secs(10);
 
 /// What trains.
 #[derive(Clone, Debug)]
@@ -190,7 +188,7 @@ impl Run<'_> {
             while queued < per_epoch && !self.stop.load(Ordering::Relaxed) {
                 let input = feed.next_input(&c.sampling)?;
                 patches += input.patches();
-                trainer.queue(input).map_err(|e| self.diverged(e))?;
+                trainer.queue(input).map_err(|e| self.diverged(e, &meta))?;
                 queued += 1;
                 self.collect(&mut trainer, &mut meta, false, total, watch)?;
             }
@@ -198,9 +196,11 @@ impl Run<'_> {
             let seconds = before.elapsed().as_secs_f64();
             let (stopped, ended) = (queued < per_epoch, epoch == c.run.epochs);
             let due = epoch.is_multiple_of(c.run.val_interval) || ended;
-            let save = ended || saved.elapsed() >= self.between_checkpoints;
+            let long_ago = |saved: Instant| saved.elapsed() >= self.between_checkpoints;
+            let mut save = ended || long_ago(saved);
+            // Whatever is saved or validated is checked first.
             if stopped || due || save {
-                self.refuse_infinities(&mut trainer)?;
+                self.refuse_infinities(&mut trainer, &meta)?;
             }
             if stopped {
                 self.save(&mut trainer, &mut meta)?;
@@ -219,6 +219,7 @@ impl Run<'_> {
                     dice => Some(dice?),
                 };
             }
+            save |= due && long_ago(saved);
             // MONAI's CheckpointSaver: strictly better only.
             let best = dice.is_some_and(|d| meta.best_dice.is_none_or(|b| d > b));
             meta.epoch = epoch as u64;
@@ -250,7 +251,7 @@ impl Run<'_> {
         total: usize,
         watch: &mut dyn FnMut(&Event),
     ) -> Result<()> {
-        let losses = trainer.take_losses(wait).map_err(|e| self.diverged(e))?;
+        let losses = trainer.take_losses(wait).map_err(|e| self.diverged(e, meta))?;
         let epoch = meta.epoch as usize + 1;
         for loss in losses {
             meta.step += 1;
@@ -279,12 +280,12 @@ impl Run<'_> {
     }
 
     /// The loss looks at the weights before a step; what the last step made of them must not replace good ones.
-    fn refuse_infinities(&self, trainer: &mut Trainer) -> Result<()> {
+    fn refuse_infinities(&self, trainer: &mut Trainer, meta: &CheckpointMeta) -> Result<()> {
         if trainer.is_finite()? {
             return Ok(());
         }
         let cure = "lower --lr or look at the input images".into();
-        Err(self.diverged(Error::Diverged { step: trainer.steps(), loss: f32::NAN, cure }))
+        Err(self.diverged(Error::Diverged { step: trainer.steps(), loss: f32::NAN, cure }, meta))
     }
 
     fn save(&self, trainer: &mut Trainer, meta: &mut CheckpointMeta) -> Result<()> {
@@ -297,15 +298,19 @@ impl Run<'_> {
         };
         let moments =
             checkpoint::Moments { exp_avg: named(|m| &m.exp_avg), exp_avg_sq: named(|m| &m.exp_avg_sq) };
+        self.write_history(meta)?;
+        // Last of all files: a run killed before this line does again whatever they are ahead of it.
+        checkpoint::save(&self.dir.join(LAST), &trainer.net.state_dict(), &moments, meta)
+    }
+
+    fn write_history(&self, meta: &CheckpointMeta) -> Result<()> {
         publish(&self.dir.join(HISTORY), |file| {
             writeln!(file, "epoch,train_loss,val_mean_dice")?;
             for r in &meta.history {
                 writeln!(file, "{},{},{}", r.epoch, r.loss, r.dice.map_or(String::new(), |d| d.to_string()))?;
             }
             Ok(())
-        })?;
-        // Last of all files: a run killed before this line does again whatever they are ahead of it.
-        checkpoint::save(&self.dir.join(LAST), &trainer.net.state_dict(), &moments, meta)
+        })
     }
 
     fn save_best(&self, net: &UNet, meta: &CheckpointMeta) -> Result<()> {
@@ -320,10 +325,12 @@ impl Run<'_> {
         write_safetensors(&self.dir.join(BEST), &net.state_dict(), &metadata)
     }
 
-    /// Tells where the last good weights are.
-    fn diverged(&self, e: Error) -> Error {
+    /// Tells where the last good weights are, and leaves the losses until then.
+    fn diverged(&self, e: Error, meta: &CheckpointMeta) -> Error {
         match e {
             Error::Diverged { step, loss, cure } => {
+                // That they cannot be written must not hide what happened.
+                let _ = self.write_history(meta);
                 let last = self.dir.join(LAST);
                 let kept = if last.exists() {
                     format!("the last good checkpoint is {}", last.display())

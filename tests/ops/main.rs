@@ -96,6 +96,8 @@ const AMX_CASES: &[Case] = &[
     transposed([2, 3, 14], &[16, 16], &[2]),
     conv([3, 4, 40], &[2], &[2], 3, 1),
     conv([2, 9, 21], &[2], &[1], 3, 1),
+    // Tiles in runs that share planes, channels that fill no block, whole tiles at either end.
+    conv([64, 40, 3], &[20], &[18], 3, 1),
 ];
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

@@ -126,7 +126,7 @@ pub fn parameters(steps: usize, elements: usize, torch_deviation: f64) -> Tolera
     match steps {
         0..=1 => {
             let bound = (4.0 * torch_deviation).max(5e-6);
-            Tolerance::abs("parameters, 1 step: 4 yardsticks or 5e-6", bound).and_mean(5e-6)
+            Tolerance { mean: 5e-6, ..Tolerance::abs("parameters, 1 step: 4 yardsticks or 5e-6", bound) }
         }
         2..=5 => Tolerance::abs("parameters, 5 steps: 1e-4", 1e-4).spread(2.5e-5),
         _ if elements == 1 => Tolerance::abs("one parameter, 20 steps: 5e-4", 5e-4).spread(5e-4),

@@ -118,9 +118,10 @@ impl Native {
     /// Waits for all streams, whatever became of their work. They are waited for one by one: the context is shared with
     /// whoever else uses this GPU in the process, and waiting for all of it would end their captures.
     fn finish(&self) {
-        for queue in lock(&self.streams).iter() {
-            // SAFETY: a live stream.
-            unsafe { sys::cuStreamSynchronize(queue.stream) };
+        let streams: Vec<CUstream> = lock(&self.streams).iter().map(|queue| queue.stream).collect();
+        for stream in streams {
+            // SAFETY: streams live as long as `self`.
+            unsafe { sys::cuStreamSynchronize(stream) };
         }
     }
 

@@ -196,4 +196,38 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn neighbours_are_mapped_and_rounded_as_one_by_one() {
+        let special = [0.0, -0.0, 1e-40, f32::INFINITY, f32::NAN, 1.0 + f32::EPSILON];
+        let scale: Vec<f32> = (0..16).map(|i| 1.0 - i as f32 / 7.0).collect();
+        let shift: Vec<f32> = (0..16).map(|i| 0.1 * (i % 3) as f32).collect();
+        for (len, pitch, x_pitch, voxels) in
+            [(16, 16, 16, 8), (16, 32, 40, 7), (16, 16, 16, 1), (5, 16, 6, 9)]
+        {
+            let x: Vec<f32> = (0..(voxels - 1) * x_pitch + len)
+                .map(|i| if i % 5 == 0 { special[i / 5 % 6] } else { (i as f32).sin() * 1e3 })
+                .collect();
+            for slope in [None, Some(0.25)] {
+                let map: Affine = slope.map(|slope| (&scale[..len], &shift[..len], slope));
+                let mut out = vec![0.0; voxels.div_ceil(2) * pitch];
+                transform_neighbours((&mut out, pitch), (&x, x_pitch), len, map, &mut Vec::new());
+                let value = |v: usize, c: usize| {
+                    if v == voxels {
+                        return 0.0;
+                    }
+                    let x = x[v * x_pitch + c];
+                    map.map_or(x, |(scale, shift, slope)| {
+                        let z = x * scale[c] + shift[c];
+                        if z > 0.0 { z } else { slope * z }
+                    })
+                };
+                for (i, out) in out.iter().enumerate().filter(|(i, _)| i % pitch < len) {
+                    let (v, c) = (2 * (i / pitch), i % pitch);
+                    let want = pair(value(v, c), value(v + 1, c));
+                    assert_eq!(out.to_bits(), want.to_bits(), "{len} channels, voxel {v}, channel {c}");
+                }
+            }
+        }
+    }
 }

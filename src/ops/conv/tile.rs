@@ -92,21 +92,24 @@ impl Place<'_> {
         let (first, rows) = (shared * eh, (self.map.extent(self.origin.size.d) - shared) * eh);
         for index in part * rows / parts..(part + 1) * rows / parts {
             if let Some(start) = self.source_row(first + index, c) {
-                prefetch_row(&source.data[start + block.first..][..(self.space[2] - 1) * c + block.len], c);
+                let row = &source.data[start + block.first..][..(self.space[2] - 1) * c + block.len];
+                prefetch_row(row, block.len, c);
             }
         }
     }
 }
 
-/// Asks the second-level cache for `row`, of which blocks of at most 16 floats every `pitch` floats will be read.
-fn prefetch_row(row: &[f32], pitch: usize) {
+/// Asks the second-level cache for `row`, of which blocks of `len` floats every `pitch` floats will be read.
+fn prefetch_row(row: &[f32], len: usize, pitch: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in row.chunks(pitch.max(16)) {
-        // SAFETY: the address is readable, and a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    for block in row.chunks(pitch.max(16)) {
+        for line in block[..len.max(16).min(block.len())].chunks(16) {
+            // SAFETY: the address is readable, and a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (row, pitch);
+    let _ = (row, len, pitch);
 }
 
 /// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.

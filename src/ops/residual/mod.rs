@@ -44,7 +44,7 @@ fn add_on_host(a: &Activation, b: &Activation) -> Tensor {
     let c = a.shape().c;
     for_chunks(y.make_mut(), [a, b], |y, [a, b], lanes| {
         // Maps of whole vectors: channels repeat after so many floats.
-        let period = LANES * (1..=c).find(|n| (n * LANES).is_multiple_of(c)).unwrap_or(c);
+        let period = LANES * (1..=c).find(|n| (n * LANES).is_multiple_of(c)).expect("c of them do");
         lanes.clear();
         for (scale, shift, _) in [a.1, b.1].into_iter().flatten() {
             lanes.extend(scale.iter().cycle().take(period));

@@ -6,7 +6,7 @@ use super::fold::{Fold, parity};
 use super::halo::{Halo, SLACK};
 use super::micro::{Step, multiply_parts, parts_of_a};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
-use super::scheme::{BAND, Scheme};
+use super::scheme::{BAND, Depth, Scheme};
 use crate::device::amx::{ROW_BYTES, ROWS, Tiles, prefetch_to_write};
 use crate::device::arena::Buffer;
 use crate::device::cpu::x86::{Avx2, Avx512};
@@ -69,7 +69,8 @@ pub fn correlate<'a>(
         // Planes of the tile before are there where it has the same layout and no other group of blocks came after it.
         let place = |i: usize| {
             let before = i.checked_sub(1).map(|i| &origins[i]);
-            let before = before.filter(|before| groups.len() == 1 && before.size == origins[i].size);
+            let keeps = groups.len() == 1 && !matches!(depth, Depth::Records { .. });
+            let before = before.filter(|before| keeps && before.size == origins[i].size);
             Place { map, space, anchors_w: anchors[2], origin: &origins[i], before }
         };
         for (i, origin) in origins.iter().enumerate() {

@@ -83,7 +83,7 @@ impl Halo {
     }
 
     /// Copies a block of a source, mapped, at this place; voxels outside the volume and channels beyond the block are 0.
-    /// Planes of the tile before, if the tile holds one, are moved, not loaded. `row` is scratch.
+    /// Planes of the tile before, if `tile` holds one, are moved, not loaded; records never are. `row` is scratch.
     pub fn load(&self, source: &Source, block: Block, place: &Place, tile: &mut [f32], row: &mut Vec<f32>) {
         if block.len < self.depth.channels() && place.before.is_none() {
             tile.fill(0.0);
