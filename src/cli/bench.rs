@@ -93,7 +93,7 @@ pub fn run(args: &Args) -> Outcome {
     }
     if !matches!(args.device, DeviceChoice::Cpu | DeviceChoice::Auto) {
         return Err(Error::Usage(format!(
-            "--device {}: bench times the CPU only; for a GPU see Profiling in the README",
+            "--device {}: bench times the CPU only; for a GPU see Benchmarking in the README",
             args.device
         )));
     }

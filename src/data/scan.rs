@@ -73,7 +73,8 @@ pub fn read(image: &Path, p: &Preprocess) -> Result<Scan> {
 }
 
 /// Resamples the planes of a file while the next ones are read, which is mostly inflating and has one thread; so the
-/// voxels of a file of more than nine planes are never in memory all at once. Returns the scaled image and how many voxels were not finite.
+/// voxels of a file of more than nine planes are never in memory all at once. Returns the scaled image and how many voxels
+/// were not finite.
 fn resample_while_reading(
     mut file: Voxels,
     geometry: &Geometry,

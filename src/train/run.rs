@@ -195,7 +195,7 @@ impl Run<'_> {
             self.collect(&mut trainer, &mut meta, true, total, watch)?;
             let seconds = before.elapsed().as_secs_f64();
             let (stopped, ended) = (queued < per_epoch, epoch == c.run.epochs);
-            let due = epoch.is_multiple_of(c.run.val_interval) || ended;
+            let due = !self.val.is_empty() && (epoch.is_multiple_of(c.run.val_interval) || ended);
             let long_ago = |saved: Instant| saved.elapsed() >= self.between_checkpoints;
             let mut save = ended || long_ago(saved);
             // Whatever is saved or validated is checked first.
@@ -208,7 +208,7 @@ impl Run<'_> {
             }
             let loss = meta.epoch_losses.iter().sum::<f64>() / per_epoch as f64;
             let mut dice = None;
-            if due && !self.val.is_empty() {
+            if due {
                 watch(&Event::Validation { epoch });
                 dice = match validate(&trainer.net, self.val, c, self.stop) {
                     // Saved with every step of the epoch done: resuming begins with its validation.
