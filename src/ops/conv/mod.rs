@@ -46,7 +46,7 @@ mod winograd;
 
 pub use correlate::correlate;
 pub use plan::Map;
-pub use tile::{Affine, mapped, transform_row};
+pub use tile::{Affine, transform_row};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::Operands;

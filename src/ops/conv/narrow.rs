@@ -1,6 +1,6 @@
 //! Rows of voxels to pairs of bfloat16, of channels or of neighbours, norm and PReLU applied on the way.
 
-use super::tile::{Affine, mapped_row, pair_channels, pair_neighbours, repeated};
+use super::tile::{Affine, mapped_row, pair_channels, pair_neighbours};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::{Simd, simd_of_pairs};
 
@@ -16,7 +16,10 @@ pub fn transform_pairs(
     #[cfg(target_arch = "x86_64")]
     if len == 2 * pitch && x_pitch == len && matches!(len, 2 | 4 | 8) && simd_of_pairs() == Simd::Avx512 {
         // A whole number of voxels fills 16 lanes.
-        let repeated = map.map(|map| repeated(map, len));
+        let repeated = map.map(|(scale, shift, slope)| {
+            let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i & (len - 1)]);
+            (repeat(scale), repeat(shift), slope)
+        });
         let repeated = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
         let sixteens = out.len() / 8;
         assert!(x.len() >= 16 * sixteens, "{sixteens} x 16 values");

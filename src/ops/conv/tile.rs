@@ -286,7 +286,10 @@ vectorised! {
             32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
             // A whole number of voxels fills 16 lanes.
             1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
-                let repeated = map.map(|map| repeated(map, len));
+                let repeated = map.map(|(scale, shift, slope)| {
+                    let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i & (len - 1)]);
+                    (repeat(scale), repeat(shift), slope)
+                });
                 let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
                 let whole = x.len() - x.len() % 16;
                 // In pieces: the compiler makes gathers across voxels of longer ones.
@@ -298,20 +301,6 @@ vectorised! {
             _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
         }
     }
-}
-
-/// A value under a channel's (scale, shift, slope): norm and PReLU, each rounded by itself.
-#[inline(always)]
-pub fn mapped(x: f32, (scale, shift, slope): (f32, f32, f32)) -> f32 {
-    let z = x * scale + shift;
-    if z > 0.0 { z } else { slope * z }
-}
-
-/// Scales and shifts of `len` channels, a power of two, again and again until they fill 16 lanes; and the slope.
-#[inline(always)]
-pub fn repeated((scale, shift, slope): (&[f32], &[f32], f32), len: usize) -> ([f32; 16], [f32; 16], f32) {
-    let repeat = |v: &[f32]| std::array::from_fn(|i| v[i & (len - 1)]);
-    (repeat(scale), repeat(shift), slope)
 }
 
 /// [`transform_row`] of L channels.
@@ -329,7 +318,8 @@ fn voxels<const L: usize>(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch:
             let shift: [f32; L] = shift[..L].try_into().expect("L floats");
             for (out, x) in pairs {
                 for i in 0..L {
-                    out[i] = mapped(x[i], (scale[i], shift[i], slope));
+                    let z = x[i] * scale[i] + shift[i];
+                    out[i] = if z > 0.0 { z } else { slope * z };
                 }
             }
         }
@@ -347,7 +337,8 @@ fn any_voxels(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len:
             for (out, x) in pairs {
                 let (out, x) = (&mut out[..len], &x[..len]);
                 for i in 0..len {
-                    out[i] = mapped(x[i], (scale[i], shift[i], slope));
+                    let z = x[i] * scale[i] + shift[i];
+                    out[i] = if z > 0.0 { z } else { slope * z };
                 }
             }
         }

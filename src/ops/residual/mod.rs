@@ -7,7 +7,7 @@ use crate::device::cpu::vectorised;
 use crate::device::cuda::SelfTest;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Affine, mapped, transform_row};
+use crate::ops::conv::{Affine, transform_row};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Shape, Tape, Tensor, ValueId, View, add_assign};
 use rayon::prelude::*;
@@ -70,13 +70,13 @@ vectorised! {
         let ((a_lanes, a_rest), (b_lanes, b_rest)) = (a.0.as_chunks::<LANES>(), b.0.as_chunks::<LANES>());
         let mut at = 0;
         for ((y, a_lanes), b_lanes) in y.iter_mut().zip(a_lanes).zip(b_lanes) {
-            let (a, b) = (mapped_lanes(a_lanes, a.1, at), mapped_lanes(b_lanes, b.1, at));
+            let (a, b) = (mapped(a_lanes, a.1, at), mapped(b_lanes, b.1, at));
             (0..LANES).for_each(|i| y[i] = a[i] + b[i]);
             at = if at + LANES == period { 0 } else { at + LANES };
         }
         if !rest.is_empty() {
             let pad = |x: &[f32]| std::array::from_fn(|i| x.get(i).copied().unwrap_or(0.0));
-            let (a, b) = (mapped_lanes(&pad(a_rest), a.1, at), mapped_lanes(&pad(b_rest), b.1, at));
+            let (a, b) = (mapped(&pad(a_rest), a.1, at), mapped(&pad(b_rest), b.1, at));
             rest.iter_mut().enumerate().for_each(|(i, y)| *y = a[i] + b[i]);
         }
     }
@@ -84,10 +84,15 @@ vectorised! {
 
 /// Sixteen values under the map's lanes from `at` on.
 #[inline(always)]
-fn mapped_lanes(x: &[f32; LANES], map: Affine, at: usize) -> [f32; LANES] {
+fn mapped(x: &[f32; LANES], map: Affine, at: usize) -> [f32; LANES] {
     let Some((scale, shift, slope)) = map else { return *x };
     let (scale, shift) = (&scale[at..at + LANES], &shift[at..at + LANES]);
-    std::array::from_fn(|i| mapped(x[i], (scale[i], shift[i], slope)))
+    let mut y = [0.0; LANES];
+    for i in 0..LANES {
+        let z = x[i] * scale[i] + shift[i];
+        y[i] = if z > 0.0 { z } else { slope * z };
+    }
+    y
 }
 
 /// The value of an activation with nothing pending: what its consumers see as they load it.
