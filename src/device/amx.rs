@@ -187,14 +187,6 @@ pub unsafe fn multiply<const C: u8, const A: u8, const B: u8>() {
     }
 }
 
-/// Asks the first-level cache for the line of an address that will be written. It reads and writes nothing. Every CPU with
-/// AMX has the instruction; the compiler makes it a prefetch for reading unless it is told so of the whole function.
-#[inline(always)]
-pub fn prefetch_to_write(line: *const f32) {
-    // SAFETY: a prefetch of any address is allowed.
-    unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, readonly, preserves_flags)) }
-}
-
 /// Multiplies tiles of zeros, six independent sums of `steps` products each and nothing else: what the unit can do.
 /// Returns the number of floating-point operations, 0 where AMX is not in use.
 pub fn peak_bf16(steps: usize) -> usize {

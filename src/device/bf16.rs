@@ -5,15 +5,16 @@
 //! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here. Only AMX adds
 //! in another order: [`super::amx`].
 
-use super::cpu::{Lanes, Plain};
+use super::cpu::{Lanes, Plain, vectorised};
 
-/// What the CPU's convolutions multiply. Sums are f32 in both, and so is everything that is not a convolution.
+/// What the CPU's convolutions multiply. Sums are f32 in both, and so is all other arithmetic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Operands {
     /// f32, as stored.
     #[default]
     Single,
-    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed: torch's CPU autocast.
+    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or when an activation is finished and
+    /// stored: torch's CPU autocast.
     Bf16,
 }
 
@@ -33,10 +34,37 @@ pub fn pair(even: f32, odd: f32) -> f32 {
     f32::from_bits(round(even) >> 16 | round(odd))
 }
 
+/// Sixteen values in f32.
+#[inline(always)]
+pub fn widened(x: [u16; 16]) -> [f32; 16] {
+    x.map(|x| f32::from_bits(u32::from(x) << 16))
+}
+
+/// Sixteen values rounded.
+#[inline(always)]
+pub fn narrowed(x: [f32; 16]) -> [u16; 16] {
+    x.map(|x| (round(x) >> 16) as u16)
+}
+
+vectorised! {
+    /// `out` = `x` in f32; of one length.
+    pub fn widen(x: &[u16], out: &mut [f32]) {
+        out.iter_mut().zip(x).for_each(|(out, &x)| *out = f32::from_bits(u32::from(x) << 16));
+    }
+}
+
 /// A vector unit's f32 lanes that can also add products of pairs.
 pub trait Dot: Lanes {
     /// `self` plus the products of the pairs in `a` and `b`.
     fn dot(self, a: Self, b: Self) -> Self;
+    /// [`Lanes::store_bf16`] where the unit has an instruction for it.
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn narrow(self, p: *mut u16) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.store_bf16(p) }
+    }
 }
 
 /// Lanes whose operands are pairs: [`Lanes::fma`] adds both products of each lane.
@@ -75,6 +103,29 @@ impl<V: Dot> Lanes for Pairs<V> {
     fn sub(self, other: Self) -> Self {
         Pairs(self.0.sub(other.0))
     }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Pairs(self.0.mul(other.0))
+    }
+    #[inline(always)]
+    fn prelu(self, slope: Self) -> Self {
+        Pairs(self.0.prelu(slope.0))
+    }
+    #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        let [low, high] = self.0.interleave(other.0);
+        [Pairs(low), Pairs(high)]
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: handed on from the caller.
+        Pairs(unsafe { V::load_bf16(p) })
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.0.narrow(p) }
+    }
 }
 
 impl Dot for Plain {
@@ -105,6 +156,14 @@ mod x86 {
             unsafe {
                 let halves = |v: __m512| std::mem::transmute::<__m512, __m512bh>(v);
                 Avx512(_mm512_dpbf16_ps(self.0, halves(a.0), halves(b.0)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn narrow(self, p: *mut u16) {
+            // SAFETY: as above; handed on from the caller. The instruction rounds as `round` does.
+            unsafe {
+                let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+                _mm256_storeu_si256(p.cast(), halves);
             }
         }
     }

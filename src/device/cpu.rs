@@ -6,6 +6,7 @@
 //! on the machine. Loops that the compiler vectorises well by itself are written as `vectorised!` functions. Only AMX
 //! sums bfloat16 products in an order of its own ([`super::amx`]).
 
+use super::bf16;
 use crate::error::{Error, Result};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -205,6 +206,32 @@ pub trait Lanes: Copy {
     fn add(self, other: Self) -> Self;
     /// `self - other`.
     fn sub(self, other: Self) -> Self;
+    /// `self * other`.
+    fn mul(self, other: Self) -> Self;
+    /// Lanes above 0 as they are, all others times `slope`.
+    fn prelu(self, slope: Self) -> Self;
+    /// Lanes of both in turn: those of the first eight of each, those of the last eight.
+    fn interleave(self, other: Self) -> [Self; 2];
+    /// The bfloat16 `p[0..16]`.
+    /// # Safety
+    /// Sixteen values from `p` must be readable.
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: handed on from the caller; then sixteen floats of our own.
+        unsafe { Self::load(bf16::widened(p.cast::<[u16; 16]>().read_unaligned()).as_ptr()) }
+    }
+    /// Writes the lanes to `p[0..16]`, rounded to bfloat16.
+    /// # Safety
+    /// Sixteen values from `p` must be writable.
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        let mut lanes = [0.0; 16];
+        // SAFETY: sixteen floats of our own; then handed on from the caller.
+        unsafe {
+            self.store(lanes.as_mut_ptr());
+            p.cast::<[u16; 16]>().write_unaligned(bf16::narrowed(lanes));
+        }
+    }
 }
 
 /// Plain Rust lanes.
@@ -245,6 +272,22 @@ impl Lanes for Plain {
     fn sub(self, other: Self) -> Self {
         Plain(std::array::from_fn(|i| self.0[i] - other.0[i]))
     }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        Plain(std::array::from_fn(|i| self.0[i] * other.0[i]))
+    }
+    #[inline(always)]
+    fn prelu(self, slope: Self) -> Self {
+        Plain(std::array::from_fn(|i| if self.0[i] > 0.0 { self.0[i] } else { slope.0[i] * self.0[i] }))
+    }
+    #[inline(always)]
+    fn interleave(self, other: Self) -> [Self; 2] {
+        let half = |start: usize| {
+            let lane = |i: usize| [self.0, other.0][i % 2][start + i / 2];
+            Plain(std::array::from_fn(lane))
+        };
+        [half(0), half(8)]
+    }
 }
 
 /// AVX-512 and AVX2 lanes. Their methods must be inlined into a function with the target feature enabled, which
@@ -252,7 +295,17 @@ impl Lanes for Plain {
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::Lanes;
+    use std::arch::asm;
     use std::arch::x86_64::*;
+
+    /// Asks the first-level cache for the line of an address that will be written. It reads and writes nothing. Every x86-64
+    /// CPU executes the instruction, some old ones as no operation; the compiler makes it a prefetch for reading unless it
+    /// is told so of the whole function.
+    #[inline(always)]
+    pub fn prefetch_to_write<T>(line: *const T) {
+        // SAFETY: a prefetch of any address is allowed.
+        unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, readonly, preserves_flags)) }
+    }
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
@@ -293,6 +346,30 @@ pub(crate) mod x86 {
         fn sub(self, other: Self) -> Self {
             Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
         }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn prelu(self, slope: Self) -> Self {
+            unsafe {
+                let rest = _mm512_cmp_ps_mask::<_CMP_NGT_UQ>(self.0, _mm512_setzero_ps());
+                Avx512(_mm512_mask_mul_ps(self.0, rest, slope.0, self.0))
+            }
+        }
+        // SAFETY: as all of these.
+        #[inline(always)]
+        fn interleave(self, other: Self) -> [Self; 2] {
+            unsafe {
+                let low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+                // No closure: it would not have the unit's instructions.
+                [
+                    Avx512(_mm512_permutex2var_ps(self.0, low, other.0)),
+                    Avx512(_mm512_permutex2var_ps(self.0, high, other.0)),
+                ]
+            }
+        }
     }
 
     // SAFETY (all blocks below): as above, for AVX2 and FMA.
@@ -329,30 +406,68 @@ pub(crate) mod x86 {
         fn sub(self, other: Self) -> Self {
             unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        fn prelu(self, slope: Self) -> Self {
+            unsafe { Avx2(prelu(self.0, slope.0), prelu(self.1, slope.1)) }
+        }
+        // SAFETY: as all of these.
+        #[inline(always)]
+        fn interleave(self, other: Self) -> [Self; 2] {
+            unsafe { [interleave(self.0, other.0), interleave(self.1, other.1)] }
+        }
+    }
+
+    /// Eight lanes of [`Lanes::prelu`].
+    ///
+    /// # Safety
+    /// AVX2 must be present.
+    #[inline(always)]
+    unsafe fn prelu(v: __m256, slope: __m256) -> __m256 {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let above = _mm256_cmp_ps::<_CMP_GT_OQ>(v, _mm256_setzero_ps());
+            _mm256_blendv_ps(_mm256_mul_ps(slope, v), v, above)
+        }
+    }
+
+    /// Eight lanes of each in turn.
+    ///
+    /// # Safety
+    /// AVX2 must be present.
+    #[inline(always)]
+    unsafe fn interleave(a: __m256, b: __m256) -> Avx2 {
+        // SAFETY: by the caller's promise. Unpacking gives quarters 0 and 2 of the lanes in turn, and 1 and 3.
+        unsafe {
+            let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            Avx2(_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
+        }
     }
 }
 
 /// A mutable slice that several threads write at places that do not meet.
-#[derive(Clone, Copy)]
-pub struct Disjoint<'a> {
-    start: *mut f32,
+pub struct Disjoint<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    slice: PhantomData<&'a mut [f32]>,
+    slice: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: `Disjoint` is a `&mut [f32]` whose accesses are unsafe and, by their authors' promise, never overlap.
-unsafe impl Send for Disjoint<'_> {}
-unsafe impl Sync for Disjoint<'_> {}
+// SAFETY: `Disjoint` is a `&mut [T]` whose accesses are unsafe and, by their authors' promise, never overlap.
+unsafe impl<T: Send> Send for Disjoint<'_, T> {}
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
-impl<'a> Disjoint<'a> {
+impl<'a, T> Disjoint<'a, T> {
     /// Shares `slice` until the borrow ends.
-    pub fn new(slice: &'a mut [f32]) -> Self {
+    pub fn new(slice: &'a mut [T]) -> Self {
         Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
-    /// Where the `len` floats from `offset` begin, for writes that the caller keeps apart.
-    pub fn at(&self, offset: usize, len: usize) -> *mut f32 {
-        assert!(offset <= self.len && len <= self.len - offset, "{len} floats at {offset} of {}", self.len);
+    /// Where the `len` values from `offset` begin, for writes that the caller keeps apart.
+    pub fn at(&self, offset: usize, len: usize) -> *mut T {
+        assert!(offset <= self.len && len <= self.len - offset, "{len} values at {offset} of {}", self.len);
         // SAFETY: in bounds by the assertion.
         unsafe { self.start.add(offset) }
     }

@@ -1,4 +1,5 @@
-//! A dense tensor, shared and immutable once made: f32 in host memory, or on a CUDA device in its precision.
+//! A dense tensor, shared and immutable once made: in host memory, f32 or, in inference, bfloat16; or on a CUDA device in
+//! its precision.
 
 use super::{Partials, Shape, View};
 use crate::device::arena::Buffer;
@@ -19,9 +20,43 @@ impl ValueId {
     }
 }
 
+/// Elements in host memory, NDHWC.
+#[derive(Clone, Copy, Debug)]
+pub enum Values<'a> {
+    /// f32.
+    Single(&'a [f32]),
+    /// bfloat16, its bits.
+    Bf16(&'a [u16]),
+}
+
+impl<'a> Values<'a> {
+    /// Value `i`.
+    pub fn at(self, i: usize) -> f32 {
+        match self {
+            Values::Single(x) => x[i],
+            Values::Bf16(x) => f32::from_bits(u32::from(x[i]) << 16),
+        }
+    }
+
+    /// The f32 values that they are.
+    ///
+    /// # Panics
+    /// When they are bfloat16, which only convolutions of an inference pass read.
+    pub fn single(self) -> &'a [f32] {
+        match self {
+            Values::Single(x) => x,
+            Values::Bf16(_) => {
+                panic!("bfloat16 activations are for the convolutions of an inference pass alone")
+            }
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Storage {
     Host(Arc<Buffer>),
+    /// bfloat16, two in the room of a float.
+    HostBf16(Arc<Buffer>),
     Device(Act),
 }
 
@@ -46,6 +81,12 @@ impl Tensor {
         Tensor::new(shape, Buffer::from_slice(values))
     }
 
+    /// Wraps bfloat16 elements, two in the room of a float, the last float half empty if their number is odd.
+    pub fn bf16(shape: Shape, data: Buffer) -> Self {
+        assert_eq!(shape.len().div_ceil(2), data.len(), "a tensor of shape {shape}");
+        Tensor { id: ValueId::fresh(), shape, storage: Storage::HostBf16(Arc::new(data)), partials: None }
+    }
+
     /// Wraps elements on a device, with what the kernel that wrote them left for a norm.
     pub fn on_device(shape: Shape, data: Act, partials: Option<Partials>) -> Self {
         assert_eq!(shape.len(), data.len(), "a tensor of shape {shape}");
@@ -62,18 +103,24 @@ impl Tensor {
         self.shape
     }
 
-    /// Its floats, NDHWC; the tensor must be in host memory.
+    /// Its floats, NDHWC; the tensor must be in host memory, and f32.
     pub fn data(&self) -> &[f32] {
+        self.values().single()
+    }
+
+    /// Its elements, NDHWC; the tensor must be in host memory.
+    pub fn values(&self) -> Values<'_> {
         match &self.storage {
-            Storage::Host(data) => data,
-            Storage::Device(_) => panic!("only host code asks for floats, and only of host tensors"),
+            Storage::Host(data) => Values::Single(data),
+            Storage::HostBf16(data) => Values::Bf16(&bytemuck::cast_slice(data)[..self.shape.len()]),
+            Storage::Device(_) => panic!("only host code asks for values, and only of host tensors"),
         }
     }
 
     /// Its elements on the device, if it is there.
     pub fn device(&self) -> Option<&Act> {
         match &self.storage {
-            Storage::Host(_) => None,
+            Storage::Host(_) | Storage::HostBf16(_) => None,
             Storage::Device(data) => Some(data),
         }
     }
@@ -102,9 +149,11 @@ impl Tensor {
     /// # Errors
     /// When the device has not enough memory.
     pub fn to_device(&self, cuda: &Arc<Cuda>) -> Result<Tensor> {
-        let Storage::Host(data) = &self.storage else { return Ok(self.clone()) };
-        let act = cuda.act(data.len())?;
-        act.upload(data)?;
+        if self.device().is_some() {
+            return Ok(self.clone());
+        }
+        let act = cuda.act(self.shape.len())?;
+        act.upload(self.data())?;
         Ok(Tensor { id: self.id, ..Tensor::on_device(self.shape, act, None) })
     }
 

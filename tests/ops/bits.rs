@@ -1,6 +1,6 @@
 //! Results whose bits depend neither on the number of threads nor on the vector unit.
 
-use crate::layer::{CASES, Case, Layer};
+use crate::layer::{CASES, Case, Layer, bits};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::{AMX_CASES, amx_emulator};
 use crate::{UNIT, uniform};
@@ -46,12 +46,14 @@ fn training_bits(norm: Norm, operands: Operands) -> Vec<u64> {
     losses.into_iter().chain(values).collect()
 }
 
-/// Every bit of a layer's outputs and gradients.
+/// Every bit of a layer's outputs, finished or not, and gradients.
 fn layer_bits(case: &Case, operands: Operands) -> Vec<u32> {
-    let r = Layer::new(case, 3).run(case, operands);
-    let tensors = r.y.iter().chain(&r.inferred).chain(&r.dx).map(Tensor::data);
-    let params = r.dw.iter().chain(&r.db).map(Vec::as_slice);
-    tensors.chain(params).flatten().map(|v| v.to_bits()).collect()
+    let layer = Layer::new(case, 3);
+    let r = layer.run(case, operands);
+    let finished = layer.finished(case, operands, true, &layer.summands(Operands::Bf16), Operands::Bf16);
+    let tensors = r.y.iter().chain(&r.inferred).chain(&r.dx).chain(&finished).flat_map(bits);
+    let params = r.dw.iter().chain(&r.db).flatten().map(|v| v.to_bits());
+    tensors.chain(params).collect()
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! A layer of a convolution, by the library and by its definition in f64.
 
 use crate::{lazy, param, uniform};
+use spleen_hpc::device::arena::Buffer;
 use spleen_hpc::device::bf16::Operands;
-use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
-use spleen_hpc::ops::conv3d::{Filter, conv3d};
+use spleen_hpc::ops::conv::Epilogue;
+use spleen_hpc::ops::conv_transpose3d::{conv_transpose3d, conv_transpose3d_finished};
+use spleen_hpc::ops::conv3d::{Filter, conv3d, conv3d_finished};
 use spleen_hpc::rng::Philox;
-use spleen_hpc::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
+use spleen_hpc::tensor::{Activation, Grads, Param, Pending, Shape, Tape, Tensor, Values};
 
 /// One layer: inputs to concatenate, filters side by side, geometry.
 pub struct Case {
@@ -97,6 +99,29 @@ fn each_product(case: &Case, x: Shape, y: Shape, mut f: impl FnMut(usize, [isize
     }
 }
 
+/// The f32 value of bfloat16's bits.
+pub fn widened(bits: &u16) -> f32 {
+    half::bf16::from_bits(*bits).to_f32()
+}
+
+/// Values rounded to bfloat16 and stored as such or as f32.
+fn rounded(x: &Tensor, stored: Operands) -> Tensor {
+    let bits: Vec<u16> = x.data().iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+    if stored == Operands::Single {
+        return Tensor::from_slice(x.shape(), &bits.iter().map(widened).collect::<Vec<_>>());
+    }
+    let pair = |b: &[u16]| f32::from_bits(u32::from(b[0]) | b.get(1).map_or(0, |&b| u32::from(b) << 16));
+    Tensor::bf16(x.shape(), Buffer::from_slice(&bits.chunks(2).map(pair).collect::<Vec<_>>()))
+}
+
+/// The bits of values, of bfloat16 ones as they are.
+pub fn bits(x: &Tensor) -> Vec<u32> {
+    match x.values() {
+        Values::Single(x) => x.iter().map(|v| v.to_bits()).collect(),
+        Values::Bf16(x) => x.iter().map(|&v| v.into()).collect(),
+    }
+}
+
 /// Everything a layer computes: outputs in training and in inference, dx of each input, dw and db of each filter.
 pub struct Results {
     pub y: Vec<Tensor>,
@@ -111,6 +136,8 @@ pub struct Layer {
     weights: Vec<Param>,
     biases: Vec<Param>,
     dy: Vec<Tensor>,
+    /// Norm and PReLU of each output.
+    maps: Vec<Pending>,
 }
 
 impl Layer {
@@ -119,7 +146,7 @@ impl Layer {
         let inputs: Vec<_> =
             case.inputs.iter().map(|&c| lazy(Shape::new(case.n, case.space, c), &mut rng)).collect();
         let (cin, k) = (case.inputs.iter().sum(), case.kernel);
-        let mut layer = Layer { inputs, weights: vec![], biases: vec![], dy: vec![] };
+        let mut layer = Layer { inputs, weights: vec![], biases: vec![], dy: vec![], maps: vec![] };
         for (i, &o) in case.outputs.iter().enumerate() {
             let shape = if case.transposed { [cin, o, k, k, k] } else { [o, cin, k, k, k] };
             layer.weights.push(param(2 * i, &shape, &mut rng));
@@ -127,8 +154,61 @@ impl Layer {
             let space = case.space.map(|s| if case.transposed { 2 * s } else { s.div_ceil(case.stride) });
             let shape = Shape::new(case.n, space, o);
             layer.dy.push(Tensor::from_slice(shape, &uniform(&mut rng, shape.len())));
+            layer.maps.push(Pending { scale: uniform(&mut rng, o), shift: uniform(&mut rng, o), slope: 0.3 });
         }
         layer
+    }
+
+    /// The same layer of inputs that have nothing pending: values of bfloat16, stored as they are or as f32.
+    pub fn of_rounded_inputs(mut self, stored: Operands) -> Self {
+        self.inputs.iter_mut().for_each(|x| *x = rounded(x.raw(), stored).into());
+        self
+    }
+
+    /// Outputs in inference.
+    pub fn inferred(&self, case: &Case, operands: Operands) -> Vec<Tensor> {
+        let mut off = Tape::off();
+        off.operands = operands;
+        self.forward(case, &mut off)
+    }
+
+    /// A summand for every output, with nothing pending, of values of bfloat16.
+    pub fn summands(&self, stored: Operands) -> Vec<Activation> {
+        self.dy.iter().map(|dy| rounded(dy, stored).into()).collect()
+    }
+
+    /// Outputs in inference, finished by the layer's maps or none and by these summands, if there are any.
+    pub fn finished(
+        &self,
+        case: &Case,
+        operands: Operands,
+        mapped: bool,
+        plus: &[Activation],
+        stored: Operands,
+    ) -> Vec<Tensor> {
+        let epilogue =
+            |i: usize| Epilogue { map: mapped.then_some(&self.maps[i]), plus: plus.get(i), stored };
+        let epilogues: Vec<_> = (0..self.weights.len()).map(epilogue).collect();
+        if case.transposed {
+            let inputs: Vec<_> = self.inputs.iter().collect();
+            let (weight, bias) = (&self.weights[0], Some(&self.biases[0]));
+            return vec![
+                conv_transpose3d_finished(&inputs, weight, bias, epilogues[0], operands).expect("fits"),
+            ];
+        }
+        let x = &self.inputs[0];
+        conv3d_finished(x, &self.filters(), &epilogues, case.stride, operands).expect("fits")
+    }
+
+    /// One value of output `i` after the layer's map, in f32, step by step.
+    pub fn mapped(&self, i: usize, channel: usize, value: f32) -> f32 {
+        let z = value * self.maps[i].scale[channel] + self.maps[i].shift[channel];
+        if z > 0.0 { z } else { self.maps[i].slope * z }
+    }
+
+    fn filters(&self) -> Vec<Filter<'_>> {
+        let pairs = self.weights.iter().zip(&self.biases);
+        pairs.map(|(weight, b)| Filter { weight, bias: Some(b) }).collect()
     }
 
     fn forward(&self, case: &Case, tape: &mut Tape) -> Vec<Tensor> {
@@ -136,17 +216,15 @@ impl Layer {
             let inputs: Vec<_> = self.inputs.iter().collect();
             vec![conv_transpose3d(tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
         } else {
-            let pairs = self.weights.iter().zip(&self.biases);
-            let filters: Vec<_> = pairs.map(|(weight, b)| Filter { weight, bias: Some(b) }).collect();
-            conv3d(tape, &self.inputs[0], &filters, case.stride).expect("fits")
+            conv3d(tape, &self.inputs[0], &self.filters(), case.stride).expect("fits")
         }
     }
 
     pub fn run(&self, case: &Case, operands: Operands) -> Results {
-        let (mut tape, mut off) = (Tape::recording(), Tape::off());
-        (tape.operands, off.operands) = (operands, operands);
+        let mut tape = Tape::recording();
+        tape.operands = operands;
         let y = self.forward(case, &mut tape);
-        let inferred = self.forward(case, &mut off);
+        let inferred = self.inferred(case, operands);
         let params: Vec<_> = self.weights.iter().zip(&self.biases).flat_map(|(w, b)| [w, b]).collect();
         let mut grads = Grads::new(params.iter().map(|p| p.value.len()));
         y.iter().zip(&self.dy).for_each(|(y, dy)| grads.set(y.id(), dy.clone()));

@@ -5,6 +5,7 @@
 #[path = "../amx_emulator/mod.rs"]
 mod amx_emulator;
 mod bits;
+mod finished;
 mod layer;
 
 use layer::{CASES, Case, Layer, conv, transposed};

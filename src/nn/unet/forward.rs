@@ -1,11 +1,16 @@
 //! The forward pass, the same for every device: norm and PReLU stay pending, and a probe may watch.
+//!
+//! Inference with batch norm on the CPU knows the norms beforehand: every convolution finishes its output, residual sum
+//! included, and with bfloat16 operands stores it as bfloat16.
 
 use super::{Conv, Down, UNet, Unit, Up, UpConv};
+use crate::device::bf16::Operands;
 use crate::device::nvtx::{Range, range};
 use crate::error::{Error, Result};
-use crate::ops::conv_transpose3d::conv_transpose3d;
-use crate::ops::conv3d::{Filter, conv3d};
-use crate::ops::norm_prelu::{Affine, Moments, Statistics, norm_prelu};
+use crate::ops::conv::Epilogue;
+use crate::ops::conv_transpose3d::{conv_transpose3d, conv_transpose3d_finished};
+use crate::ops::conv3d::{Filter, conv3d, conv3d_finished};
+use crate::ops::norm_prelu::{Affine, Moments, Statistics, fixed, norm_prelu};
 use crate::ops::residual::{add, materialize};
 use crate::tensor::{Activation, Param, ParamId, Pending, Shape, Tape, Tensor, View};
 
@@ -46,11 +51,13 @@ impl UNet {
             });
         }
         tape.operands = self.operands;
-        let mut run = Run { net: self, tape, mode, probe, statistics: Vec::new() };
+        let known = mode == Mode::Eval && !self.norms.is_empty();
+        let finishes = known && !tape.is_recording() && probe.is_none() && x.view().is_none();
+        let mut run = Run { net: self, tape, mode, finishes, probe, statistics: Vec::new() };
         let logits = run.level(0, Activation::constant(x))?;
         // What comes after the network is no layer's.
         run.tape.set_layer("");
-        Ok((logits, run.statistics))
+        Ok((logits.raw().clone(), run.statistics))
     }
 
     /// Logits of `n` images without gradients; floats in (N, D, H, W) order, out (N, D, H, W, 2) in host memory,
@@ -92,8 +99,21 @@ struct Run<'a, 'p> {
     net: &'a UNet,
     tape: &'a mut Tape,
     mode: Mode,
+    /// Whether convolutions finish their outputs.
+    finishes: bool,
     probe: Option<&'a mut Probe<'p>>,
     statistics: BatchStatistics,
+}
+
+/// A convolution and what comes after it.
+#[derive(Clone, Copy)]
+enum Layer<'a> {
+    /// Norm and PReLU.
+    Unit(&'a Unit),
+    /// Nothing: a residual unit's own convolution.
+    Shortcut(&'a Conv),
+    /// Nothing: it makes the logits.
+    Last(&'a Conv),
 }
 
 impl<'a> Run<'a, '_> {
@@ -107,86 +127,152 @@ impl<'a> Run<'a, '_> {
         range(name)
     }
 
-    fn level(&mut self, i: usize, x: Activation) -> Result<Tensor> {
+    fn level(&mut self, i: usize, x: Activation) -> Result<Activation> {
         let net = self.net;
         let Some(down) = net.downs.get(i) else {
             return self.down(&net.bottom, x, 1);
         };
         let skip = self.down(down, x, 2)?;
-        let inner = self.level(i + 1, skip.clone().into())?;
+        let inner = self.level(i + 1, skip.clone())?;
         if self.probe.is_some() {
             let name = format!("{}1", down.name.trim_end_matches('0'));
-            self.show(&format!("{name}(SkipConnection)"), || concat(&skip, &inner))?;
+            self.show(&format!("{name}(SkipConnection)"), || concat(skip.raw(), inner.raw()))?;
         }
-        self.up(&net.ups[i], skip, inner)
+        self.up(&net.ups[i], &skip, &inner)
     }
 
-    fn down(&mut self, down: &Down, x: Activation, stride: usize) -> Result<Tensor> {
+    fn down(&mut self, down: &'a Down, x: Activation, stride: usize) -> Result<Activation> {
         let module = self.module(&down.unit0.name);
-        let filter = Filter { weight: self.param(down.unit0.weight), bias: None };
-        let shortcut = down
-            .residual
-            .as_ref()
-            .map(|r| Filter { weight: self.param(r.weight), bias: Some(self.param(r.bias)) });
-        let (main, shortcut): (Tensor, Activation) = match shortcut {
-            None => (single(conv3d(self.tape, &x, &[filter], stride)?), x),
-            Some(shortcut) if shortcut.weight.shape[2] == filter.weight.shape[2] => {
-                let mut both = conv3d(self.tape, &x, &[filter, shortcut], stride)?;
-                let shortcut = both.pop().expect("two filters, two outputs");
-                (single(both), shortcut.into())
+        let unit0 = (Layer::Unit(&down.unit0), None);
+        let (a0, shortcut) = match &down.residual {
+            None => (self.conv(&x, unit0, stride)?, x),
+            Some(conv) => {
+                let shortcut = (Layer::Shortcut(conv), None);
+                // Of one kernel size they read one tile.
+                if self.param(conv.weight).shape[2] == self.param(down.unit0.weight).shape[2] {
+                    let [a0, shortcut] = self.convs(&x, [unit0, shortcut], stride)?;
+                    (a0, shortcut)
+                } else {
+                    (self.conv(&x, unit0, stride)?, self.conv(&x, shortcut, stride)?)
+                }
             }
-            Some(shortcut) => (
-                single(conv3d(self.tape, &x, &[filter], stride)?),
-                single(conv3d(self.tape, &x, &[shortcut], stride)?).into(),
-            ),
         };
-        if let Some(residual) = &down.residual {
-            self.show(&residual.name, || materialize(&shortcut))?;
-        }
-        let a0 = self.finish(&down.unit0, main)?;
         drop(module);
         let _module = self.module(&down.unit1.name);
-        let filter = Filter { weight: self.param(down.unit1.weight), bias: None };
-        let c1 = single(conv3d(self.tape, &a0, &[filter], 1)?);
-        let a1 = self.finish(&down.unit1, c1)?;
-        let y = add(self.tape, &a1, &shortcut)?;
-        self.show(&format!("{}(ResidualUnit)", down.name), || Ok(y.clone()))?;
+        let y = self.conv(&a0, (Layer::Unit(&down.unit1), Some(&shortcut)), 1)?;
+        self.show(&format!("{}(ResidualUnit)", down.name), || Ok(y.raw().clone()))?;
         Ok(y)
     }
 
-    fn up(&mut self, up: &Up, skip: Tensor, inner: Tensor) -> Result<Tensor> {
+    fn up(&mut self, up: &'a Up, skip: &Activation, inner: &Activation) -> Result<Activation> {
         let module = self.module(&up.transposed.name);
-        let weight = self.param(up.transposed.weight);
-        let z = conv_transpose3d(self.tape, &[&skip.into(), &inner.into()], weight, None)?;
-        let z = self.finish(&up.transposed, z)?;
+        let layer = Layer::Unit(&up.transposed);
+        let weight = self.filter(layer).weight;
+        let z = if self.finishes {
+            let map = self.map(layer)?;
+            let epilogue = self.epilogue((layer, None), map.as_ref());
+            let operands = self.tape.operands;
+            conv_transpose3d_finished(&[skip, inner], weight, None, epilogue, operands)?.into()
+        } else {
+            let z = conv_transpose3d(self.tape, &[skip, inner], weight, None)?;
+            self.finish((layer, None), z)?
+        };
         drop(module);
-        let (UpConv::Unit(Unit { name, .. }) | UpConv::Last(Conv { name, .. })) = &up.conv;
+        let (layer, name) = match &up.conv {
+            UpConv::Unit(unit) => (Layer::Unit(unit), &unit.name),
+            UpConv::Last(conv) => (Layer::Last(conv), &conv.name),
+        };
         let _module = self.module(name);
-        let branch = match &up.conv {
-            UpConv::Unit(unit) => {
-                let filter = Filter { weight: self.param(unit.weight), bias: None };
-                let c = single(conv3d(self.tape, &z, &[filter], 1)?);
-                self.finish(unit, c)?
+        let y = self.conv(&z, (layer, Some(&z)), 1)?;
+        self.show(&format!("{}(ResidualUnit)", up.name), || Ok(y.raw().clone()))?;
+        Ok(y)
+    }
+
+    /// One layer of `x`, plus an activation if there is one.
+    fn conv(
+        &mut self,
+        x: &Activation,
+        layer: (Layer<'a>, Option<&Activation>),
+        stride: usize,
+    ) -> Result<Activation> {
+        let [y] = self.convs(x, [layer], stride)?;
+        Ok(y)
+    }
+
+    /// Several layers of `x` side by side, each plus an activation if there is one.
+    fn convs<const N: usize>(
+        &mut self,
+        x: &Activation,
+        layers: [(Layer<'a>, Option<&Activation>); N],
+        stride: usize,
+    ) -> Result<[Activation; N]> {
+        let filters = layers.map(|(layer, _)| self.filter(layer));
+        let outs: Vec<Activation> = if self.finishes {
+            let maps = layers.iter().map(|l| self.map(l.0)).collect::<Result<Vec<_>>>()?;
+            let epilogues: Vec<_> =
+                layers.iter().zip(&maps).map(|(&layer, map)| self.epilogue(layer, map.as_ref())).collect();
+            let outs = conv3d_finished(x, &filters, &epilogues, stride, self.tape.operands)?;
+            outs.into_iter().map(Activation::from).collect()
+        } else {
+            let outs = conv3d(self.tape, x, &filters, stride)?;
+            layers.into_iter().zip(outs).map(|(layer, c)| self.finish(layer, c)).collect::<Result<_>>()?
+        };
+        outs.try_into().map_err(|_| Error::Internal("unet: not one output a layer".into()))
+    }
+
+    fn filter(&self, layer: Layer) -> Filter<'a> {
+        match layer {
+            Layer::Unit(unit) => Filter { weight: self.param(unit.weight), bias: None },
+            Layer::Shortcut(conv) | Layer::Last(conv) => {
+                Filter { weight: self.param(conv.weight), bias: Some(self.param(conv.bias)) }
             }
-            UpConv::Last(conv) => {
-                let filter = Filter { weight: self.param(conv.weight), bias: Some(self.param(conv.bias)) };
-                let c = single(conv3d(self.tape, &z, &[filter], 1)?);
+        }
+    }
+
+    /// Norm and PReLU of a layer that has them, from the running statistics.
+    fn map(&self, layer: Layer) -> Result<Option<Pending>> {
+        let Layer::Unit(unit) = layer else { return Ok(None) };
+        let norm = unit.norm.map(|n| &self.net.norms[n]);
+        let norm = norm.ok_or_else(|| Error::Internal(format!("{}: no running statistics", unit.name)))?;
+        let channels = norm.running.mean.len();
+        fixed(channels, &norm.running, self.param(unit.bias), self.affine(unit)).map(Some)
+    }
+
+    fn epilogue<'e>(
+        &self,
+        (layer, plus): (Layer, Option<&'e Activation>),
+        map: Option<&'e Pending>,
+    ) -> Epilogue<'e> {
+        let stored = match layer {
+            Layer::Last(_) => Operands::Single,
+            Layer::Unit(_) | Layer::Shortcut(_) => self.tape.operands,
+        };
+        Epilogue { map, plus, stored }
+    }
+
+    fn affine(&self, unit: &Unit) -> Affine<'a> {
+        Affine {
+            gamma: unit.gamma.map(|id| self.param(id)),
+            beta: unit.beta.map(|id| self.param(id)),
+            slope: Some(self.param(unit.slope)),
+        }
+    }
+
+    /// What comes after a layer's convolution, and the sum with an activation if there is one.
+    fn finish(&mut self, (layer, plus): (Layer, Option<&Activation>), c: Tensor) -> Result<Activation> {
+        let y = match layer {
+            Layer::Unit(unit) => self.norm(unit, c)?,
+            Layer::Shortcut(conv) | Layer::Last(conv) => {
                 self.show(&conv.name, || Ok(c.clone()))?;
                 c.into()
             }
         };
-        let y = add(self.tape, &branch, &z)?;
-        self.show(&format!("{}(ResidualUnit)", up.name), || Ok(y.clone()))?;
-        Ok(y)
+        plus.map_or(Ok(y.clone()), |plus| Ok(add(self.tape, &y, plus)?.into()))
     }
 
     /// Norm and PReLU after a unit's convolution.
-    fn finish(&mut self, unit: &Unit, c: Tensor) -> Result<Activation> {
-        let affine = Affine {
-            gamma: unit.gamma.map(|id| self.param(id)),
-            beta: unit.beta.map(|id| self.param(id)),
-            slope: Some(self.param(unit.slope)),
-        };
+    fn norm(&mut self, unit: &Unit, c: Tensor) -> Result<Activation> {
+        let affine = self.affine(unit);
         let bias = self.param(unit.bias);
         let norm = unit.norm.map(|n| &self.net.norms[n]);
         let (y, moments) = match (norm, self.mode) {
@@ -221,10 +307,6 @@ impl<'a> Run<'a, '_> {
         }
         Ok(())
     }
-}
-
-fn single(mut outputs: Vec<Tensor>) -> Tensor {
-    outputs.pop().expect("one filter, one output")
 }
 
 /// Channel concatenation, for probes only: the network reads both tensors in place.

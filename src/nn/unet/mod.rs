@@ -7,8 +7,9 @@
 //! top       the same with 2 channels, and the last conv has neither norm nor PReLU
 //! ```
 //! Kerfoot et al., "Left-Ventricle Quantification Using Residual U-Net", STACOM 2018. Norm and PReLU stay pending
-//! until the next convolution loads its input; residual sums are written once. The bias of a convolution before a
-//! norm cancels, so it takes no part in the forward pass and its gradient is exactly 0; the running mean adds it.
+//! until the next convolution loads its input, or are the convolution's own epilogue where the statistics are known;
+//! residual sums are written once. The bias of a convolution before a norm cancels, so it takes no part in the forward
+//! pass and its gradient is exactly 0; the running mean adds it.
 
 mod forward;
 

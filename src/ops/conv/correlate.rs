@@ -2,6 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::epilogue::{Head, LaneMap, Out, Stage};
 use super::kept::{self, Layout};
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
@@ -9,12 +10,12 @@ use super::plan::{
     Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
 };
 use super::tile::{Element, Order, Place, load};
-use super::{Head, Problem, Source, Weights, run, winograd};
+use super::{Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
@@ -74,10 +75,9 @@ pub fn correlate<'a>(
     let parts = MIN_TASKS.div_ceil(tiles.len()).min(lanes.len().div_ceil(4));
     let part = lanes.len().div_ceil(parts).next_multiple_of(4);
     let run = tiles_a_task(tiles.len());
-    let outs: Vec<_> = heads
-        .iter_mut()
-        .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
-        .collect();
+    let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
+    let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
+    let maps = run::lane_maps(&outs, &lanes, thin);
     let pass = Pass {
         map,
         out_space,
@@ -86,6 +86,7 @@ pub fn correlate<'a>(
         lanes: &lanes,
         sources,
         outs: &outs,
+        maps: &maps,
         order,
         element,
     };
@@ -121,7 +122,8 @@ pub fn correlate<'a>(
                 };
                 let tile = &tile[..];
                 let (packed, lanes) = (&packed, part.clone());
-                pass.run(&Step { tile, starts, group, index, packed, origin, lanes, next });
+                let stage = Stage::of(index, groups.len());
+                pass.run(&Step { tile, starts, group, index, stage, packed, origin, lanes, next });
             }
         }
     });
@@ -137,13 +139,6 @@ fn pitch(blocks: &[Block], element: Element, stride: usize) -> usize {
     }
 }
 
-/// A head, shared by tasks that write different voxels or channels of it.
-pub struct Out<'a> {
-    pub data: Disjoint<'a>,
-    pub channels: usize,
-    pub bias: Option<&'a [f32]>,
-}
-
 /// What all tasks of a pass share.
 pub struct Pass<'a> {
     pub map: Map,
@@ -153,6 +148,8 @@ pub struct Pass<'a> {
     pub lanes: &'a [Block],
     pub sources: &'a [Source<'a>],
     pub outs: &'a [Out<'a>],
+    /// See [`run::lane_maps`].
+    pub maps: &'a [LaneMap],
     pub order: Order,
     pub element: Element,
 }
@@ -164,6 +161,7 @@ pub struct Step<'a> {
     starts: [usize; GROUP],
     group: &'a [Block],
     index: usize,
+    stage: Stage,
     packed: &'a Packed,
     origin: &'a Origin,
     lanes: std::ops::Range<usize>,
@@ -352,7 +350,7 @@ impl Pass<'_> {
                         first_voxel: ((n * self.out_space[0] + od) * self.out_space[1] + oh)
                             * self.out_space[2]
                             + class.parity[2],
-                        first: step.index == 0,
+                        stage: step.stage,
                     };
                     // SAFETY: the tile holds every input row of the anchors' extent and the slack after them; the
                     // weights of q lane blocks follow each other; this task alone writes these voxels' lanes.

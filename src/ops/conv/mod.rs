@@ -25,18 +25,24 @@
 //! largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held against
 //! PyTorch's.
 //!
+//! In inference a convolution whose norm is known beforehand finishes its outputs as it writes them (`epilogue`): norm and
+//! PReLU, a residual sum, and with bfloat16 operands rounding to bfloat16, as which they are stored. The next convolution
+//! copies them, where it would map every value of a raw tensor for each tile that reads it.
+//!
 //! On a CPU with AMX the first two cores multiply matrices of bfloat16 instead (`amx`), with products in another order. No
 //! result depends on the number of threads: every sum has one order.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod correlate;
+mod epilogue;
 mod kept;
 mod micro;
 mod narrow;
 mod pack;
 mod partials;
 mod plan;
+mod row;
 mod run;
 mod thin_wgrad;
 mod tile;
@@ -45,12 +51,13 @@ mod wgrad;
 mod winograd;
 
 pub use correlate::correlate;
+pub use epilogue::{Epilogue, Head, Output};
 pub use plan::Map;
-pub use tile::{Affine, transform_row};
+pub use row::{Affine, mapped, transform_row};
 pub use wgrad::wgrad;
 
-use crate::device::bf16::Operands;
-use crate::tensor::{Activation, Pending, Tape, Tensor};
+use crate::device::bf16::{Operands, widen};
+use crate::tensor::{Activation, Pending, Tape, Tensor, Values};
 use std::sync::Arc;
 
 /// When a pass runs.
@@ -88,27 +95,42 @@ pub struct Problem {
     pub out_space: [usize; 3],
 }
 
-/// One input of a pass: floats in NDHWC with a map still to be applied.
+/// One input of a pass: values in NDHWC with a map still to be applied.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
-    data: &'a [f32],
+    data: Values<'a>,
     channels: usize,
     pending: Option<&'a Pending>,
 }
 
 impl<'a> From<&'a Activation> for Source<'a> {
     fn from(x: &'a Activation) -> Self {
-        Source { data: x.raw().data(), channels: x.shape().c, pending: x.pending() }
+        Source { data: x.raw().values(), channels: x.shape().c, pending: x.pending() }
     }
 }
 
 impl<'a> From<&'a Tensor> for Source<'a> {
     fn from(x: &'a Tensor) -> Self {
-        Source { data: x.data(), channels: x.shape().c, pending: None }
+        Source { data: x.values(), channels: x.shape().c, pending: None }
     }
 }
 
 impl<'a> Source<'a> {
+    /// `len` values from value `start` on; bfloat16 ones are widened into `row`.
+    fn row<'r>(&self, start: usize, len: usize, row: &'r mut Vec<f32>) -> &'r [f32]
+    where
+        'a: 'r,
+    {
+        match self.data {
+            Values::Single(x) => &x[start..][..len],
+            Values::Bf16(x) => {
+                row.resize(len, 0.0);
+                widen(&x[start..][..len], row);
+                row
+            }
+        }
+    }
+
     /// The map of a block's channels in sample `n`.
     fn affine(&self, n: usize, block: plan::Block) -> Affine<'a> {
         self.pending.map(|p| {
@@ -116,16 +138,6 @@ impl<'a> Source<'a> {
             (&scale[block.first..][..block.len], &shift[block.first..][..block.len], p.slope)
         })
     }
-}
-
-/// One output of a pass.
-pub struct Head<'a> {
-    /// NDHWC floats, all of them written.
-    pub out: &'a mut [f32],
-    /// Channels of `out`.
-    pub channels: usize,
-    /// Added to every voxel, one a channel.
-    pub bias: Option<&'a [f32]>,
 }
 
 /// How the weights between one source and one head lie in a PyTorch tensor (O, I, 3, 3, 3) or (I, O, 3, 3, 3).

@@ -1,6 +1,7 @@
 //! Rows of voxels to pairs of bfloat16, of channels or of neighbours, norm and PReLU applied on the way.
 
-use super::tile::{Affine, mapped_row, pair_channels, pair_neighbours};
+use super::row::{Affine, mapped_row};
+use super::tile::{pair_channels, pair_neighbours};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::{Simd, simd_of_pairs};
 

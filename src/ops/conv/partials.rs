@@ -169,12 +169,13 @@ impl Partials {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Values;
 
     #[test]
     fn every_tile_of_every_block_and_lane_is_in_one_task_and_no_task_is_empty() {
         for (tiles, channels, lanes) in [(1, 1, 1), (65, 16, 16), (288, 32, 48), (7, 256, 250), (4, 64, 512)]
         {
-            let of = |channels| [Source { data: &[], channels, pending: None }];
+            let of = |channels| [Source { data: Values::Single(&[]), channels, pending: None }];
             let partials = Partials::new(27, &of(channels), &of(lanes), 1, |widest| {
                 assert_eq!(widest, channels.min(CHANNELS));
                 tiles

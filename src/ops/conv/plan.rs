@@ -124,6 +124,13 @@ pub struct Block {
     pub len: usize,
 }
 
+impl Block {
+    /// The channel that is lane `l`.
+    pub fn channel(self, l: usize) -> Option<usize> {
+        (l < self.len).then_some(self.first + l)
+    }
+}
+
 /// Cuts the channels of each tensor into runs of at most `size`, never across tensors.
 pub fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> {
     let cut = |(tensor, c): (usize, usize)| {

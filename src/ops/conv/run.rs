@@ -1,13 +1,17 @@
 //! One row of output voxels: cut into the micro-kernels' runs, and what becomes of their accumulators.
 
 use super::correlate::Pass;
+use super::epilogue::{LaneMap, Out, Stage};
 use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxels};
-use super::plan::LANES;
+use super::plan::{Block, LANES};
 use crate::device::cpu::Lanes;
 use std::mem::MaybeUninit;
 
 /// Channels of the widest output whose voxels, not channels, fill the lanes.
 pub const THIN_CHANNELS: usize = 4;
+
+/// Maps a thin lane block has: sixteen values after sixteen are of other channels where they are three.
+const THIN_MAPS: usize = 3;
 
 /// Voxels of the widest run of a thin output.
 const THIN_VOXELS: usize = 96;
@@ -33,21 +37,18 @@ pub struct OutRow<'a> {
     pub lane: usize,
     /// Number of the first voxel in the head, samples outermost.
     pub first_voxel: usize,
-    /// Whether this is the first group of input channels: it writes, the others add.
-    pub first: bool,
+    /// Which group of input channels this is.
+    pub stage: Stage,
 }
 
-/// Where the run of a lane block is written.
-#[derive(Clone, Copy)]
-struct Target<'a> {
-    /// First voxel's first lane.
-    y: *mut f32,
-    /// Floats between voxels.
-    step: usize,
-    /// Lanes.
-    len: usize,
-    /// Bias of these lanes, where it is to be added.
-    bias: Option<&'a [f32]>,
+/// The maps of lane blocks, one each, or [`THIN_MAPS`] if their voxels fill the lanes.
+pub fn lane_maps(outs: &[Out], lanes: &[Block], thin: bool) -> Vec<LaneMap> {
+    let map = |&lane: &Block, i: usize| {
+        let out = &outs[lane.tensor];
+        out.lane_map(|l| if thin { Some((i * LANES + l) % out.channels) } else { lane.channel(l) })
+    };
+    let each = if thin { THIN_MAPS } else { 1 };
+    lanes.iter().flat_map(|lane| (0..each).map(move |i| map(lane, i))).collect()
 }
 
 impl Pass<'_> {
@@ -58,6 +59,14 @@ impl Pass<'_> {
     /// `row.w`; no other thread uses these lanes of these voxels; V's vector unit exists.
     #[inline(always)]
     pub unsafe fn row<V: Lanes, const STEP: usize, const ACCUMULATORS: usize>(&self, row: &OutRow, q: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for lane in row.lane..row.lane + q {
+            let block = self.lanes[lane];
+            let out = &self.outs[block.tensor];
+            let step = self.map.outputs() * out.channels;
+            let start = row.first_voxel * out.channels + block.first;
+            out.prefetch((start, step), row.width, block.len, row.stage);
+        }
         let mut a = 0;
         while a < row.width {
             // SAFETY: handed on from the caller.
@@ -105,7 +114,7 @@ impl Pass<'_> {
                 let values = unsafe { values.assume_init_ref() };
                 for (q, values) in values.iter().enumerate() {
                     // SAFETY: V's unit exists, and the voxels are the caller's.
-                    unsafe { self.target(row, a, q, $p).write::<V>(values, row.first) };
+                    unsafe { self.write_voxels::<V>(row, a, row.lane + q, values) };
                 }
                 return $p;
             }};
@@ -122,19 +131,18 @@ impl Pass<'_> {
         }
     }
 
-    /// Where the voxels from `a` on, `voxels` of them, of the q-th lane block go.
+    /// Writes the voxels from `a` on of a lane block.
+    ///
+    /// # Safety
+    /// V's vector unit must exist; nobody else may use these voxels' lanes.
     #[inline(always)]
-    fn target(&self, row: &OutRow, a: usize, q: usize, voxels: usize) -> Target<'_> {
-        let block = self.lanes[row.lane + q];
+    unsafe fn write_voxels<V: Lanes>(&self, row: &OutRow, a: usize, lane: usize, values: &[[f32; LANES]]) {
+        let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
         let step = self.map.outputs() * out.channels;
         let start = row.first_voxel * out.channels + a * step + block.first;
-        Target {
-            y: out.data.at(start, (voxels - 1) * step + block.len),
-            step,
-            len: block.len,
-            bias: out.bias.map(|b| &b[block.first..][..block.len]),
-        }
+        // SAFETY: handed on from the caller.
+        unsafe { out.put_rows::<V>((start, step), values, block.len, &self.maps[lane], row.stage) };
     }
 
     /// Up to [`THIN_VOXELS`] anchors of at most [`THIN_CHANNELS`] channels from anchor `a` on; returns their number.
@@ -155,7 +163,7 @@ impl Pass<'_> {
                 let values = unsafe { values.assume_init_ref() };
                 let anchors = (row.width - a).min(LANES * $p);
                 // SAFETY: the voxels are the caller's.
-                unsafe { self.columns(row, a, anchors).write_columns(values, anchors, row.first) };
+                unsafe { self.write_columns::<V, $columns>(row, a, anchors, values) };
                 anchors
             }};
         }
@@ -191,69 +199,66 @@ impl Pass<'_> {
         }
     }
 
-    /// Where both outputs of `anchors` anchors from `a` on go, as one run of channels an anchor.
+    /// Writes J values, all outputs' channels, of each of `anchors` anchors from `a` on, sixteen of which are the lanes of
+    /// an accumulator.
+    ///
+    /// # Safety
+    /// As [`Self::write_voxels`].
     #[inline(always)]
-    fn columns(&self, row: &OutRow, a: usize, anchors: usize) -> Target<'_> {
-        let (block, outputs) = (self.lanes[row.lane], self.map.outputs());
-        let out = &self.outs[block.tensor];
-        let step = outputs * out.channels;
-        let start = row.first_voxel * out.channels + a * step;
-        Target { y: out.data.at(start, anchors * step), step, len: step, bias: out.bias }
+    unsafe fn write_columns<V: Lanes, const J: usize>(
+        &self,
+        row: &OutRow,
+        a: usize,
+        anchors: usize,
+        values: &[[[f32; LANES]; J]],
+    ) {
+        let out = &self.outs[self.lanes[row.lane].tensor];
+        let maps = &self.maps[row.lane * THIN_MAPS..][..THIN_MAPS];
+        for (values, first) in values.iter().zip((0..anchors).step_by(LANES)) {
+            let start = row.first_voxel * out.channels + (a + first) * J;
+            let anchors = LANES.min(anchors - first);
+            // SAFETY: handed on from the caller.
+            unsafe {
+                let rows = by_anchors::<V, J>(values);
+                if J.is_power_of_two() && anchors == LANES {
+                    out.put_rows::<V>((start, LANES), &rows, LANES, &maps[0], row.stage);
+                    continue;
+                }
+                for (j, map) in maps.iter().cycle().take((anchors * J).div_ceil(LANES)).enumerate() {
+                    let len = LANES.min(anchors * J - j * LANES);
+                    out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, map, row.stage);
+                }
+            }
+        }
     }
 }
 
-impl Target<'_> {
-    /// Writes or adds the lanes of each voxel.
-    ///
-    /// # Safety
-    /// Nobody else uses these floats; V's vector unit exists.
-    #[inline(always)]
-    unsafe fn write<V: Lanes>(&self, values: &[[f32; LANES]], first: bool) {
-        for (p, values) in values.iter().enumerate() {
-            // SAFETY: `target` has checked the bounds; the floats are the caller's.
-            unsafe {
-                let y = self.y.add(p * self.step);
-                if self.len == LANES {
-                    let sum = V::load(values.as_ptr());
-                    match (first, self.bias) {
-                        (true, None) => sum,
-                        (true, Some(bias)) => sum.add(V::load(bias.as_ptr())),
-                        (false, _) => sum.add(V::load(y)),
-                    }
-                    .store(y);
-                } else {
-                    for (i, y) in std::slice::from_raw_parts_mut(y, self.len).iter_mut().enumerate() {
-                        *y = values[i] + if first { self.bias.map_or(0.0, |b| b[i]) } else { *y };
-                    }
-                }
-            }
+/// Lane a of `columns[j]` to float a * J + j.
+///
+/// # Safety
+/// V's vector unit exists.
+#[inline(always)]
+unsafe fn by_anchors<V: Lanes, const J: usize>(columns: &[[f32; LANES]; J]) -> [[f32; LANES]; J] {
+    let mut rows = [[0.0; LANES]; J];
+    if !J.is_power_of_two() {
+        let floats = rows.as_flattened_mut().iter_mut().enumerate();
+        floats.for_each(|(i, float)| *float = columns[i % J][i / J]);
+        return rows;
+    }
+    let mut lanes = [V::zero(); J];
+    for j in 0..J {
+        // SAFETY: sixteen floats.
+        lanes[j] = unsafe { V::load(columns[j].as_ptr()) };
+    }
+    for _ in 0..J.trailing_zeros() {
+        let halves = lanes;
+        for j in 0..J / 2 {
+            [lanes[2 * j], lanes[2 * j + 1]] = halves[j].interleave(halves[j + J / 2]);
         }
     }
-
-    /// Writes or adds J floats of each of `anchors` anchors, sixteen of which are the lanes of an accumulator. J is a
-    /// multiple of the channels.
-    ///
-    /// # Safety
-    /// Nobody else uses these floats.
-    #[inline(always)]
-    unsafe fn write_columns<const J: usize>(
-        &self,
-        values: &[[[f32; LANES]; J]],
-        anchors: usize,
-        first: bool,
-    ) {
-        let bias: [f32; J] = std::array::from_fn(|j| self.bias.map_or(0.0, |b| b[j % b.len()]));
-        for (i, values) in values.iter().enumerate().take(anchors.div_ceil(LANES)) {
-            // SAFETY: `columns` has checked the bounds; the floats are the caller's.
-            let y = unsafe {
-                let len = (anchors - i * LANES).min(LANES) * J;
-                std::slice::from_raw_parts_mut(self.y.add(i * LANES * J), len)
-            };
-            for (v, y) in y.chunks_exact_mut(J).enumerate() {
-                for j in 0..J {
-                    y[j] = values[j][v % LANES] + if first { bias[j] } else { y[j] };
-                }
-            }
-        }
+    for j in 0..J {
+        // SAFETY: as above.
+        unsafe { lanes[j].store(rows[j].as_mut_ptr()) };
     }
+    rows
 }

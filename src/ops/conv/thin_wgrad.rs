@@ -112,7 +112,7 @@ fn load_lanes(
     row.resize(space[2] * C, 0.0);
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
         let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
-        super::transform_row(row, C, &source.data[voxel * C..][..space[2] * C], C, C, pending);
+        super::transform_row(row, C, &source.data.single()[voxel * C..][..space[2] * C], C, C, pending);
         if element == Element::Rounded {
             super::tile::round_row(row);
         }

@@ -3,9 +3,11 @@
 use super::Source;
 use super::narrow::transform_pairs;
 use super::plan::{Block, Map, Origin};
+use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
-use crate::device::bf16::{self, pair};
+use crate::device::bf16::{self, pair, widen};
 use crate::device::cpu::vectorised;
+use crate::tensor::Values;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 
@@ -92,18 +94,23 @@ impl Place<'_> {
         let (first, rows) = (shared * eh, (self.map.extent(self.origin.size.d) - shared) * eh);
         for index in part * rows / parts..(part + 1) * rows / parts {
             if let Some(start) = self.source_row(first + index, c) {
-                let row = &source.data[start + block.first..][..(self.space[2] - 1) * c + block.len];
-                prefetch_row(row, block.len, c);
+                let span = (self.space[2] - 1) * c + block.len;
+                match source.data {
+                    Values::Single(x) => prefetch_row(&x[start + block.first..][..span], block.len, c),
+                    Values::Bf16(x) => prefetch_row(&x[start + block.first..][..span], block.len, c),
+                }
             }
         }
     }
 }
 
-/// Asks the second-level cache for `row`, of which blocks of `len` floats every `pitch` floats will be read.
-fn prefetch_row(row: &[f32], len: usize, pitch: usize) {
+/// Asks the second-level cache for `row`, of which blocks of `len` values every `pitch` values will be read.
+fn prefetch_row<T>(row: &[T], len: usize, pitch: usize) {
     #[cfg(target_arch = "x86_64")]
-    for block in row.chunks(pitch.max(16)) {
-        for line in block[..len.max(16).min(block.len())].chunks(16) {
+    let values = 64 / size_of::<T>();
+    #[cfg(target_arch = "x86_64")]
+    for block in row.chunks(pitch.max(values)) {
+        for line in block[..len.max(values).min(block.len())].chunks(values) {
             // SAFETY: the address is readable, and a prefetch reads nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
         }
@@ -111,9 +118,6 @@ fn prefetch_row(row: &[f32], len: usize, pitch: usize) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (row, len, pitch);
 }
-
-/// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
-pub type Affine<'a> = Option<(&'a [f32], &'a [f32], f32)>;
 
 /// Copies one channel block of a tile into `tile`, mapped by the source's pending norm and PReLU.
 ///
@@ -155,16 +159,34 @@ pub fn load_rows(
     let elements = element.of(len);
     let row_floats = order.row_floats(ew, elements);
     let pending = source.affine(origin.n, block);
-    // A mapped row, and its channel rows.
-    row.resize(2 * ew * len, 0.0);
-    let (row, channel_rows) = row.split_at_mut(ew * len);
+    // A mapped row, its channel rows, and what was widened.
+    let span = (inside_w - 1) * c + len;
+    let is_bf16 = matches!(source.data, Values::Bf16(_));
+    row.resize(2 * ew * len + if is_bf16 { span } else { 0 }, 0.0);
+    let (row, rest) = row.split_at_mut(ew * len);
+    let (channel_rows, widened) = rest.split_at_mut(ew * len);
     for (index, out) in rows.zip(out.chunks_exact_mut(row_floats)) {
         let Some(start) = place.source_row(index, c) else {
             out.fill(0.0);
             continue;
         };
-        let x = &source.data[start + block.first..][..(inside_w - 1) * c + len];
         let inside = pad..pad + inside_w;
+        let x = match (source.data, order, element) {
+            (Values::Single(x), ..) => &x[start + block.first..][..span],
+            (Values::Bf16(x), Order::Voxels { pitch }, Element::Channels)
+                if pending.is_none() && len.is_multiple_of(2) =>
+            {
+                out[..pad * pitch].fill(0.0);
+                out[inside.end * pitch..].fill(0.0);
+                let out = bytemuck::cast_slice_mut(&mut out[pad * pitch..inside.end * pitch]);
+                copy_voxels(out, 2 * pitch, &x[start + block.first..][..span], c, len);
+                continue;
+            }
+            (Values::Bf16(x), ..) => {
+                widen(&x[start + block.first..][..span], widened);
+                &*widened
+            }
+        };
         match (order, element) {
             (Order::Voxels { pitch }, Element::Single | Element::Rounded) => {
                 out[..pad * pitch].fill(0.0);
@@ -213,22 +235,6 @@ pub fn load_rows(
     }
 }
 
-/// Voxels of `len` channels with nothing between them, taken from `x` every `x_pitch` floats and mapped if there is a map:
-/// in `row`, which is as long, or `x` itself where nothing is to be done.
-pub fn mapped_row<'a>(
-    row: &'a mut [f32],
-    x: &'a [f32],
-    x_pitch: usize,
-    len: usize,
-    map: Affine,
-) -> &'a [f32] {
-    if map.is_none() && x_pitch == len {
-        return x;
-    }
-    transform_row(row, len, x, x_pitch, len, map);
-    row
-}
-
 vectorised! {
     /// `out[v * pitch + i]` = channels 2 i and 2 i + 1 of voxel v of `x`.
     pub fn pair_channels(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
@@ -268,79 +274,5 @@ vectorised! {
     /// Rounds to bfloat16, in f32.
     pub fn round_row(x: &mut [f32]) {
         x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
-    }
-
-    /// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there
-    /// is a map.
-    pub fn transform_row(
-        out: &mut [f32],
-        out_pitch: usize,
-        x: &[f32],
-        x_pitch: usize,
-        len: usize,
-        map: Affine,
-    ) {
-        match len {
-            _ if map.is_none() && (out_pitch, x_pitch) == (len, len) => out[..x.len()].copy_from_slice(x),
-            16 => voxels::<16>(out, out_pitch, x, x_pitch, map),
-            32 => voxels::<32>(out, out_pitch, x, x_pitch, map),
-            // A whole number of voxels fills 16 lanes.
-            1 | 2 | 4 | 8 if out_pitch == len && x_pitch == len => {
-                let repeated = map.map(|(scale, shift, slope)| {
-                    let repeat = |v: &[f32]| std::array::from_fn::<f32, 16, _>(|i| v[i & (len - 1)]);
-                    (repeat(scale), repeat(shift), slope)
-                });
-                let map = repeated.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
-                let whole = x.len() - x.len() % 16;
-                // In pieces: the compiler makes gathers across voxels of longer ones.
-                for (out, x) in out[..whole].chunks_mut(256).zip(x[..whole].chunks(256)) {
-                    voxels::<16>(out, 16, x, 16, map);
-                }
-                any_voxels(&mut out[whole..], len, &x[whole..], len, len, map);
-            }
-            _ => any_voxels(out, out_pitch, x, x_pitch, len, map),
-        }
-    }
-}
-
-/// [`transform_row`] of L channels.
-#[inline(always)]
-fn voxels<const L: usize>(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, map: Affine) {
-    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch)).map(|(out, x)| {
-        let out: &mut [f32; L] = (&mut out[..L]).try_into().expect("L floats");
-        let x: &[f32; L] = x[..L].try_into().expect("L floats");
-        (out, x)
-    });
-    match map {
-        None => pairs.for_each(|(out, x)| *out = *x),
-        Some((scale, shift, slope)) => {
-            let scale: [f32; L] = scale[..L].try_into().expect("L floats");
-            let shift: [f32; L] = shift[..L].try_into().expect("L floats");
-            for (out, x) in pairs {
-                for i in 0..L {
-                    let z = x[i] * scale[i] + shift[i];
-                    out[i] = if z > 0.0 { z } else { slope * z };
-                }
-            }
-        }
-    }
-}
-
-/// [`transform_row`] of any number of channels.
-#[inline(always)]
-fn any_voxels(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
-    let pairs = out.chunks_mut(out_pitch).zip(x.chunks(x_pitch));
-    match map {
-        None => pairs.for_each(|(out, x)| out[..len].copy_from_slice(&x[..len])),
-        Some((scale, shift, slope)) => {
-            let (scale, shift) = (&scale[..len], &shift[..len]);
-            for (out, x) in pairs {
-                let (out, x) = (&mut out[..len], &x[..len]);
-                for i in 0..len {
-                    let z = x[i] * scale[i] + shift[i];
-                    out[i] = if z > 0.0 { z } else { slope * z };
-                }
-            }
-        }
     }
 }

@@ -145,7 +145,7 @@ fn load_lanes(
         let pending = s.affine(n, *block);
         for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
-            let x = &s.data[voxel * s.channels + block.first..];
+            let x = &s.data.single()[voxel * s.channels + block.first..];
             let x = &x[..(space[2] - 1) * s.channels + block.len];
             let out = &mut out[index * LANES..];
             if element == Element::Voxels {

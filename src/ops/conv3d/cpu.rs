@@ -3,7 +3,7 @@
 use super::Filter;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Phase, Problem, Source, Weights, correlate};
+use crate::ops::conv::{self, Epilogue, Head, Map, Output, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 
 /// One raw output a filter.
@@ -14,19 +14,39 @@ pub fn fprop(
     operands: Operands,
     phase: Phase,
 ) -> Vec<Tensor> {
+    convolve(x, filters, |_| None, stride, operands, phase)
+}
+
+/// One finished output a filter, in inference.
+pub fn finished(
+    x: &Activation,
+    filters: &[Filter],
+    epilogues: &[Epilogue],
+    stride: usize,
+    operands: Operands,
+) -> Vec<Tensor> {
+    convolve(x, filters, |i| Some(epilogues[i]), stride, operands, Phase::Inference)
+}
+
+/// One output a filter, which may have an epilogue.
+fn convolve<'a>(
+    x: &Activation,
+    filters: &[Filter],
+    epilogue: impl Fn(usize) -> Option<Epilogue<'a>>,
+    stride: usize,
+    operands: Operands,
+    phase: Phase,
+) -> Vec<Tensor> {
     let shape = x.shape();
     let kernel = filters[0].weight.shape[2];
     let out_space = shape.space().map(|s| s.div_ceil(stride));
-    let mut outs: Vec<(Shape, Buffer)> = filters
+    let mut outs: Vec<_> = filters
         .iter()
-        .map(|f| Shape::new(shape.n, out_space, f.weight.shape[0]))
-        .map(|s| (s, Buffer::dirty(s.len())))
+        .enumerate()
+        .map(|(i, f)| Output::new(Shape::new(shape.n, out_space, f.weight.shape[0]), epilogue(i)))
         .collect();
-    let mut heads: Vec<Head> = outs
-        .iter_mut()
-        .zip(filters)
-        .map(|((s, b), f)| Head { out: b, channels: s.c, bias: f.bias.map(|b| b.value.as_slice()) })
-        .collect();
+    let mut heads: Vec<Head> =
+        outs.iter_mut().zip(filters).map(|(out, f)| out.head(f.bias.map(|b| b.value.as_slice()))).collect();
     let taps = kernel.pow(3);
     let map = Map::Gather { kernel, stride };
     let problem = Problem { map, operands, phase, n: shape.n, space: shape.space(), out_space };
@@ -37,7 +57,7 @@ pub fn fprop(
         source_stride: taps,
         mirrored: false,
     });
-    outs.into_iter().map(|(s, b)| Tensor::new(s, b)).collect()
+    outs.into_iter().map(Output::tensor).collect()
 }
 
 /// The gradient of each filter's weights, in their layout.
@@ -72,7 +92,7 @@ pub fn dgrad(
     correlate(
         Problem { map: back, operands, phase: Phase::Backward, n: shape.n, space, out_space },
         &sources,
-        &mut [Head { out: &mut dx, channels: shape.c, bias: None }],
+        &mut [Head::sums(&mut dx, shape.c, None)],
         &|source, _| Weights {
             data: &weights[source].value,
             offset: 0,

@@ -26,7 +26,7 @@ use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::Phase;
+use crate::ops::conv::{Epilogue, Phase};
 use crate::ops::residual::{channel_sums, give};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
@@ -46,19 +46,7 @@ pub struct Filter<'a> {
 /// # Errors
 /// [`Error::Shape`] when a filter does not fit `x`, and those of the device.
 pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize) -> Result<Vec<Tensor>> {
-    let shape = x.shape();
-    let kernel = filters.first().map_or(0, |f| f.weight.shape[2]);
-    for f in filters {
-        let fits = matches!(f.weight.shape[..], [_, i, a, b, c] if i == shape.c && [a, b, c] == [kernel; 3])
-            && f.bias.is_none_or(|b| b.shape[..] == f.weight.shape[..1]);
-        if !fits || !matches!((kernel, stride), (1, 1) | (3, 1) | (3, 2)) {
-            return Err(Error::Shape {
-                op: "conv3d",
-                want: format!("weights [O, {}, k, k, k] with k s of 1 1, 3 1 or 3 2", shape.c),
-                got: format!("{:?} with stride {stride}", f.weight.shape),
-            });
-        }
-    }
+    let kernel = kernel_of(x.shape(), filters, stride)?;
     let outs = match x.view() {
         Some(view) => {
             let _range = range("conv3d fprop");
@@ -93,6 +81,38 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
         });
     }
     Ok(outs)
+}
+
+/// The same in inference on the CPU, every output finished by its epilogue.
+///
+/// # Errors
+/// [`Error::Shape`] when a filter does not fit `x`.
+pub fn conv3d_finished(
+    x: &Activation,
+    filters: &[Filter],
+    epilogues: &[Epilogue],
+    stride: usize,
+    operands: Operands,
+) -> Result<Vec<Tensor>> {
+    kernel_of(x.shape(), filters, stride)?;
+    Ok(cpu::finished(x, filters, epilogues, stride, operands))
+}
+
+/// The kernel size of filters that fit `shape`.
+fn kernel_of(shape: Shape, filters: &[Filter], stride: usize) -> Result<usize> {
+    let kernel = filters.first().map_or(0, |f| f.weight.shape[2]);
+    for f in filters {
+        let fits = matches!(f.weight.shape[..], [_, i, a, b, c] if i == shape.c && [a, b, c] == [kernel; 3])
+            && f.bias.is_none_or(|b| b.shape[..] == f.weight.shape[..1]);
+        if !fits || !matches!((kernel, stride), (1, 1) | (3, 1) | (3, 2)) {
+            return Err(Error::Shape {
+                op: "conv3d",
+                want: format!("weights [O, {}, k, k, k] with k s of 1 1, 3 1 or 3 2", shape.c),
+                got: format!("{:?} with stride {stride}", f.weight.shape),
+            });
+        }
+    }
+    Ok(kernel)
 }
 
 fn on_device<'a>(filters: &[Filter<'a>]) -> Vec<cuda::DeviceFilter<'a>> {

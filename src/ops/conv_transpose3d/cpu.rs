@@ -3,7 +3,7 @@
 use super::TAPS;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::ops::conv::{self, Head, Map, Phase, Problem, Source, Weights, correlate};
+use crate::ops::conv::{self, Epilogue, Head, Map, Output, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
 
@@ -20,12 +20,33 @@ pub fn fprop(
     operands: Operands,
     phase: Phase,
 ) -> Tensor {
+    convolve(inputs, (weight, bias), None, operands, phase)
+}
+
+/// The same finished, in inference.
+pub fn finished(
+    inputs: &[&Activation],
+    weight: &Param,
+    bias: Option<&Param>,
+    epilogue: Epilogue,
+    operands: Operands,
+) -> Tensor {
+    convolve(inputs, (weight, bias), Some(epilogue), operands, Phase::Inference)
+}
+
+fn convolve(
+    inputs: &[&Activation],
+    (weight, bias): (&Param, Option<&Param>),
+    epilogue: Option<Epilogue>,
+    operands: Operands,
+    phase: Phase,
+) -> Tensor {
     let (shape, o) = (inputs[0].shape(), weight.shape[1]);
     let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
+    let mut y = Output::new(out, epilogue);
     let starts = starts(inputs);
     let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
-    let mut y = Buffer::dirty(out.len());
-    let head = Head { out: &mut y, channels: o, bias: bias.map(|b| b.value.as_slice()) };
+    let head = y.head(bias.map(|b| b.value.as_slice()));
     let (space, out_space) = (shape.space(), out.space());
     let problem = Problem { map: Map::Scatter, operands, phase, n: shape.n, space, out_space };
     correlate(problem, &sources, &mut [head], &|source, _| Weights {
@@ -35,7 +56,7 @@ pub fn fprop(
         source_stride: o * TAPS,
         mirrored: false,
     });
-    Tensor::new(out, y)
+    y.tensor()
 }
 
 /// From dy, of shape `out`, to the inputs.
@@ -63,11 +84,8 @@ pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
 pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Operands) -> Vec<Tensor> {
     let (shape, o, starts) = (inputs[0].shape(), weight.shape[1], starts(inputs));
     let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
-    let mut heads: Vec<Head> = dxs
-        .iter_mut()
-        .zip(inputs)
-        .map(|(dx, x)| Head { out: dx, channels: x.shape().c, bias: None })
-        .collect();
+    let mut heads: Vec<Head> =
+        dxs.iter_mut().zip(inputs).map(|(dx, x)| Head::sums(dx, x.shape().c, None)).collect();
     let problem = backwards(dy.shape(), shape, operands);
     correlate(problem, &[Source::from(dy)], &mut heads, &|_, head| Weights {
         data: &weight.value,

@@ -17,7 +17,7 @@ use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::conv::Phase;
+use crate::ops::conv::{Epilogue, Phase};
 use crate::ops::conv3d::cuda_biasgrad::bias_grad;
 use crate::ops::residual::{channel_sums, give};
 use crate::ops::self_test::taped;
@@ -37,23 +37,7 @@ pub fn conv_transpose3d(
     weight: &Param,
     bias: Option<&Param>,
 ) -> Result<Tensor> {
-    let shape = inputs.first().map_or(Shape::new(0, [0; 3], 0), |x| x.shape());
-    let channels: usize = inputs.iter().map(|x| x.shape().c).sum();
-    let same = inputs.iter().all(|x| x.shape().with_channels(0) == shape.with_channels(0));
-    let &[i, o, 3, 3, 3] = &weight.shape[..] else {
-        return Err(Error::Shape {
-            op: "conv_transpose3d",
-            want: "weights [I, O, 3, 3, 3]".into(),
-            got: format!("{:?}", weight.shape),
-        });
-    };
-    if i != channels || !same || bias.is_some_and(|b| b.shape != [o]) {
-        return Err(Error::Shape {
-            op: "conv_transpose3d",
-            want: format!("inputs of one size with {i} channels together and {o} biases"),
-            got: inputs.iter().map(|x| x.shape().to_string()).collect::<Vec<_>>().join(" + "),
-        });
-    }
+    let [i, o] = channels_of(inputs, weight, bias)?;
     let views: Vec<View> = inputs.iter().filter_map(|x| x.view()).collect();
     let y = if views.is_empty() {
         cpu::fprop(inputs, weight, bias, tape.operands, Phase::of(tape))
@@ -85,6 +69,43 @@ pub fn conv_transpose3d(
         });
     }
     Ok(y)
+}
+
+/// The same in inference on the CPU, finished by an epilogue.
+///
+/// # Errors
+/// [`Error::Shape`] when the inputs do not agree with each other or the weights.
+pub fn conv_transpose3d_finished(
+    inputs: &[&Activation],
+    weight: &Param,
+    bias: Option<&Param>,
+    epilogue: Epilogue,
+    operands: Operands,
+) -> Result<Tensor> {
+    channels_of(inputs, weight, bias)?;
+    Ok(cpu::finished(inputs, weight, bias, epilogue, operands))
+}
+
+/// Input and output channels of weights that fit the inputs.
+fn channels_of(inputs: &[&Activation], weight: &Param, bias: Option<&Param>) -> Result<[usize; 2]> {
+    let shape = inputs.first().map_or(Shape::new(0, [0; 3], 0), |x| x.shape());
+    let channels: usize = inputs.iter().map(|x| x.shape().c).sum();
+    let same = inputs.iter().all(|x| x.shape().with_channels(0) == shape.with_channels(0));
+    let &[i, o, 3, 3, 3] = &weight.shape[..] else {
+        return Err(Error::Shape {
+            op: "conv_transpose3d",
+            want: "weights [I, O, 3, 3, 3]".into(),
+            got: format!("{:?}", weight.shape),
+        });
+    };
+    if i != channels || !same || bias.is_some_and(|b| b.shape != [o]) {
+        return Err(Error::Shape {
+            op: "conv_transpose3d",
+            want: format!("inputs of one size with {i} channels together and {o} biases"),
+            got: inputs.iter().map(|x| x.shape().to_string()).collect::<Vec<_>>().join(" + "),
+        });
+    }
+    Ok([i, o])
 }
 
 /// What the backward pass needs.

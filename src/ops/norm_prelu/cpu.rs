@@ -1,6 +1,6 @@
 //! Statistics and the backward pass on the CPU: fixed chunks in parallel, merged in chunk order.
 
-use super::{Affine, EPS, HostMoments, Statistics};
+use super::{Affine, EPS, HostMoments, Running, Statistics};
 use crate::device::arena::Buffer;
 use crate::device::cpu::vectorised;
 use crate::tensor::{Activation, Param, Pending, Tensor};
@@ -16,12 +16,18 @@ pub fn moments_of(x: &Tensor, statistics: Statistics) -> HostMoments {
         Statistics::Batch => moments(x, x.shape().n),
         Statistics::Instance => moments(x, 1),
         Statistics::Identity => HostMoments { mean: vec![0.0; c], var: vec![1.0 - EPS; c], count: 1.0 },
-        Statistics::Fixed { running, bias } => HostMoments {
-            // Subtracted in f32: the mean of what a convolution without its bias makes.
-            mean: (0..c).map(|i| f64::from(running.mean[i] - bias.map_or(0.0, |b| b.value[i]))).collect(),
-            var: running.var.iter().map(|&v| v.into()).collect(),
-            count: 1.0,
-        },
+        Statistics::Fixed { running, bias } => fixed_moments(running, bias),
+    }
+}
+
+/// Running statistics of what a convolution without its bias makes.
+pub fn fixed_moments(running: &Running, bias: Option<&Param>) -> HostMoments {
+    // Subtracted in f32.
+    let mean = |(i, &mean): (usize, &f32)| f64::from(mean - bias.map_or(0.0, |b| b.value[i]));
+    HostMoments {
+        mean: running.mean.iter().enumerate().map(mean).collect(),
+        var: running.var.iter().map(|&v| v.into()).collect(),
+        count: 1.0,
     }
 }
 

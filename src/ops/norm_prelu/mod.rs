@@ -19,7 +19,7 @@ use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::residual::give;
 use crate::ops::self_test::taped;
-use crate::tensor::{Activation, Grads, Param, Shape, Tape, Tensor};
+use crate::tensor::{Activation, Grads, Param, Pending, Shape, Tape, Tensor};
 use std::sync::Arc;
 
 /// Added to the variance (torch's default for both norms).
@@ -151,21 +151,22 @@ pub fn norm_prelu(
     statistics: Statistics,
     affine: Affine,
 ) -> Result<(Activation, Moments)> {
-    let (shape, c) = (x.shape(), x.shape().c);
-    let lens = [(affine.gamma, c), (affine.beta, c), (affine.slope, 1)];
-    if let Some((p, len)) =
-        lens.iter().find_map(|(p, len)| p.filter(|p| p.value.len() != *len).map(|p| (p, len)))
-    {
-        return Err(Error::Shape {
-            op: "norm_prelu",
-            want: format!("{len} values for {shape}"),
-            got: format!("{:?}", p.shape),
-        });
-    }
+    affine.check(x.shape())?;
     match x.view() {
         Some(_) => norm_prelu_on_device(tape, x, statistics, affine),
         None => Ok(norm_prelu_on_host(tape, x, statistics, affine)),
     }
+}
+
+/// What batch norm in evaluation and PReLU do to a tensor of `c` channels in host memory: for the epilogue of the
+/// convolution that makes it, which has left `bias` out.
+///
+/// # Errors
+/// [`Error::Shape`] when a parameter does not fit the channels.
+pub fn fixed(c: usize, running: &Running, bias: &Param, affine: Affine) -> Result<Pending> {
+    affine.check(Shape::new(1, [1; 3], c))?;
+    let moments = cpu::fixed_moments(running, Some(bias));
+    Ok(cpu::pending_of(&moments, &cpu::rstd_of(&moments), affine, c))
 }
 
 fn norm_prelu_on_host(
@@ -255,6 +256,19 @@ fn norm_prelu_on_device(
 }
 
 impl<'a> Affine<'a> {
+    /// Whether every parameter fits a tensor of this shape.
+    fn check(self, shape: Shape) -> Result<()> {
+        let lens = [(self.gamma, shape.c), (self.beta, shape.c), (self.slope, 1)];
+        match lens.iter().find_map(|(p, len)| p.filter(|p| p.value.len() != *len).map(|p| (p, len))) {
+            None => Ok(()),
+            Some((p, len)) => Err(Error::Shape {
+                op: "norm_prelu",
+                want: format!("{len} values for {shape}"),
+                got: format!("{:?}", p.shape),
+            }),
+        }
+    }
+
     fn on_device(self) -> cuda::DeviceAffine<'a> {
         let [gamma, beta, slope] = [self.gamma, self.beta, self.slope].map(|p| p.map(|p| &**p.device()));
         cuda::DeviceAffine { gamma, beta, slope }

@@ -7,18 +7,19 @@ use super::halo::{Halo, SLACK};
 use super::micro::{Step, multiply_parts, parts_of_a};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
-use crate::device::amx::{ROW_BYTES, ROWS, Tiles, prefetch_to_write};
+use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
 use crate::device::arena::Buffer;
+use crate::device::bf16::Pairs;
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
-use crate::ops::conv::correlate::{Next, Out, tiles_a_task};
+use crate::device::cpu::{Lanes, Plain, Simd, simd_of_pairs};
+use crate::ops::conv::correlate::{Next, tiles_a_task};
+use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
 use crate::ops::conv::tile::Place;
-use crate::ops::conv::{Head, Problem, Source, Weights};
+use crate::ops::conv::{Problem, Source, Weights};
 use rayon::prelude::*;
-use std::arch::x86_64::{_mm_add_ps, _mm_loadu_ps, _mm_storeu_ps};
 
 /// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights are 221
 /// KB; every CPU with AMX has 2 MB of L2 a core.
@@ -55,12 +56,11 @@ pub fn correlate<'a>(
     // Where tiles are few, threads share them by lanes: no sum depends on how.
     let parts = (2 * rayon::current_num_threads()).div_ceil(tiles.len());
     let part = lanes.len().div_ceil(parts).next_multiple_of(LANE_BLOCKS);
-    let outs: Vec<_> = heads
-        .iter_mut()
-        .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
-        .collect();
-    let biases: Vec<_> = lanes.iter().map(|&lane| scheme.bias(outs[lane.tensor].bias, lane)).collect();
-    let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, biases: &biases };
+    let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
+    let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
+    let lane_map = |&lane: &Block| outs[lane.tensor].lane_map(|l| scheme.channel(lane, l));
+    let maps: Vec<_> = lanes.iter().map(lane_map).collect();
+    let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, maps: &maps };
     let run = tiles_a_task(tiles.len());
     let tasks: Vec<_> =
         tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
@@ -88,7 +88,8 @@ pub fn correlate<'a>(
                     false => None,
                 };
                 let (packed, lanes) = (&packed, lanes.clone());
-                let group = Group { halo, tile, blocks, index, packed, origin, lanes, next };
+                let stage = Stage::of(index, groups.len());
+                let group = Group { halo, tile, blocks, index, stage, packed, origin, lanes, next };
                 pass.run(&group, &mut task.cover, &mut task.steps);
             }
         }
@@ -112,8 +113,8 @@ struct Pass<'a> {
     sources: &'a [Source<'a>],
     lanes: &'a [Block],
     outs: &'a [Out<'a>],
-    /// Of every lane block, if its head has one.
-    biases: &'a [Option<[f32; LANES]>],
+    /// Of every lane block.
+    maps: &'a [LaneMap],
 }
 
 /// One halo tile, one group of source blocks, some lane blocks.
@@ -122,6 +123,7 @@ struct Group<'a> {
     tile: &'a [f32],
     blocks: &'a [Block],
     index: usize,
+    stage: Stage,
     packed: &'a Packed,
     origin: &'a Origin,
     lanes: std::ops::Range<usize>,
@@ -130,8 +132,8 @@ struct Group<'a> {
 
 impl Pass<'_> {
     fn run(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
-        match simd() {
-            // SAFETY: `simd()` found the features.
+        match simd_of_pairs() {
+            // SAFETY: `simd_of_pairs()` found the features.
             Simd::Avx512 => unsafe { self.run_avx512(group, cover, steps) },
             // SAFETY: as above.
             Simd::Avx2 => unsafe { self.run_avx2(group, cover, steps) },
@@ -140,10 +142,10 @@ impl Pass<'_> {
         }
     }
 
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
     unsafe fn run_avx512(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
-        // SAFETY: the feature is enabled here.
-        unsafe { self.run_lanes::<Avx512>(group, cover, steps) }
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>>(group, cover, steps) }
     }
 
     #[target_feature(enable = "avx2,fma")]
@@ -266,32 +268,33 @@ impl Pass<'_> {
         (cover, register): (&Cover, usize),
         lane: usize,
     ) {
-        let block = self.lanes[lane];
+        let (block, stage) = (self.lanes[lane], group.stage);
         let out = &self.outs[block.tensor];
-        let ask = |start: usize, floats: usize, pitch: usize| {
-            let y = out.data.at(start, floats);
-            // SAFETY: `at` has checked the bounds.
-            (0..floats).step_by(pitch).for_each(|i| prefetch_to_write(unsafe { y.add(i) }));
-        };
         for run in cover.runs(register) {
             match self.scheme.fold {
                 None => {
-                    let between = self.map.outputs() * out.channels;
-                    let start = self.voxel(group, run, class.parity) * out.channels + block.first;
-                    ask(start, (run.len - 1) * between + block.len, between.max(LANES));
+                    let (start, step) = self.voxels(group, class, run, block);
+                    out.prefetch((start, step), run.len, block.len, stage);
                 }
                 Some(Fold::Outputs { channels }) => {
                     for first in (0..block.len).step_by(2 * channels) {
                         let voxel = self.voxel(group, run, parity((block.first + first) / channels));
-                        ask(voxel * channels, run.len * 2 * channels, LANES);
+                        out.prefetch((voxel * channels, 0), 1, run.len * 2 * channels, stage);
                     }
                 }
                 Some(Fold::Band { channels }) => {
                     let (voxel, voxels) = self.band(group, run);
-                    ask(voxel * channels, voxels * channels, LANES);
+                    out.prefetch((voxel * channels, 0), 1, voxels * channels, stage);
                 }
             }
         }
+    }
+
+    /// First value of a lane block of neighbouring voxels of a class, and values from one voxel to the next.
+    #[inline(always)]
+    fn voxels(&self, group: &Group, class: &Class, run: &Run, block: Block) -> (usize, usize) {
+        let channels = self.outs[block.tensor].channels;
+        (self.voxel(group, run, class.parity) * channels + block.first, self.map.outputs() * channels)
     }
 
     /// First output voxel of neighbouring bands and their number: the last band of a row may go beyond its end.
@@ -314,15 +317,11 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let block = self.lanes[lane];
-        let out = &self.outs[block.tensor];
-        let between = self.map.outputs() * out.channels;
-        let start = self.voxel(group, run, class.parity) * out.channels + block.first;
-        let y = out.data.at(start, (run.len - 1) * between + block.len);
-        for (i, values) in values.iter().enumerate() {
-            // SAFETY: `at` has checked the bounds; the floats are the caller's.
-            unsafe {
-                self.write_floats::<V>(group, lane, y.add(i * between), &values[..block.len], 0);
-            }
+        let place = self.voxels(group, class, run, block);
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let out = &self.outs[block.tensor];
+            out.put_rows::<V>(place, values, block.len, &self.maps[lane], group.stage);
         }
     }
 
@@ -343,14 +342,22 @@ impl Pass<'_> {
         // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
         let pair = 2 * channels;
         for first in (0..block.len).step_by(pair) {
-            let voxel = self.voxel(group, run, parity((block.first + first) / channels));
-            let y = self.outs[0].data.at(voxel * channels, run.len * pair);
-            for (i, values) in values.iter().enumerate() {
-                // SAFETY: `at` has checked the bounds; the floats are the caller's.
-                unsafe {
-                    self.write_floats::<V>(group, lane, y.add(i * pair), &values[first..first + pair], first)
-                };
+            let mut rows = [[0.0; LANES]; ROWS / 2];
+            let row = rows.as_flattened_mut();
+            match pair {
+                // Of known length: a vector, not a call.
+                4 => row
+                    .chunks_exact_mut(4)
+                    .zip(values)
+                    .for_each(|(row, values)| row.copy_from_slice(&values[first..first + 4])),
+                _ => row
+                    .chunks_exact_mut(pair)
+                    .zip(values)
+                    .for_each(|(row, values)| row.copy_from_slice(&values[first..first + pair])),
             }
+            let voxel = self.voxel(group, run, parity((block.first + first) / channels));
+            // SAFETY: handed on from the caller.
+            unsafe { self.write_line::<V>(group, lane, voxel * channels, (&rows, LANES), run.len * pair) };
         }
     }
 
@@ -367,39 +374,33 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let (voxel, voxels) = self.band(group, run);
-        let y = self.outs[0].data.at(voxel * channels, voxels * channels);
-        for (i, values) in values.iter().enumerate() {
-            let voxels = BAND.min(voxels - i * BAND);
-            // SAFETY: `at` has checked the bounds; the floats are the caller's.
-            unsafe {
-                self.write_floats::<V>(group, 0, y.add(i * BAND * channels), &values[..voxels * channels], 0)
-            };
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let values = (values, BAND * channels);
+            self.write_line::<V>(group, 0, voxel * channels, values, voxels * channels);
         }
     }
 
-    /// Writes or adds lanes of a block, `first` the first of them. Vectors are spelt out: the compiler makes single floats
-    /// or gathers of such loops.
+    /// Writes or adds `len` neighbouring values, `start` the first of them; each of `rows` has so many.
     ///
     /// # Safety
-    /// V's vector unit must exist; `values.len()` floats from `y` on must be the caller's.
+    /// As [`Self::write`].
     #[inline(always)]
-    unsafe fn write_floats<V: Lanes>(
+    unsafe fn write_line<V: Lanes>(
         &self,
         group: &Group,
         lane: usize,
-        y: *mut f32,
-        values: &[f32],
-        first: usize,
+        start: usize,
+        (rows, each): (&[[f32; LANES]], usize),
+        len: usize,
     ) {
-        let bias = &self.biases[lane].as_ref().unwrap_or(&[0.0; LANES])[first..first + values.len()];
-        let more = if group.index == 0 { bias.as_ptr() } else { y };
-        // SAFETY: by the caller's promise.
+        let (out, map, stage) = (&self.outs[0], &self.maps[lane], group.stage);
+        let (whole, rest) = (len / each, len % each);
+        // SAFETY: handed on from the caller.
         unsafe {
-            match values.len() {
-                LANES => V::load(values.as_ptr()).add(V::load(more)).store(y),
-                4 => _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(values.as_ptr()), _mm_loadu_ps(more))),
-                len => (0..len).for_each(|i| *y.add(i) = values[i] + *more.add(i)),
-            }
+            out.put_rows::<V>((start, each), &rows[..whole], each, map, stage);
+            let last = &rows[whole..len.div_ceil(each)];
+            out.put_rows::<V>((start + whole * each, each), last, rest, map, stage);
         }
     }
 }

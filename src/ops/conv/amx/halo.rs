@@ -7,7 +7,8 @@ use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
 use crate::ops::conv::Source;
 use crate::ops::conv::plan::{Block, Class, Map, Origin, Tile};
-use crate::ops::conv::tile::{Element, Order, Place, load, transform_row};
+use crate::ops::conv::row::transform_row;
+use crate::ops::conv::tile::{Element, Order, Place, load};
 
 /// Elements after the last block: a register tile's last 15 rows may lie behind it, 32 elements apart, and read 16 each.
 pub const SLACK: usize = (ROWS - 1) * 2 * 16 + 16;
@@ -110,8 +111,8 @@ impl Halo {
         let ([ed, eh, ew], stride, pad) = (self.extent, self.map.stride(), self.map.pad());
         let inside_w = sw.min(ew - pad);
         let affine = source.affine(n, Block { tensor: 0, first: 0, len: channels });
-        // Rows of a plane with zeros around.
-        let row_floats = self.row * channels;
+        // Rows of a plane with zeros around, and one that was widened.
+        let (row_floats, mut widened) = (self.row * channels, Vec::new());
         plane.clear();
         plane.resize(eh * row_floats, 0.0);
         let record_row = self.row * self.depth.pitch();
@@ -122,7 +123,8 @@ impl Halo {
                 let h = (h0 * stride + h).wrapping_sub(pad);
                 let row = &mut row[pad * channels..][..inside_w * channels];
                 if d < sd && h < sh {
-                    let x = &source.data[((n * sd + d) * sh + h) * sw * channels..][..inside_w * channels];
+                    let start = ((n * sd + d) * sh + h) * sw * channels;
+                    let x = source.row(start, inside_w * channels, &mut widened);
                     transform_row(row, channels, x, channels, channels, affine);
                 } else {
                     row.fill(0.0);

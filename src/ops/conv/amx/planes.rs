@@ -13,7 +13,7 @@ use crate::device::bf16;
 use crate::device::cpu::vectorised;
 use crate::ops::conv::narrow::transform_neighbours;
 use crate::ops::conv::plan::{Block, LANES, Map, Tile};
-use crate::ops::conv::tile::mapped_row;
+use crate::ops::conv::row::mapped_row;
 use crate::ops::conv::transpose::transpose;
 use crate::ops::conv::{Affine, Source};
 
@@ -158,7 +158,7 @@ impl Planes {
                     continue;
                 }
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * source.channels;
-                let x = &source.data[start + block.first + first..];
+                let x = &source.data.single()[start + block.first + first..];
                 let x = &x[..(inside_w - 1) * source.channels + len];
                 let affine: Affine = affine.map(|(scale, shift, slope)| {
                     (&scale[first..first + len], &shift[first..first + len], slope)
@@ -204,7 +204,7 @@ impl Planes {
             let h = (h0 * stride + line).wrapping_sub(pad);
             if d < space[0] && h < space[1] {
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * channels;
-                let x = &source.data[start..][..inside_w * channels];
+                let x = &source.data.single()[start..][..inside_w * channels];
                 let voxels = mapped_row(voxels, x, channels, channels, affine);
                 transpose(voxels, channels, &mut rows[pad..], extent_w);
             } else {
@@ -247,7 +247,7 @@ impl Planes {
             let affine = source.affine(n, block);
             for (d, h) in (0..self.anchors[0]).flat_map(|d| (0..anchors_h).map(move |h| (d, h))) {
                 let voxel = ((n * space[0] + d0 + d) * space[1] + h0 + h) * space[2];
-                let x = &source.data[voxel * source.channels + block.first..];
+                let x = &source.data.single()[voxel * source.channels + block.first..];
                 let x = &x[..(width - 1) * source.channels + block.len];
                 let at = (d * self.lanes + index) * self.lane_block_len() + h * self.pitch / 2 * LANES;
                 let out = &mut out[at..][..width.div_ceil(2) * LANES];

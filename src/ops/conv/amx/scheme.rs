@@ -65,13 +65,12 @@ impl Scheme {
         self.fold.map_or_else(|| lane_blocks(heads.iter().copied()), Fold::lanes)
     }
 
-    /// A head's bias, if it has one, lane by lane of a block of its own.
-    pub fn bias(&self, bias: Option<&[f32]>, lane: Block) -> Option<[f32; LANES]> {
-        let channel = |l: usize| match self.fold {
-            Some(fold) => (lane.first + l) % fold.channels(),
-            None => lane.first + l,
-        };
-        bias.map(|bias| std::array::from_fn(|l| if l < lane.len { bias[channel(l)] } else { 0.0 }))
+    /// The head's channel in lane `l` of a row of 16 values that belong to a lane block.
+    pub fn channel(&self, lane: Block, l: usize) -> Option<usize> {
+        match self.fold {
+            Some(fold) => Some(l % fold.channels()),
+            None => lane.channel(l),
+        }
     }
 }
 

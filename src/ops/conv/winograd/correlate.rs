@@ -1,19 +1,19 @@
 //! Fprop and dgrad.
 
-use super::super::correlate::Out;
+use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
 use super::super::micro::{Reduction, broadcast_voxels};
 use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
 use super::super::tile::Element;
-use super::super::{Head, Problem, Source, Weights};
+use super::super::{Problem, Source, Weights};
 use super::slab::{Scratch, Side, Slab, Target};
 use super::transform::{self, PRODUCTS};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Disjoint, Lanes, Plain, Simd, simd};
+use crate::device::cpu::{Lanes, Plain, Simd, simd};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -25,6 +25,9 @@ const CHUNK: usize = 8;
 
 /// Tasks a thread, where lane blocks can be shared out.
 const TASKS_A_THREAD: usize = 4;
+
+/// All source channels are summed at once.
+const STAGE: Stage = Stage { first: true, last: true };
 
 /// See [`super::super::correlate()`].
 pub fn correlate<'a>(
@@ -44,11 +47,11 @@ pub fn correlate<'a>(
     // Where slabs are few, threads share them by lanes, and each transforms the whole input.
     let parts = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(origins.len());
     let part = lanes.len().div_ceil(parts).next_multiple_of(WIDEST);
-    let outs: Vec<_> = heads
-        .iter_mut()
-        .map(|h| Out { data: Disjoint::new(h.out), channels: h.channels, bias: h.bias })
-        .collect();
-    let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, packed: packed.of(0, 0) };
+    let outs: Vec<_> = heads.iter_mut().map(|head| Out::new(head, &mut [])).collect();
+    let lane_map = |lane: &Block| outs[lane.tensor].lane_map(|l| lane.channel(l));
+    let maps: Vec<_> = lanes.iter().map(lane_map).collect();
+    let packed = packed.of(0, 0);
+    let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, maps: &maps, packed };
     let floats = PRODUCTS * blocks.len() * (largest.d + 2) * largest.h * tiles[2] * CHANNEL_BLOCK;
     let tasks: Vec<_> =
         origins.iter().flat_map(|o| (0..lanes.len()).step_by(part).map(move |first| (o, first))).collect();
@@ -100,6 +103,8 @@ struct Pass<'a> {
     blocks: &'a [Block],
     lanes: &'a [Block],
     outs: &'a [Out<'a>],
+    /// Of every lane block.
+    maps: &'a [LaneMap],
     packed: &'a [f32],
 }
 
@@ -187,6 +192,9 @@ impl Pass<'_> {
         let m = &mut m[..PRODUCTS * pitch];
         for first in (0..tiles).step_by(chunk) {
             let count = chunk.min(tiles - first);
+            for q in 0..Q {
+                (first..first + count).for_each(|tile| self.prefetch_outputs(slab, lane + q, tile));
+            }
             for product in 0..PRODUCTS {
                 let w = weights[product * lane_floats / PRODUCTS..].as_ptr();
                 for tile in (0..count).step_by(P) {
@@ -207,10 +215,32 @@ impl Pass<'_> {
             for q in 0..Q {
                 let m = m[q * chunk * LANES..].as_ptr();
                 // SAFETY: the products of `count` tiles were just written; the lanes are this task's.
-                unsafe { self.transform_outputs::<V>(slab, lane + q, (first, count), m, pitch) };
+                unsafe {
+                    if self.outs[self.lanes[lane + q].tensor].finishes(STAGE) {
+                        self.transform_outputs::<V, true>(slab, lane + q, (first, count), m, pitch);
+                    } else {
+                        self.transform_outputs::<V, false>(slab, lane + q, (first, count), m, pitch);
+                    }
+                }
             }
         }
         Q
+    }
+
+    /// Asks the cache for the outputs of a tile: there is time until they are written.
+    #[inline(always)]
+    fn prefetch_outputs(&self, slab: &Slab, lane: usize, tile: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let block = self.lanes[lane];
+            let out = &self.outs[block.tensor];
+            let (start, [height, width]) = place(slab, tile);
+            let row = slab.problem.out_space[2];
+            for a in 0..height {
+                let start = (start + a * row) * out.channels + block.first;
+                out.prefetch((start, out.channels), width, block.len, STAGE);
+            }
+        }
     }
 
     /// Writes the outputs of `count` tiles of a lane block from tile `first` of the slab on.
@@ -219,7 +249,7 @@ impl Pass<'_> {
     /// `m` must hold the products of all these tiles, `pitch` floats apart; no other thread uses these lanes of these
     /// voxels; V's vector unit exists.
     #[inline(always)]
-    unsafe fn transform_outputs<V: Lanes>(
+    unsafe fn transform_outputs<V: Lanes, const FINISHES: bool>(
         &self,
         slab: &Slab,
         lane: usize,
@@ -229,47 +259,38 @@ impl Pass<'_> {
     ) {
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
-        let mut bias = [0.0; LANES];
-        if let Some(all) = out.bias {
-            bias[..block.len].copy_from_slice(&all[block.first..][..block.len]);
-        }
-        let [space_d, space_h, space_w] = slab.problem.out_space;
-        let Origin { n, d: d0, h: h0, size } = *slab.origin;
-        let row = space_w * out.channels;
+        let row = slab.problem.out_space[2] * out.channels;
         for i in 0..count {
-            let (line, w) = ((first + i) / slab.tiles_w, 2 * ((first + i) % slab.tiles_w));
-            let (d, h) = (d0 + line / size.h, 2 * (h0 + line % size.h));
-            let start = (((n * space_d + d) * space_h + h) * space_w + w) * out.channels + block.first;
-            // SAFETY: the products are in `m`, the bias is 16 floats.
-            let [[y00, y01], [y10, y11]] = unsafe {
-                let bias = V::load(bias.as_ptr());
-                transform::outputs::<V>(m.add(i * LANES), pitch).map(|y| y.map(|y| y.add(bias)))
-            };
-            let (height, width) = ((space_h - h).min(2), (space_w - w).min(2));
-            let y = out.data.at(start, (height - 1) * row + (width - 1) * out.channels + block.len);
-            if (height, width, block.len) == (2, 2, LANES) {
-                // SAFETY: `at` has checked the bounds; the floats are the caller's.
-                unsafe {
-                    y00.store(y);
-                    y01.store(y.add(out.channels));
-                    y10.store(y.add(row));
-                    y11.store(y.add(row + out.channels));
-                }
-            } else {
-                let mut values = [0.0; 4 * LANES];
-                for (values, y) in values.chunks_exact_mut(LANES).zip([y00, y01, y10, y11]) {
-                    // SAFETY: 16 floats.
-                    unsafe { y.store(values.as_mut_ptr()) };
+            let (start, [height, width]) = place(slab, first + i);
+            let start = start * out.channels + block.first;
+            let span = (height - 1) * row + (width - 1) * out.channels + block.len;
+            let target = out.target::<FINISHES>(start, span, &self.maps[lane], STAGE);
+            // SAFETY: the products are in `m`; the lanes of these voxels are the caller's, as is V's unit.
+            unsafe {
+                let y = transform::outputs::<V>(m.add(i * LANES), pitch);
+                if (height, width, block.len) == (2, 2, LANES) {
+                    target.put(0, y[0][0]);
+                    target.put(out.channels, y[0][1]);
+                    target.put(row, y[1][0]);
+                    target.put(row + out.channels, y[1][1]);
+                    continue;
                 }
                 for (a, b) in (0..height).flat_map(|a| (0..width).map(move |b| (a, b))) {
-                    let values = &values[(2 * a + b) * LANES..][..block.len];
-                    // SAFETY: as above.
-                    unsafe {
-                        let y = y.add(a * row + b * out.channels);
-                        std::slice::from_raw_parts_mut(y, block.len).copy_from_slice(values);
-                    }
+                    let mut values = [0.0; LANES];
+                    y[a][b].store(values.as_mut_ptr());
+                    target.put_few(a * row + b * out.channels, &values[..block.len]);
                 }
             }
         }
     }
+}
+
+/// A tile's first output voxel, samples outermost, and how many of its rows and columns are in the volume.
+#[inline(always)]
+fn place(slab: &Slab, tile: usize) -> (usize, [usize; 2]) {
+    let [space_d, space_h, space_w] = slab.problem.out_space;
+    let Origin { n, d: d0, h: h0, size } = *slab.origin;
+    let (line, w) = (tile / slab.tiles_w, 2 * (tile % slab.tiles_w));
+    let (d, h) = (d0 + line / size.h, 2 * (h0 + line % size.h));
+    (((n * space_d + d) * space_h + h) * space_w + w, [(space_h - h).min(2), (space_w - w).min(2)])
 }

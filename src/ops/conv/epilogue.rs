@@ -1,0 +1,348 @@
+//! What becomes of the sums of a pass: they are stored, or added to those of the source channels before; or, in inference,
+//! finished in one go: norm and PReLU, a residual sum, rounding to bfloat16.
+//!
+//! A finished activation is written once, in half the bytes, and its consumers copy it as it is, where they would map
+//! every value of a raw one for each tile that reads it.
+
+use super::plan::LANES;
+use super::row::{Affine, mapped};
+use crate::device::arena::Buffer;
+use crate::device::bf16::{Operands, round};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::prefetch_to_write;
+use crate::device::cpu::{Disjoint, Lanes};
+use crate::tensor::{Activation, Pending, Shape, Tensor, Values};
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::ptr::null_mut;
+
+/// y = PReLU(scale * sum + shift) + plus, in f32, every step rounded by itself: for passes of inference.
+#[derive(Clone, Copy)]
+pub struct Epilogue<'a> {
+    /// One scale and shift a channel, the same in all samples.
+    pub map: Option<&'a Pending>,
+    /// Of the output's shape, in host memory, with nothing pending.
+    pub plus: Option<&'a Activation>,
+    /// What y is stored as: f32, or bfloat16.
+    pub stored: Operands,
+}
+
+/// An output of a pass before it is a tensor.
+pub struct Output<'a> {
+    shape: Shape,
+    epilogue: Option<Epilogue<'a>>,
+    data: Buffer,
+}
+
+impl<'a> Output<'a> {
+    /// Of unspecified values.
+    pub fn new(shape: Shape, epilogue: Option<Epilogue<'a>>) -> Self {
+        let bf16 = epilogue.is_some_and(|e| e.stored == Operands::Bf16);
+        let len = if bf16 { shape.len().div_ceil(2) } else { shape.len() };
+        Output { shape, epilogue, data: Buffer::dirty(len) }
+    }
+
+    /// As the pass that writes all of it sees it.
+    pub fn head<'h>(&'h mut self, bias: Option<&'h [f32]>) -> Head<'h> {
+        let (channels, epilogue) = (self.shape.c, self.epilogue);
+        let out = match epilogue.map_or(Operands::Single, |e| e.stored) {
+            Operands::Single => Stored::Single(&mut self.data),
+            Operands::Bf16 => Stored::Bf16(&mut bytemuck::cast_slice_mut(&mut self.data)[..self.shape.len()]),
+        };
+        Head { out, channels, bias, epilogue }
+    }
+
+    /// What was written.
+    pub fn tensor(self) -> Tensor {
+        match self.epilogue.map_or(Operands::Single, |e| e.stored) {
+            Operands::Single => Tensor::new(self.shape, self.data),
+            Operands::Bf16 => Tensor::bf16(self.shape, self.data),
+        }
+    }
+}
+
+/// Where a head's values go, NDHWC, all of them written.
+enum Stored<'a> {
+    Single(&'a mut [f32]),
+    /// Bits of bfloat16, of a head with an epilogue.
+    Bf16(&'a mut [u16]),
+}
+
+/// One output of a pass.
+pub struct Head<'a> {
+    out: Stored<'a>,
+    /// Channels of the output.
+    pub channels: usize,
+    /// Added to every voxel, one a channel.
+    bias: Option<&'a [f32]>,
+    /// What is done to the sums.
+    epilogue: Option<Epilogue<'a>>,
+}
+
+impl<'a> Head<'a> {
+    /// Sums in f32, NDHWC, and nothing done to them.
+    pub fn sums(out: &'a mut [f32], channels: usize, bias: Option<&'a [f32]>) -> Self {
+        Head { out: Stored::Single(out), channels, bias, epilogue: None }
+    }
+
+    /// Room for the sums that one of `groups` of source channels leaves to the next, where the head's own is not for sums.
+    pub fn partial_sums(&self, groups: usize) -> Buffer {
+        Buffer::dirty(if self.epilogue.is_some() && groups > 1 { self.len() } else { 0 })
+    }
+
+    /// Number of values.
+    fn len(&self) -> usize {
+        match &self.out {
+            Stored::Single(out) => out.len(),
+            Stored::Bf16(out) => out.len(),
+        }
+    }
+}
+
+/// Which group of source channels is summed: the first one writes, others add, the last one finishes.
+#[derive(Clone, Copy)]
+pub struct Stage {
+    /// Whether no group came before.
+    pub first: bool,
+    /// Whether none comes after.
+    pub last: bool,
+}
+
+impl Stage {
+    /// Group `index` of `groups`.
+    pub fn of(index: usize, groups: usize) -> Self {
+        Stage { first: index == 0, last: index + 1 == groups }
+    }
+}
+
+/// What the lanes of a row of values have of their channels.
+pub struct LaneMap {
+    bias: [f32; LANES],
+    scale: [f32; LANES],
+    shift: [f32; LANES],
+}
+
+/// A head, shared by tasks that write different voxels or channels of it.
+pub struct Out<'a> {
+    /// Channels of the head.
+    pub channels: usize,
+    bias: Option<&'a [f32]>,
+    /// The head itself, or partial sums of one with an epilogue.
+    sums: Disjoint<'a>,
+    finish: Option<Finish<'a>>,
+}
+
+/// An epilogue and where it writes.
+struct Finish<'a> {
+    to: To<'a>,
+    map: Affine<'a>,
+    plus: Option<Values<'a>>,
+}
+
+enum To<'a> {
+    Single(Disjoint<'a>),
+    Bf16(Disjoint<'a, u16>),
+}
+
+impl<'a> Out<'a> {
+    /// Shares a head and its [`Head::partial_sums`] until the borrow ends.
+    pub fn new(head: &'a mut Head, partial_sums: &'a mut [f32]) -> Self {
+        let (len, channels, bias, epilogue) = (head.len(), head.channels, head.bias, head.epilogue);
+        let to = match &mut head.out {
+            Stored::Single(out) => To::Single(Disjoint::new(out)),
+            Stored::Bf16(out) => To::Bf16(Disjoint::new(out)),
+        };
+        let (epilogue, to) = match (epilogue, to) {
+            (None, To::Single(sums)) => return Out { channels, bias, sums, finish: None },
+            (epilogue, to) => (epilogue.expect("a head of bfloat16 has an epilogue"), to),
+        };
+        let map = epilogue.map.map(|p| {
+            assert_eq!(p.scale.len(), channels, "one scale and shift a channel");
+            (&p.scale[..], &p.shift[..], p.slope)
+        });
+        let plus = epilogue.plus.map(|plus| {
+            assert!(plus.shape().len() == len && plus.pending().is_none(), "a summand for every value");
+            plus.raw().values()
+        });
+        Out { channels, bias, sums: Disjoint::new(partial_sums), finish: Some(Finish { to, map, plus }) }
+    }
+
+    /// What rows need whose lane l is of channel `channel(l)`.
+    pub fn lane_map(&self, channel: impl Fn(usize) -> Option<usize>) -> LaneMap {
+        let of = |values: Option<&[f32]>| {
+            std::array::from_fn(|l| values.zip(channel(l)).map_or(0.0, |(values, c)| values[c]))
+        };
+        let map = self.finish.as_ref().and_then(|f| f.map);
+        LaneMap { bias: of(self.bias), scale: of(map.map(|m| m.0)), shift: of(map.map(|m| m.1)) }
+    }
+
+    /// Whether values of this stage are finished, not sums.
+    pub fn finishes(&self, stage: Stage) -> bool {
+        stage.last && self.finish.is_some()
+    }
+
+    /// Where to write some of the `len` values of the head from value `start` on, of lanes that `map` is of. FINISHES says
+    /// what [`Self::finishes`] does.
+    #[inline(always)]
+    pub fn target<'t, const FINISHES: bool>(
+        &'t self,
+        start: usize,
+        len: usize,
+        map: &'t LaneMap,
+        stage: Stage,
+    ) -> Target<'t, FINISHES> {
+        let sums = if FINISHES && stage.first { null_mut() } else { self.sums.at(start, len) };
+        let more = if stage.first { null_mut() } else { sums };
+        let plain = Target { more, single: sums, half: null_mut(), map, slope: None, plus: None };
+        match &self.finish {
+            Some(finish) if FINISHES => Target {
+                single: if let To::Single(to) = &finish.to { to.at(start, len) } else { null_mut() },
+                half: if let To::Bf16(to) = &finish.to { to.at(start, len) } else { null_mut() },
+                slope: finish.map.map(|map| map.2),
+                // A summand is as long as the head.
+                plus: finish.plus.map(|plus| match plus {
+                    Values::Single(x) => Values::Single(&x[start..][..len]),
+                    Values::Bf16(x) => Values::Bf16(&x[start..][..len]),
+                }),
+                ..plain
+            },
+            _ => plain,
+        }
+    }
+
+    /// Stores, adds or finishes the first `len` values of every row; row i belongs `i * step` values after value `start`.
+    ///
+    /// # Safety
+    /// Nobody else uses these values of the head; V's vector unit exists.
+    #[inline(always)]
+    pub unsafe fn put_rows<V: Lanes>(
+        &self,
+        (start, step): (usize, usize),
+        rows: &[[f32; LANES]],
+        len: usize,
+        map: &LaneMap,
+        stage: Stage,
+    ) {
+        let Some(last) = rows.len().checked_sub(1) else { return };
+        let span = last * step + len;
+        // SAFETY: handed on from the caller.
+        unsafe {
+            if self.finishes(stage) {
+                self.target::<true>(start, span, map, stage).put_rows::<V>(step, rows, len);
+            } else {
+                self.target::<false>(start, span, map, stage).put_rows::<V>(step, rows, len);
+            }
+        }
+    }
+
+    /// Asks the cache for what writing `rows` rows to a target will write, and read, of the head.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn prefetch(&self, (start, step): (usize, usize), rows: usize, len: usize, stage: Stage) {
+        /// The lines of `span` values, of which some of every `step` are asked for.
+        #[inline(always)]
+        fn lines<T>(p: *const T, span: usize, step: usize, ask: impl Fn(*const T)) {
+            // SAFETY: the caller has checked that the values are there.
+            (0..span).step_by(step.max(64 / size_of::<T>())).for_each(|i| ask(unsafe { p.add(i) }));
+        }
+        let span = (rows - 1) * step + len;
+        match &self.finish {
+            Some(finish) if stage.last => {
+                match &finish.to {
+                    To::Single(to) => lines(to.at(start, span), span, step, prefetch_to_write),
+                    To::Bf16(to) => lines(to.at(start, span), span, step, prefetch_to_write),
+                }
+                // SAFETY: a prefetch of any address is allowed.
+                let ask = |p: *const i8| unsafe { _mm_prefetch::<_MM_HINT_T0>(p) };
+                match finish.plus {
+                    Some(Values::Single(x)) => lines(x[start..].as_ptr(), span, step, |p| ask(p.cast())),
+                    Some(Values::Bf16(x)) => lines(x[start..].as_ptr(), span, step, |p| ask(p.cast())),
+                    None => {}
+                }
+            }
+            _ => lines(self.sums.at(start, span), span, step, prefetch_to_write),
+        }
+    }
+}
+
+/// A part of a head, as one that writes lanes to it sees it.
+pub struct Target<'a, const FINISHES: bool> {
+    /// Sums of the groups before, or null.
+    more: *const f32,
+    /// Where f32 values go, or null.
+    single: *mut f32,
+    /// Where bfloat16 ones go otherwise.
+    half: *mut u16,
+    map: &'a LaneMap,
+    /// If there is a map.
+    slope: Option<f32>,
+    plus: Option<Values<'a>>,
+}
+
+impl<const FINISHES: bool> Target<'_, FINISHES> {
+    /// Stores, adds or finishes sixteen sums, which belong `at` values from the target's first.
+    ///
+    /// # Safety
+    /// Nobody else uses these values of the head, which lie in the target; V's vector unit exists.
+    #[inline(always)]
+    pub unsafe fn put<V: Lanes>(&self, at: usize, sums: V) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let more = if self.more.is_null() { self.map.bias.as_ptr() } else { self.more.add(at) };
+            let mut y = sums.add(V::load(more));
+            if !FINISHES {
+                return y.store(self.single.add(at));
+            }
+            if let Some(slope) = self.slope {
+                let LaneMap { scale, shift, .. } = self.map;
+                let z = y.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr()));
+                y = z.prelu(V::splat(&raw const slope));
+            }
+            match self.plus {
+                None => {}
+                Some(Values::Single(x)) => y = y.add(V::load(x.as_ptr().add(at))),
+                Some(Values::Bf16(x)) => y = y.add(V::load_bf16(x.as_ptr().add(at))),
+            }
+            if self.half.is_null() { y.store(self.single.add(at)) } else { y.store_bf16(self.half.add(at)) }
+        }
+    }
+
+    /// The same for fewer sums, one by one.
+    ///
+    /// # Safety
+    /// Nobody else uses these values of the head, which lie in the target.
+    #[inline(never)]
+    pub unsafe fn put_few(&self, at: usize, sums: &[f32]) {
+        for (l, sum) in sums.iter().enumerate() {
+            let at = at + l;
+            // SAFETY: by the caller's promise.
+            unsafe {
+                let mut y = sum + if self.more.is_null() { self.map.bias[l] } else { *self.more.add(at) };
+                y = self.slope.map_or(y, |slope| mapped(y, self.map.scale[l], self.map.shift[l], slope));
+                y = self.plus.map_or(y, |plus| y + plus.at(at));
+                if self.half.is_null() {
+                    *self.single.add(at) = y;
+                } else {
+                    *self.half.add(at) = (round(y) >> 16) as u16;
+                }
+            }
+        }
+    }
+
+    /// See [`Out::put_rows`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn put_rows<V: Lanes>(&self, step: usize, rows: &[[f32; LANES]], len: usize) {
+        for (i, row) in rows.iter().enumerate() {
+            // SAFETY: handed on from the caller.
+            unsafe {
+                match len {
+                    LANES => self.put(i * step, V::load(row.as_ptr())),
+                    _ => self.put_few(i * step, &row[..len]),
+                }
+            }
+        }
+    }
+}
