@@ -34,22 +34,22 @@ pub fn pair(even: f32, odd: f32) -> f32 {
     f32::from_bits(round(even) >> 16 | round(odd))
 }
 
-/// Sixteen values in f32.
+/// The bits of `v` rounded to bfloat16.
 #[inline(always)]
-pub fn widened(x: [u16; 16]) -> [f32; 16] {
-    x.map(|x| f32::from_bits(u32::from(x) << 16))
+pub fn narrowed(v: f32) -> u16 {
+    (round(v) >> 16) as u16
 }
 
-/// Sixteen values rounded.
+/// The f32 value of bits of bfloat16.
 #[inline(always)]
-pub fn narrowed(x: [f32; 16]) -> [u16; 16] {
-    x.map(|x| (round(x) >> 16) as u16)
+pub fn widened(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
 }
 
 vectorised! {
     /// `out` = `x` in f32; of one length.
     pub fn widen(x: &[u16], out: &mut [f32]) {
-        out.iter_mut().zip(x).for_each(|(out, &x)| *out = f32::from_bits(u32::from(x) << 16));
+        out.iter_mut().zip(x).for_each(|(out, &x)| *out = widened(x));
     }
 }
 

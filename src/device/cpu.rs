@@ -218,7 +218,7 @@ pub trait Lanes: Copy {
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Self {
         // SAFETY: handed on from the caller; then sixteen floats of our own.
-        unsafe { Self::load(bf16::widened(p.cast::<[u16; 16]>().read_unaligned()).as_ptr()) }
+        unsafe { Self::load(p.cast::<[u16; 16]>().read_unaligned().map(bf16::widened).as_ptr()) }
     }
     /// Writes the lanes to `p[0..16]`, rounded to bfloat16.
     /// # Safety
@@ -229,7 +229,7 @@ pub trait Lanes: Copy {
         // SAFETY: sixteen floats of our own; then handed on from the caller.
         unsafe {
             self.store(lanes.as_mut_ptr());
-            p.cast::<[u16; 16]>().write_unaligned(bf16::narrowed(lanes));
+            p.cast::<[u16; 16]>().write_unaligned(lanes.map(bf16::narrowed));
         }
     }
 }
@@ -295,17 +295,7 @@ impl Lanes for Plain {
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::Lanes;
-    use std::arch::asm;
     use std::arch::x86_64::*;
-
-    /// Asks the first-level cache for the line of an address that will be written. It reads and writes nothing. Every x86-64
-    /// CPU executes the instruction, some old ones as no operation; the compiler makes it a prefetch for reading unless it
-    /// is told so of the whole function.
-    #[inline(always)]
-    pub fn prefetch_to_write<T>(line: *const T) {
-        // SAFETY: a prefetch of any address is allowed.
-        unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, readonly, preserves_flags)) }
-    }
 
     /// One 512-bit register.
     #[derive(Clone, Copy)]
@@ -446,6 +436,32 @@ pub(crate) mod x86 {
             Avx2(_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
         }
     }
+}
+
+/// Asks the first-level cache for the line of an address that will be written. It reads and writes nothing. Every x86-64
+/// CPU executes the instruction, some old ones as no operation; the compiler makes it a prefetch for reading unless it is
+/// told so of the whole function.
+#[inline(always)]
+pub fn prefetch_to_write<T>(line: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch of any address is allowed.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, readonly, preserves_flags));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// The same of a line that will be read.
+#[inline(always)]
+pub fn prefetch_to_read<T>(line: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 /// A mutable slice that several threads write at places that do not meet.

@@ -3,6 +3,7 @@
 
 use super::{Partials, Shape, View};
 use crate::device::arena::Buffer;
+use crate::device::bf16::widened;
 use crate::device::cuda::{Act, Cuda};
 use crate::error::Result;
 use std::sync::Arc;
@@ -34,7 +35,7 @@ impl<'a> Values<'a> {
     pub fn at(self, i: usize) -> f32 {
         match self {
             Values::Single(x) => x[i],
-            Values::Bf16(x) => f32::from_bits(u32::from(x[i]) << 16),
+            Values::Bf16(x) => widened(x[i]),
         }
     }
 

@@ -4,14 +4,18 @@
 use crate::layer::{CASES, Case, Layer, bits, widened};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::{AMX_CASES, amx_emulator};
-use crate::{UNIT, uniform};
+use crate::{UNIT, param, uniform};
+use spleen_hpc::Error;
 use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::nn::Mode;
 use spleen_hpc::nn::unet::Probe;
+use spleen_hpc::ops::conv::Epilogue;
+use spleen_hpc::ops::conv_transpose3d::conv_transpose3d_finished;
+use spleen_hpc::ops::conv3d::{Filter, conv3d_finished};
 use spleen_hpc::rng::Philox;
-use spleen_hpc::tensor::{Activation, Shape, Tape, Tensor};
+use spleen_hpc::tensor::{Activation, Pending, Shape, Tape, Tensor};
 use spleen_hpc::train::trainer::Trainer;
 
 const BOTH: [Operands; 2] = [Operands::Single, Operands::Bf16];
@@ -72,6 +76,33 @@ fn finished_outputs_are_those_of_separate_steps() {
         }
     }
     use_simd(Simd::Avx512);
+}
+
+#[test]
+fn an_epilogue_that_does_not_fit_is_refused() {
+    let mut rng = Philox::new(4, 0);
+    let tensor = |space, c| -> Activation {
+        let shape = Shape::new(1, space, c);
+        Tensor::from_slice(shape, &vec![1.0; shape.len()]).into()
+    };
+    let x = tensor([2, 2, 4], 2);
+    let (weight, transposed) = (param(0, &[3, 2, 3, 3, 3], &mut rng), param(1, &[2, 3, 3, 3, 3], &mut rng));
+    let pending = |c| Pending { scale: vec![1.0; c], shift: vec![0.0; c], slope: 0.5 };
+    let (short, whole) = (pending(2), pending(3));
+    let lazy = Activation::lazy(tensor([2, 2, 4], 3).raw().clone(), pending(3));
+    for (map, plus) in [
+        (&short, None),
+        // As many values, in another order.
+        (&whole, Some(tensor([4, 2, 2], 3))),
+        (&whole, Some(lazy)),
+    ] {
+        let epilogue = Epilogue { map: Some(map), plus: plus.as_ref(), stored: Operands::Bf16 };
+        let filter = Filter { weight: &weight, bias: None };
+        let of_conv = conv3d_finished(&x, &[(filter, epilogue)], 1, Operands::Bf16);
+        assert!(matches!(of_conv, Err(Error::Shape { op: "conv3d", .. })));
+        let of_transposed = conv_transpose3d_finished(&[&x], &transposed, None, epilogue, Operands::Bf16);
+        assert!(matches!(of_transposed, Err(Error::Shape { op: "conv_transpose3d", .. })));
+    }
 }
 
 /// A probe wants every module's output, so nothing is finished then.

@@ -34,6 +34,13 @@ pub const fn transposed(space: [usize; 3], inputs: &'static [usize], outputs: &'
     Case { n: 2, space, inputs, outputs, kernel: 3, stride: 2, transposed: true }
 }
 
+impl Case {
+    /// The same of one sample.
+    pub const fn alone(self) -> Self {
+        Case { n: 1, ..self }
+    }
+}
+
 /// Odd sizes, sizes of one, thin and wide channels, block tails (33 = 32 + 1, 20 = 16 + 4), siblings and concats.
 pub const CASES: &[Case] = &[
     conv([5, 6, 7], &[3], &[5], 3, 1),
@@ -70,6 +77,14 @@ pub const CASES: &[Case] = &[
     conv([70, 66, 3], &[17], &[5], 3, 2),
     transposed([38, 35, 2], &[3, 4], &[5]),
     transposed([38, 35, 17], &[3], &[2]),
+    // An odd number of values; thin outputs of several groups of channels, 1, 3, 4 and 8 values an anchor; rows of one.
+    conv([5, 7, 9], &[9], &[9], 3, 1).alone(),
+    conv([2, 3, 37], &[5], &[4], 3, 1).alone(),
+    conv([1, 3, 101], &[70], &[3], 3, 1).alone(),
+    conv([3, 1, 37], &[33], &[1], 3, 1).alone(),
+    transposed([1, 3, 37], &[40], &[1]).alone(),
+    transposed([1, 3, 37], &[40], &[4]).alone(),
+    conv([2, 3, 1], &[3], &[5], 3, 2),
 ];
 
 /// Index of voxel (n, d, h, w), channel c; `None` outside.
@@ -196,8 +211,8 @@ impl Layer {
                 conv_transpose3d_finished(&inputs, weight, bias, epilogues[0], operands).expect("fits"),
             ];
         }
-        let x = &self.inputs[0];
-        conv3d_finished(x, &self.filters(), &epilogues, case.stride, operands).expect("fits")
+        let layers: Vec<_> = self.filters().into_iter().zip(epilogues).collect();
+        conv3d_finished(&self.inputs[0], &layers, case.stride, operands).expect("fits")
     }
 
     /// One value of output `i` after the layer's map, in f32, step by step.

@@ -29,7 +29,8 @@ pub fn tiles_a_task(tiles: usize) -> usize {
     tiles.div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()))
 }
 
-/// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias.
+/// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias, and
+/// finished by the head's epilogue.
 pub fn correlate<'a>(
     problem: Problem,
     sources: &[Source],
@@ -270,7 +271,7 @@ impl Pass<'_> {
         unsafe { self.run_lanes::<V, STEP, 6>(step) }
     }
 
-    /// Adds one group of input channels to every output of the tile; the first group writes instead.
+    /// Adds one group of input channels to every output of the tile, as [`Stage`] says.
     ///
     /// # Safety
     /// V's vector unit must exist.

@@ -7,13 +7,10 @@
 use super::plan::LANES;
 use super::row::{Affine, mapped};
 use crate::device::arena::Buffer;
-use crate::device::bf16::{Operands, round};
-#[cfg(target_arch = "x86_64")]
-use crate::device::cpu::x86::prefetch_to_write;
-use crate::device::cpu::{Disjoint, Lanes};
+use crate::device::bf16::{Operands, narrowed};
+use crate::device::cpu::{Disjoint, Lanes, prefetch_to_read, prefetch_to_write};
+use crate::error::{Error, Result};
 use crate::tensor::{Activation, Pending, Shape, Tensor, Values};
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::ptr::null_mut;
 
 /// y = PReLU(scale * sum + shift) + plus, in f32, every step rounded by itself: for passes of inference.
@@ -25,6 +22,23 @@ pub struct Epilogue<'a> {
     pub plus: Option<&'a Activation>,
     /// What y is stored as: f32, or bfloat16.
     pub stored: Operands,
+}
+
+impl Epilogue<'_> {
+    /// Whether it fits an output of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when it does not.
+    pub fn check(&self, op: &'static str, out: Shape) -> Result<()> {
+        let channels = self.map.map_or(out.c, |map| map.scale.len());
+        let plus = self.plus.map_or(out, Activation::shape);
+        let plain = self.plus.is_none_or(|plus| plus.pending().is_none() && plus.view().is_none());
+        if channels == out.c && plus == out && plain {
+            return Ok(());
+        }
+        let want = format!("an epilogue for {out}, its summand on the host with nothing pending");
+        Err(Error::Shape { op, want, got: format!("{channels} channels and {plus}") })
+    }
 }
 
 /// An output of a pass before it is a tensor.
@@ -85,17 +99,12 @@ impl<'a> Head<'a> {
         Head { out: Stored::Single(out), channels, bias, epilogue: None }
     }
 
-    /// Room for the sums that one of `groups` of source channels leaves to the next, where the head's own is not for sums.
+    /// Room for the sums that one of `groups` of source channels leaves to the next, where the head's own is not for f32.
     pub fn partial_sums(&self, groups: usize) -> Buffer {
-        Buffer::dirty(if self.epilogue.is_some() && groups > 1 { self.len() } else { 0 })
-    }
-
-    /// Number of values.
-    fn len(&self) -> usize {
-        match &self.out {
-            Stored::Single(out) => out.len(),
-            Stored::Bf16(out) => out.len(),
-        }
+        Buffer::dirty(match &self.out {
+            Stored::Bf16(out) if groups > 1 => out.len(),
+            Stored::Single(_) | Stored::Bf16(_) => 0,
+        })
     }
 }
 
@@ -127,44 +136,33 @@ pub struct Out<'a> {
     /// Channels of the head.
     pub channels: usize,
     bias: Option<&'a [f32]>,
-    /// The head itself, or partial sums of one with an epilogue.
+    /// The head itself, or partial sums of one of bfloat16.
     sums: Disjoint<'a>,
     finish: Option<Finish<'a>>,
 }
 
-/// An epilogue and where it writes.
+/// An epilogue.
 struct Finish<'a> {
-    to: To<'a>,
+    /// The head, if it is of bfloat16.
+    half: Option<Disjoint<'a, u16>>,
     map: Affine<'a>,
     plus: Option<Values<'a>>,
-}
-
-enum To<'a> {
-    Single(Disjoint<'a>),
-    Bf16(Disjoint<'a, u16>),
 }
 
 impl<'a> Out<'a> {
     /// Shares a head and its [`Head::partial_sums`] until the borrow ends.
     pub fn new(head: &'a mut Head, partial_sums: &'a mut [f32]) -> Self {
-        let (len, channels, bias, epilogue) = (head.len(), head.channels, head.bias, head.epilogue);
-        let to = match &mut head.out {
-            Stored::Single(out) => To::Single(Disjoint::new(out)),
-            Stored::Bf16(out) => To::Bf16(Disjoint::new(out)),
+        let Head { ref mut out, channels, bias, epilogue } = *head;
+        let (sums, half) = match out {
+            Stored::Single(out) => (Disjoint::new(out), None),
+            Stored::Bf16(out) => (Disjoint::new(partial_sums), Some(Disjoint::new(out))),
         };
-        let (epilogue, to) = match (epilogue, to) {
-            (None, To::Single(sums)) => return Out { channels, bias, sums, finish: None },
-            (epilogue, to) => (epilogue.expect("a head of bfloat16 has an epilogue"), to),
-        };
-        let map = epilogue.map.map(|p| {
-            assert_eq!(p.scale.len(), channels, "one scale and shift a channel");
-            (&p.scale[..], &p.shift[..], p.slope)
+        let finish = epilogue.map(|Epilogue { map, plus, .. }| Finish {
+            half,
+            map: map.map(|p| (&p.scale[..], &p.shift[..], p.slope)),
+            plus: plus.map(|plus| plus.raw().values()),
         });
-        let plus = epilogue.plus.map(|plus| {
-            assert!(plus.shape().len() == len && plus.pending().is_none(), "a summand for every value");
-            plus.raw().values()
-        });
-        Out { channels, bias, sums: Disjoint::new(partial_sums), finish: Some(Finish { to, map, plus }) }
+        Out { channels, bias, sums, finish }
     }
 
     /// What rows need whose lane l is of channel `channel(l)`.
@@ -181,8 +179,8 @@ impl<'a> Out<'a> {
         stage.last && self.finish.is_some()
     }
 
-    /// Where to write some of the `len` values of the head from value `start` on, of lanes that `map` is of. FINISHES says
-    /// what [`Self::finishes`] does.
+    /// Where to write some of the `len` values of the head from value `start` on, of lanes that `map` is of. FINISHES must
+    /// be what [`Self::finishes`] says.
     #[inline(always)]
     pub fn target<'t, const FINISHES: bool>(
         &'t self,
@@ -191,22 +189,21 @@ impl<'a> Out<'a> {
         map: &'t LaneMap,
         stage: Stage,
     ) -> Target<'t, FINISHES> {
-        let sums = if FINISHES && stage.first { null_mut() } else { self.sums.at(start, len) };
-        let more = if stage.first { null_mut() } else { sums };
-        let plain = Target { more, single: sums, half: null_mut(), map, slope: None, plus: None };
-        match &self.finish {
-            Some(finish) if FINISHES => Target {
-                single: if let To::Single(to) = &finish.to { to.at(start, len) } else { null_mut() },
-                half: if let To::Bf16(to) = &finish.to { to.at(start, len) } else { null_mut() },
-                slope: finish.map.map(|map| map.2),
-                // A summand is as long as the head.
-                plus: finish.plus.map(|plus| match plus {
-                    Values::Single(x) => Values::Single(&x[start..][..len]),
-                    Values::Bf16(x) => Values::Bf16(&x[start..][..len]),
-                }),
-                ..plain
-            },
-            _ => plain,
+        debug_assert_eq!(FINISHES, self.finishes(stage));
+        let finish = self.finish.as_ref().filter(|_| FINISHES);
+        let half = finish.and_then(|f| f.half.as_ref()).map_or(null_mut(), |half| half.at(start, len));
+        let unused = stage.first && !half.is_null();
+        let sums = if unused { null_mut() } else { self.sums.at(start, len) };
+        Target {
+            more: if stage.first { null_mut() } else { sums },
+            single: sums,
+            half,
+            map,
+            slope: finish.and_then(|f| f.map).map(|map| map.2),
+            plus: finish.and_then(|f| f.plus).map(|plus| match plus {
+                Values::Single(x) => Values::Single(&x[start..][..len]),
+                Values::Bf16(x) => Values::Bf16(&x[start..][..len]),
+            }),
         }
     }
 
@@ -235,43 +232,38 @@ impl<'a> Out<'a> {
         }
     }
 
-    /// Asks the cache for what writing `rows` rows to a target will write, and read, of the head.
-    #[cfg(target_arch = "x86_64")]
+    /// Asks the cache for what writing `rows` rows to a target will write, and read, of the head: there is time until they
+    /// are.
     #[inline(always)]
     pub fn prefetch(&self, (start, step): (usize, usize), rows: usize, len: usize, stage: Stage) {
-        /// The lines of `span` values, of which some of every `step` are asked for.
-        #[inline(always)]
-        fn lines<T>(p: *const T, span: usize, step: usize, ask: impl Fn(*const T)) {
-            // SAFETY: the caller has checked that the values are there.
-            (0..span).step_by(step.max(64 / size_of::<T>())).for_each(|i| ask(unsafe { p.add(i) }));
+        let Some(last) = rows.checked_sub(1) else { return };
+        let span = last * step + len;
+        let finish = self.finish.as_ref().filter(|_| stage.last);
+        match finish.and_then(|f| f.half.as_ref()) {
+            Some(half) => prefetch_lines(half.at(start, span), span, step, prefetch_to_write),
+            None => prefetch_lines(self.sums.at(start, span), span, step, prefetch_to_write),
         }
-        let span = (rows - 1) * step + len;
-        match &self.finish {
-            Some(finish) if stage.last => {
-                match &finish.to {
-                    To::Single(to) => lines(to.at(start, span), span, step, prefetch_to_write),
-                    To::Bf16(to) => lines(to.at(start, span), span, step, prefetch_to_write),
-                }
-                // SAFETY: a prefetch of any address is allowed.
-                let ask = |p: *const i8| unsafe { _mm_prefetch::<_MM_HINT_T0>(p) };
-                match finish.plus {
-                    Some(Values::Single(x)) => lines(x[start..].as_ptr(), span, step, |p| ask(p.cast())),
-                    Some(Values::Bf16(x)) => lines(x[start..].as_ptr(), span, step, |p| ask(p.cast())),
-                    None => {}
-                }
-            }
-            _ => lines(self.sums.at(start, span), span, step, prefetch_to_write),
+        match finish.and_then(|f| f.plus) {
+            Some(Values::Single(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
+            Some(Values::Bf16(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
+            None => {}
         }
     }
+}
+
+/// Asks for the lines of `span` values from `p` on, of which some of every `step` are used.
+#[inline(always)]
+fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const T)) {
+    (0..span).step_by(step.max(64 / size_of::<T>())).for_each(|i| ask(p.wrapping_add(i)));
 }
 
 /// A part of a head, as one that writes lanes to it sees it.
 pub struct Target<'a, const FINISHES: bool> {
     /// Sums of the groups before, or null.
     more: *const f32,
-    /// Where f32 values go, or null.
+    /// Where f32 values go.
     single: *mut f32,
-    /// Where bfloat16 ones go otherwise.
+    /// Where bfloat16 ones go instead, or null.
     half: *mut u16,
     map: &'a LaneMap,
     /// If there is a map.
@@ -323,7 +315,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
                 if self.half.is_null() {
                     *self.single.add(at) = y;
                 } else {
-                    *self.half.add(at) = (round(y) >> 16) as u16;
+                    *self.half.add(at) = narrowed(y);
                 }
             }
         }

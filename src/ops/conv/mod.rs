@@ -53,7 +53,7 @@ mod winograd;
 pub use correlate::correlate;
 pub use epilogue::{Epilogue, Head, Output};
 pub use plan::Map;
-pub use row::{Affine, mapped, transform_row};
+pub use row::{Affine, transform_row};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::{Operands, widen};

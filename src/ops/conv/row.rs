@@ -3,7 +3,7 @@
 use super::plan::LANES;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, vectorised};
 
 /// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
 pub type Affine<'a> = Option<(&'a [f32], &'a [f32], f32)>;
@@ -31,8 +31,7 @@ pub fn mapped_row<'a>(
     row
 }
 
-/// `out` = voxels of `len` channels every `out_pitch` floats, taken from `x` every `x_pitch` floats, mapped if there is a
-/// map. Voxels are as many as `out` and `x` both have.
+/// `out` = the voxels of `x`, of `len` channels every `x_pitch` floats, every `out_pitch` floats, mapped if there is a map.
 pub fn transform_row(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usize, len: usize, map: Affine) {
     let Some((scale, shift, slope)) = map else {
         return copy_voxels(out, out_pitch, x, x_pitch, len);
@@ -58,9 +57,22 @@ pub fn transform_row(out: &mut [f32], out_pitch: usize, x: &[f32], x_pitch: usiz
             );
         }
     } else {
+        map_voxels(out, out_pitch, x, x_pitch, (&scale[..len], &shift[..len], slope));
+    }
+}
+
+vectorised! {
+    /// Maps voxels of as many channels as `scale` and `shift` have.
+    fn map_voxels(
+        out: &mut [f32],
+        out_pitch: usize,
+        x: &[f32],
+        x_pitch: usize,
+        map: (&[f32], &[f32], f32),
+    ) {
+        let (scale, shift, slope) = map;
         for (out, x) in out.chunks_mut(out_pitch).zip(x.chunks(x_pitch)) {
-            let map = scale[..len].iter().zip(&shift[..len]);
-            let values = out[..len].iter_mut().zip(&x[..len]).zip(map);
+            let values = out.iter_mut().zip(x).zip(scale.iter().zip(shift));
             values.for_each(|((out, x), (scale, shift))| *out = mapped(*x, *scale, *shift, slope));
         }
     }

@@ -10,7 +10,8 @@ use std::mem::MaybeUninit;
 /// Channels of the widest output whose voxels, not channels, fill the lanes.
 pub const THIN_CHANNELS: usize = 4;
 
-/// Maps a thin lane block has: sixteen values after sixteen are of other channels where they are three.
+/// Maps of a thin lane block: lane l of vector j is of channel (16 j + l) % channels, which for three channels comes again
+/// after three vectors, for 1, 2 and 4 after one.
 const THIN_MAPS: usize = 3;
 
 /// Voxels of the widest run of a thin output.
@@ -59,7 +60,6 @@ impl Pass<'_> {
     /// `row.w`; no other thread uses these lanes of these voxels; V's vector unit exists.
     #[inline(always)]
     pub unsafe fn row<V: Lanes, const STEP: usize, const ACCUMULATORS: usize>(&self, row: &OutRow, q: usize) {
-        #[cfg(target_arch = "x86_64")]
         for lane in row.lane..row.lane + q {
             let block = self.lanes[lane];
             let out = &self.outs[block.tensor];

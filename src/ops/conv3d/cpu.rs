@@ -28,6 +28,11 @@ pub fn finished(
     convolve(x, filters, |i| Some(epilogues[i]), stride, operands, Phase::Inference)
 }
 
+/// The shape of a filter's output.
+pub fn output(x: Shape, filter: &Filter, stride: usize) -> Shape {
+    Shape::new(x.n, x.space().map(|s| s.div_ceil(stride)), filter.weight.shape[0])
+}
+
 /// One output a filter, which may have an epilogue.
 fn convolve<'a>(
     x: &Activation,
@@ -40,11 +45,8 @@ fn convolve<'a>(
     let shape = x.shape();
     let kernel = filters[0].weight.shape[2];
     let out_space = shape.space().map(|s| s.div_ceil(stride));
-    let mut outs: Vec<_> = filters
-        .iter()
-        .enumerate()
-        .map(|(i, f)| Output::new(Shape::new(shape.n, out_space, f.weight.shape[0]), epilogue(i)))
-        .collect();
+    let mut outs: Vec<_> =
+        filters.iter().enumerate().map(|(i, f)| Output::new(output(shape, f, stride), epilogue(i))).collect();
     let mut heads: Vec<Head> =
         outs.iter_mut().zip(filters).map(|(out, f)| out.head(f.bias.map(|b| b.value.as_slice()))).collect();
     let taps = kernel.pow(3);

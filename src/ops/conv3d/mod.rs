@@ -86,16 +86,19 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
 /// The same in inference on the CPU, every output finished by its epilogue.
 ///
 /// # Errors
-/// [`Error::Shape`] when a filter does not fit `x`.
+/// [`Error::Shape`] when a filter does not fit `x`, or an epilogue its output.
 pub fn conv3d_finished(
     x: &Activation,
-    filters: &[Filter],
-    epilogues: &[Epilogue],
+    layers: &[(Filter, Epilogue)],
     stride: usize,
     operands: Operands,
 ) -> Result<Vec<Tensor>> {
-    kernel_of(x.shape(), filters, stride)?;
-    Ok(cpu::finished(x, filters, epilogues, stride, operands))
+    let (filters, epilogues): (Vec<_>, Vec<_>) = layers.iter().cloned().unzip();
+    kernel_of(x.shape(), &filters, stride)?;
+    for (filter, epilogue) in layers {
+        epilogue.check("conv3d", cpu::output(x.shape(), filter, stride))?;
+    }
+    Ok(cpu::finished(x, &filters, &epilogues, stride, operands))
 }
 
 /// The kernel size of filters that fit `shape`.

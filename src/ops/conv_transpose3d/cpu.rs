@@ -34,6 +34,11 @@ pub fn finished(
     convolve(inputs, (weight, bias), Some(epilogue), operands, Phase::Inference)
 }
 
+/// The shape of y.
+pub fn output(x: Shape, weight: &Param) -> Shape {
+    Shape::new(x.n, x.space().map(|s| 2 * s), weight.shape[1])
+}
+
 fn convolve(
     inputs: &[&Activation],
     (weight, bias): (&Param, Option<&Param>),
@@ -42,7 +47,7 @@ fn convolve(
     phase: Phase,
 ) -> Tensor {
     let (shape, o) = (inputs[0].shape(), weight.shape[1]);
-    let out = Shape::new(shape.n, shape.space().map(|s| 2 * s), o);
+    let out = output(shape, weight);
     let mut y = Output::new(out, epilogue);
     let starts = starts(inputs);
     let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();

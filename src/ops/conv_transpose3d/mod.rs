@@ -74,7 +74,7 @@ pub fn conv_transpose3d(
 /// The same in inference on the CPU, finished by an epilogue.
 ///
 /// # Errors
-/// [`Error::Shape`] when the inputs do not agree with each other or the weights.
+/// [`Error::Shape`] when the inputs do not agree with each other or the weights, or the epilogue not with the output.
 pub fn conv_transpose3d_finished(
     inputs: &[&Activation],
     weight: &Param,
@@ -83,6 +83,7 @@ pub fn conv_transpose3d_finished(
     operands: Operands,
 ) -> Result<Tensor> {
     channels_of(inputs, weight, bias)?;
+    epilogue.check("conv_transpose3d", cpu::output(inputs[0].shape(), weight))?;
     Ok(cpu::finished(inputs, weight, bias, epilogue, operands))
 }
 

@@ -144,7 +144,7 @@ impl Pass<'_> {
 
     #[target_feature(enable = "avx512f,avx512bf16,fma")]
     unsafe fn run_avx512(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
-        // SAFETY: the features are enabled here.
+        // Of pairs, which have an instruction that rounds. SAFETY: the features are enabled here.
         unsafe { self.run_lanes::<Pairs<Avx512>>(group, cover, steps) }
     }
 
@@ -154,7 +154,7 @@ impl Pass<'_> {
         unsafe { self.run_lanes::<Avx2>(group, cover, steps) }
     }
 
-    /// Adds one group of input channels to every output of the halo tile; the first group writes instead.
+    /// Adds one group of input channels to every output of the halo tile, as [`Stage`] says.
     ///
     /// # Safety
     /// V's vector unit must exist.
@@ -222,7 +222,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Writes, or adds to the output, the anchors of a register tile.
+    /// Stores, adds or finishes the anchors of a register tile.
     ///
     /// # Safety
     /// V's vector unit must exist; nobody else may use these voxels' lanes.
@@ -303,7 +303,7 @@ impl Pass<'_> {
         (voxel, (run.len * BAND).min(self.out_space[2] - run.w * BAND))
     }
 
-    /// Writes or adds a lane block of neighbouring voxels.
+    /// Stores, adds or finishes a lane block of neighbouring voxels.
     ///
     /// # Safety
     /// As [`Self::write`].
@@ -325,7 +325,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Writes or adds all outputs of neighbouring anchors that a lane block holds.
+    /// Stores, adds or finishes all outputs of neighbouring anchors that a lane block holds.
     ///
     /// # Safety
     /// As [`Self::write`].
@@ -361,7 +361,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Writes or adds neighbouring bands.
+    /// Stores, adds or finishes neighbouring bands.
     ///
     /// # Safety
     /// As [`Self::write`].
@@ -381,7 +381,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Writes or adds `len` neighbouring values, `start` the first of them; each of `rows` has so many.
+    /// Stores, adds or finishes `len` neighbouring values, `start` the first of them; each of `rows` has so many.
     ///
     /// # Safety
     /// As [`Self::write`].

@@ -9,7 +9,7 @@
 //! plane with its voxels where the anchors' own are.
 
 use crate::device::amx::ROWS;
-use crate::device::bf16;
+use crate::device::bf16::narrowed;
 use crate::device::cpu::vectorised;
 use crate::ops::conv::narrow::transform_neighbours;
 use crate::ops::conv::plan::{Block, LANES, Map, Tile};
@@ -260,17 +260,17 @@ impl Planes {
 vectorised! {
     /// Rounds to bfloat16.
     fn narrow(x: &[f32], out: &mut [u16]) {
-        out.iter_mut().zip(x).for_each(|(o, &x)| *o = (bf16::round(x) >> 16) as u16);
+        out.iter_mut().zip(x).for_each(|(o, &x)| *o = narrowed(x));
     }
 
     /// The same for values of even and of odd places.
     fn narrow_parities(x: &[f32], even: &mut [u16], odd: &mut [u16]) {
         let pairs = x.chunks_exact(2);
         if let [last] = pairs.remainder() {
-            even[x.len() / 2] = (bf16::round(*last) >> 16) as u16;
+            even[x.len() / 2] = narrowed(*last);
         }
         for ((even, odd), x) in even.iter_mut().zip(odd).zip(pairs) {
-            (*even, *odd) = ((bf16::round(x[0]) >> 16) as u16, (bf16::round(x[1]) >> 16) as u16);
+            (*even, *odd) = (narrowed(x[0]), narrowed(x[1]));
         }
     }
 }

@@ -7,7 +7,7 @@ use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
-use super::slab::{Scratch, Side, Slab, Target};
+use super::slab::{Products, Scratch, Side, Slab};
 use super::transform::{self, PRODUCTS};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
@@ -147,7 +147,7 @@ impl Pass<'_> {
         let mut rows = Vec::with_capacity(3 * self.blocks.len());
         for (index, &block) in self.blocks.iter().enumerate() {
             let start = index * block_floats;
-            let to = Target { floats: &mut v[start..], pitch, step: LANES };
+            let to = Products { floats: &mut v[start..], pitch, step: LANES };
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], block, to, scratch) };
             rows.extend((0..3).map(|kd| (start + kd * plane, block.len)));
@@ -230,16 +230,12 @@ impl Pass<'_> {
     /// Asks the cache for the outputs of a tile: there is time until they are written.
     #[inline(always)]
     fn prefetch_outputs(&self, slab: &Slab, lane: usize, tile: usize) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            let block = self.lanes[lane];
-            let out = &self.outs[block.tensor];
-            let (start, [height, width]) = place(slab, tile);
-            let row = slab.problem.out_space[2];
-            for a in 0..height {
-                let start = (start + a * row) * out.channels + block.first;
-                out.prefetch((start, out.channels), width, block.len, STAGE);
-            }
+        let block = self.lanes[lane];
+        let out = &self.outs[block.tensor];
+        let (start, [height, width]) = place(slab, tile);
+        for a in 0..height {
+            let start = (start + a * slab.problem.out_space[2]) * out.channels + block.first;
+            out.prefetch((start, out.channels), width, block.len, STAGE);
         }
     }
 

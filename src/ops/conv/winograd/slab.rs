@@ -28,7 +28,7 @@ pub enum Side {
 }
 
 /// Where one channel block of it goes: `[product][plane][tile row][tile][16 channels]`.
-pub struct Target<'a> {
+pub struct Products<'a> {
     /// All products', from the block's first float on.
     pub floats: &'a mut [f32],
     /// Floats between products.
@@ -72,10 +72,10 @@ impl Slab<'_> {
         side: Side,
         source: &Source,
         block: Block,
-        to: Target,
+        to: Products,
         scratch: &mut Scratch,
     ) {
-        let Target { floats, pitch, step } = to;
+        let Products { floats, pitch, step } = to;
         let (size, kernel) = (self.origin.size, if side == Side::Inputs { 3 } else { 1 });
         let size = Tile { d: size.d, h: 2 * size.h };
         let origin = Origin { h: 2 * self.origin.h, size, ..*self.origin };

@@ -4,7 +4,7 @@ use super::super::micro::outer_product;
 use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile, blocks};
 use super::super::{Problem, Source};
-use super::slab::{Scratch, Side, Slab, Target};
+use super::slab::{Products, Scratch, Side, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
@@ -128,14 +128,14 @@ impl Pass<'_> {
         let channel_blocks = blocks([block.len], CHANNEL_BLOCK);
         let v_pitch = channel_blocks.len() * block_floats;
         for (index, part) in channel_blocks.iter().enumerate() {
-            let to = Target { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
+            let to = Products { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
             let part = Block { first: block.first + part.first, ..*part };
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, scratch) };
         }
         let dm_pitch = slab.tiles() * width;
         for (index, &lane) in lanes.iter().enumerate() {
-            let to = Target { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
+            let to = Products { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<V>(Side::Gradients, source, lane, to, scratch) };
