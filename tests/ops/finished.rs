@@ -89,9 +89,11 @@ fn an_epilogue_that_does_not_fit_is_refused() {
     let (weight, transposed) = (param(0, &[3, 2, 3, 3, 3], &mut rng), param(1, &[2, 3, 3, 3, 3], &mut rng));
     let pending = |c| Pending { scale: vec![1.0; c], shift: vec![0.0; c], slope: 0.5 };
     let (short, whole) = (pending(2), pending(3));
+    let uneven = Pending { shift: vec![0.0; 2], ..pending(3) };
     let lazy = Activation::lazy(tensor([2, 2, 4], 3).raw().clone(), pending(3));
     for (map, plus) in [
         (&short, None),
+        (&uneven, None),
         // As many values, in another order.
         (&whole, Some(tensor([4, 2, 2], 3))),
         (&whole, Some(lazy)),

@@ -269,7 +269,10 @@ impl<'a> Run<'a, '_> {
                 c.into()
             }
         };
-        plus.map_or(Ok(y.clone()), |plus| Ok(add(self.tape, &y, plus)?.into()))
+        match plus {
+            None => Ok(y),
+            Some(plus) => Ok(add(self.tape, &y, plus)?.into()),
+        }
     }
 
     /// Norm and PReLU after a unit's convolution.

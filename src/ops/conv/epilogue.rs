@@ -30,14 +30,14 @@ impl Epilogue<'_> {
     /// # Errors
     /// [`Error::Shape`] when it does not.
     pub fn check(&self, op: &'static str, out: Shape) -> Result<()> {
-        let channels = self.map.map_or(out.c, |map| map.scale.len());
+        let [scales, shifts] = self.map.map_or([out.c; 2], |map| [map.scale.len(), map.shift.len()]);
         let plus = self.plus.map_or(out, Activation::shape);
         let plain = self.plus.is_none_or(|plus| plus.pending().is_none() && plus.view().is_none());
-        if channels == out.c && plus == out && plain {
+        if [scales, shifts] == [out.c; 2] && plus == out && plain {
             return Ok(());
         }
         let want = format!("an epilogue for {out}, its summand on the host with nothing pending");
-        Err(Error::Shape { op, want, got: format!("{channels} channels and {plus}") })
+        Err(Error::Shape { op, want, got: format!("{scales} scales, {shifts} shifts and {plus}") })
     }
 }
 
