@@ -6,6 +6,8 @@
 //! in another order: [`super::amx`].
 
 use super::cpu::{Lanes, Plain, vectorised};
+#[cfg(target_arch = "x86_64")]
+use super::cpu::{Simd, simd_of_pairs};
 
 /// What the CPU's convolutions multiply. Sums are f32 in both, and so is all other arithmetic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,7 +15,7 @@ pub enum Operands {
     /// f32, as stored.
     #[default]
     Single,
-    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or when an activation is finished and
+    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or when what only convolutions read is
     /// stored: torch's CPU autocast.
     Bf16,
 }
@@ -50,6 +52,23 @@ vectorised! {
     /// `out` = `x` in f32; of one length.
     pub fn widen(x: &[u16], out: &mut [f32]) {
         out.iter_mut().zip(x).for_each(|(out, &x)| *out = widened(x));
+    }
+}
+
+/// `out` = `x` rounded to bfloat16; of one length.
+pub fn narrow(x: &[f32], out: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if simd_of_pairs() == Simd::Avx512 {
+        // SAFETY: `simd_of_pairs()` found the features.
+        return unsafe { x86::narrow(x, out) };
+    }
+    narrow_each(x, out);
+}
+
+vectorised! {
+    /// [`narrow`] without the instruction for it.
+    fn narrow_each(x: &[f32], out: &mut [u16]) {
+        out.iter_mut().zip(x).for_each(|(out, &x)| *out = narrowed(x));
     }
 }
 
@@ -145,9 +164,24 @@ impl Dot for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Dot;
+    use super::{Dot, narrowed};
+    use crate::device::cpu::Lanes;
     use crate::device::cpu::x86::{Avx2, Avx512};
     use std::arch::x86_64::*;
+
+    /// See [`super::narrow`].
+    ///
+    /// # Safety
+    /// The CPU must have AVX-512F and AVX512_BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub unsafe fn narrow(x: &[f32], out: &mut [u16]) {
+        let ((x, x_rest), (out, rest)) = (x.as_chunks::<16>(), out.as_chunks_mut::<16>());
+        for (x, out) in x.iter().zip(out) {
+            // SAFETY: sixteen of each; the features are enabled here.
+            unsafe { Avx512::load(x.as_ptr()).narrow(out.as_mut_ptr()) };
+        }
+        rest.iter_mut().zip(x_rest).for_each(|(out, &x)| *out = narrowed(x));
+    }
 
     impl Dot for Avx512 {
         #[inline(always)]
@@ -220,5 +254,16 @@ mod tests {
         }
         assert!(rounded(f32::from_bits(0x7f80_0001)).is_nan() && rounded(f32::NAN).is_nan());
         assert_eq!(rounded(-f32::MIN_POSITIVE / 2.0).to_bits(), (-0.0f32).to_bits());
+    }
+
+    #[test]
+    fn rows_are_narrowed_as_one_by_one() {
+        let special = [0.0, -0.0, 1e-40, f32::INFINITY, f32::NAN, 1.0 + f32::EPSILON, f32::MAX, -257.0, 0.1];
+        for len in [0, 1, 15, 16, 17, 100] {
+            let x: Vec<f32> = special.into_iter().cycle().take(len).collect();
+            let mut out = vec![0; len];
+            narrow(&x, &mut out);
+            assert_eq!(out, x.iter().map(|&x| narrowed(x)).collect::<Vec<_>>());
+        }
     }
 }

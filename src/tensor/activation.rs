@@ -1,6 +1,6 @@
 //! A value whose norm and PReLU may still be pending.
 
-use super::{DevicePending, Shape, Tensor, ValueId, View};
+use super::{DevicePending, Shape, Tensor, ValueId, Values, View};
 use crate::error::Result;
 use std::sync::Arc;
 
@@ -43,14 +43,15 @@ pub struct Activation {
 }
 
 impl Activation {
-    /// `raw`, in host memory, seen through `pending`.
+    /// `raw`, f32 in host memory, seen through `pending`.
     pub fn lazy(raw: Tensor, pending: Pending) -> Self {
-        Activation { raw, map: Map::Host(Arc::new(pending)), id: ValueId::fresh(), differentiable: true }
+        assert!(matches!(raw.values(), Values::Single(_)), "a map is pending on f32 values alone");
+        Activation { map: Map::Host(Arc::new(pending)), id: ValueId::fresh(), ..raw.into() }
     }
 
     /// `raw`, on a device, seen through `pending`.
     pub fn lazy_on_device(raw: Tensor, pending: Arc<DevicePending>) -> Self {
-        Activation { raw, map: Map::Device(pending), id: ValueId::fresh(), differentiable: true }
+        Activation { map: Map::Device(pending), id: ValueId::fresh(), ..raw.into() }
     }
 
     /// A value whose gradient nobody wants, such as the network's input.

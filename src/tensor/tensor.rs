@@ -1,5 +1,5 @@
-//! A dense tensor, shared and immutable once made: in host memory, f32 or, in inference, bfloat16; or on a CUDA device in
-//! its precision.
+//! A dense tensor, shared and immutable once made: in host memory, f32 or, where only convolutions of bfloat16 read it,
+//! bfloat16; or on a CUDA device in its precision.
 
 use super::{Partials, Shape, View};
 use crate::device::arena::Buffer;
@@ -42,13 +42,19 @@ impl<'a> Values<'a> {
     /// The f32 values that they are.
     ///
     /// # Panics
-    /// When they are bfloat16, which only convolutions of an inference pass read.
+    /// When they are bfloat16, which hardly anything but a convolution reads.
     pub fn single(self) -> &'a [f32] {
         match self {
             Values::Single(x) => x,
-            Values::Bf16(_) => {
-                panic!("bfloat16 activations are for the convolutions of an inference pass alone")
-            }
+            Values::Bf16(_) => panic!("bfloat16 values where f32 ones are wanted"),
+        }
+    }
+
+    /// `len` of them from value `start` on.
+    pub fn part(self, start: usize, len: usize) -> Self {
+        match self {
+            Values::Single(x) => Values::Single(&x[start..][..len]),
+            Values::Bf16(x) => Values::Bf16(&x[start..][..len]),
         }
     }
 }

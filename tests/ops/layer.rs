@@ -120,7 +120,7 @@ pub fn widened(bits: &u16) -> f32 {
 }
 
 /// Values rounded to bfloat16 and stored as such or as f32.
-fn rounded(x: &Tensor, stored: Operands) -> Tensor {
+pub fn rounded(x: &Tensor, stored: Operands) -> Tensor {
     let bits: Vec<u16> = x.data().iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
     if stored == Operands::Single {
         return Tensor::from_slice(x.shape(), &bits.iter().map(widened).collect::<Vec<_>>());
@@ -178,6 +178,12 @@ impl Layer {
     pub fn of_rounded_inputs(mut self, stored: Operands) -> Self {
         self.inputs.iter_mut().for_each(|x| *x = rounded(x.raw(), stored).into());
         self
+    }
+
+    /// The same, and gradients of outputs of such values.
+    pub fn of_rounded_values(self, stored: Operands) -> Self {
+        let dy = self.dy.iter().map(|dy| rounded(dy, stored)).collect();
+        Layer { dy, ..self.of_rounded_inputs(stored) }
     }
 
     /// Outputs in inference.

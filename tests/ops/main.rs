@@ -7,6 +7,7 @@ mod amx_emulator;
 mod bits;
 mod finished;
 mod layer;
+mod stored;
 
 use layer::{CASES, Case, Layer, conv, transposed};
 
@@ -150,7 +151,7 @@ fn norms_and_sums_match_finite_differences() {
             let x = Tensor::from_slice(shape, x);
             let y = norm(tape, &x, p);
             // The sum reads y lazily and x as it is: both paths of a residual unit.
-            let z = add(tape, &y, &x.clone().into()).expect("fits");
+            let z = add(tape, &y, &x.clone().into(), Operands::Single).expect("fits");
             (z.into(), vec![x.id()])
         };
         let mut rng = Philox::new(11, kind);

@@ -1,8 +1,8 @@
 //! The forward pass, the same for every device: norm and PReLU stay pending, and a probe may watch.
 //!
 //! Inference with batch norm on the CPU knows the norms beforehand: every convolution finishes its output, residual sum
-//! included, and with bfloat16 operands stores it as bfloat16. Not under a probe, which is shown what lies between: with
-//! bfloat16 operands it sees values that were rounded less often.
+//! included. With bfloat16 operands on the CPU what only convolutions read is stored as bfloat16, in training as well. Neither
+//! under a probe, which is shown what lies between: with bfloat16 operands it sees values that were rounded less often.
 
 use super::{Conv, Down, UNet, Unit, Up, UpConv};
 use crate::device::bf16::Operands;
@@ -53,8 +53,10 @@ impl UNet {
         }
         tape.operands = self.operands;
         let known = mode == Mode::Eval && !self.norms.is_empty();
-        let finishes = known && !tape.is_recording() && probe.is_none() && x.view().is_none();
-        let mut run = Run { net: self, tape, mode, finishes, probe, statistics: Vec::new() };
+        let bare = probe.is_none() && x.view().is_none();
+        let finishes = known && !tape.is_recording() && bare;
+        let stored = if bare { self.operands } else { Operands::Single };
+        let mut run = Run { net: self, tape, mode, finishes, stored, probe, statistics: Vec::new() };
         let logits = run.level(0, Activation::constant(x))?;
         // What comes after the network is no layer's.
         run.tape.set_layer("");
@@ -102,6 +104,8 @@ struct Run<'a, 'p> {
     mode: Mode,
     /// Whether convolutions finish their outputs.
     finishes: bool,
+    /// What is stored that only convolutions read.
+    stored: Operands,
     probe: Option<&'a mut Probe<'p>>,
     statistics: BatchStatistics,
 }
@@ -245,11 +249,15 @@ impl<'a> Run<'a, '_> {
         (layer, plus): (Layer, Option<&'e Activation>),
         map: Option<&'e Pending>,
     ) -> Epilogue<'e> {
-        let stored = match layer {
+        Epilogue { map, plus, stored: self.stored(layer) }
+    }
+
+    /// What the output of a layer is stored as when it is finished.
+    fn stored(&self, layer: Layer) -> Operands {
+        match layer {
             Layer::Last(_) => Operands::Single,
-            Layer::Unit(_) | Layer::Shortcut(_) => self.tape.operands,
-        };
-        Epilogue { map, plus, stored }
+            Layer::Unit(_) | Layer::Shortcut(_) => self.stored,
+        }
     }
 
     fn affine(&self, unit: &Unit) -> Affine<'a> {
@@ -271,7 +279,7 @@ impl<'a> Run<'a, '_> {
         };
         match plus {
             None => Ok(y),
-            Some(plus) => Ok(add(self.tape, &y, plus)?.into()),
+            Some(plus) => Ok(add(self.tape, &y, plus, self.stored(layer))?.into()),
         }
     }
 

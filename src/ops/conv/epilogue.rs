@@ -200,10 +200,7 @@ impl<'a> Out<'a> {
             half,
             map,
             slope: finish.and_then(|f| f.map).map(|map| map.2),
-            plus: finish.and_then(|f| f.plus).map(|plus| match plus {
-                Values::Single(x) => Values::Single(&x[start..][..len]),
-                Values::Bf16(x) => Values::Bf16(&x[start..][..len]),
-            }),
+            plus: finish.and_then(|f| f.plus).map(|plus| plus.part(start, len)),
         }
     }
 

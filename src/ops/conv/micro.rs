@@ -150,32 +150,33 @@ pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J
     acc
 }
 
-/// Sums of products of 16 neighbouring voxels along w, lane by lane: `acc[i][tap][j]` = sum over rows and their vectors of
-/// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for C channels i of x and C channels j of dy.
+/// Sums of products of neighbouring voxels along w, lane by lane: `acc[i][tap][j]` = sum over rows and their vectors of
+/// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for C channels i of x and C channels j of dy. Elements
+/// have BYTES bytes: a lane is one of f32, or a pair of bfloat16.
 ///
 /// # Safety
-/// For every pair of `rows` (offset in x, offset in dy), `vectors` times 16 floats of each dy channel and two more of
+/// For every pair of `rows` (offset in x, offset in dy), `vectors` times 64 bytes of each dy channel and two elements more of
 /// each x channel must be readable; V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn lanes_of_products<V: Lanes, const C: usize>(
-    (x, x_pitch): (*const f32, usize),
-    (dy, dy_pitch): (*const f32, usize),
+pub unsafe fn lanes_of_products<V: Lanes, const C: usize, const BYTES: usize>(
+    (x, x_pitch): (*const u8, usize),
+    (dy, dy_pitch): (*const u8, usize),
     rows: &[(usize, usize)],
     vectors: usize,
 ) -> [[[V; C]; 3]; C] {
     let mut acc = [[[V::zero(); C]; 3]; C];
     for &(x_row, dy_row) in rows {
         for v in 0..vectors {
-            // SAFETY: readable by the caller's promise.
+            // SAFETY: readable by the caller's promise; loads need no alignment.
             unsafe {
-                let (x, dy) = (x.add(x_row + 16 * v), dy.add(dy_row + 16 * v));
+                let (x, dy) = (x.add(x_row * BYTES + 64 * v), dy.add(dy_row * BYTES + 64 * v));
                 let mut b = [V::zero(); C];
                 for j in 0..C {
-                    b[j] = V::load(dy.add(j * dy_pitch));
+                    b[j] = V::load(dy.add(j * dy_pitch * BYTES).cast());
                 }
                 for i in 0..C {
                     for tap in 0..3 {
-                        let a = V::load(x.add(i * x_pitch + tap));
+                        let a = V::load(x.add((i * x_pitch + tap) * BYTES).cast());
                         for j in 0..C {
                             acc[i][tap][j] = acc[i][tap][j].fma(a, b[j]);
                         }

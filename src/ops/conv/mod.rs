@@ -18,9 +18,8 @@
 //! channels (gather core) or of voxels (outer products of more than four channels); the micro-kernels are the same code
 //! over other lanes.
 //!
-//! Passes of kernel 3 and stride 1 with 8 channels or more on both sides multiply transforms of the input instead, which
-//! takes fewer products (`winograd`): in f32, and for weight gradients of either operands. The forward pass of a training
-//! step does not. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two patches of 48^3
+//! Passes in f32 of kernel 3 and stride 1 with 8 channels or more on both sides multiply transforms of the input instead,
+//! which takes fewer products (`winograd`). The forward pass of a training step does not. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two patches of 48^3
 //! rounding gave one value of three million another sign than float64, which moved gradients by 3e-4 to 7e-4 of their
 //! largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held against
 //! PyTorch's.
@@ -36,6 +35,7 @@
 mod amx;
 mod correlate;
 mod epilogue;
+mod halves;
 mod kept;
 mod micro;
 mod narrow;
@@ -53,7 +53,7 @@ mod winograd;
 pub use correlate::correlate;
 pub use epilogue::{Epilogue, Head, Output};
 pub use plan::Map;
-pub use row::{Affine, transform_row};
+pub use row::{Affine, mapped, transform_row};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::{Operands, widen};
@@ -95,7 +95,7 @@ pub struct Problem {
     pub out_space: [usize; 3],
 }
 
-/// One input of a pass: values in NDHWC with a map still to be applied.
+/// One input of a pass: values in NDHWC, f32 ones maybe with a map still to be applied.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     data: Values<'a>,

@@ -1,9 +1,11 @@
 //! Rows of voxels to pairs of bfloat16, of channels or of neighbours, norm and PReLU applied on the way.
 
+use super::halves;
 use super::row::{Affine, mapped_row};
 use super::tile::{pair_channels, pair_neighbours};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::{Simd, simd_of_pairs};
+use crate::tensor::Values;
 
 /// `out[v * pitch + i]` = channels 2 i and 2 i + 1, mapped if there is a map, of voxel v of `x`, whose voxels are
 /// `x_pitch` floats apart and have `len` channels. `row` is scratch.
@@ -56,14 +58,19 @@ pub fn transform_pairs(
 }
 
 /// `out[i * pitch + c]` = channel c of voxels 2 i and 2 i + 1, or 0 where there is no second one, mapped if there is a map, of
-/// `x`, whose voxels are `x_pitch` floats apart and have `len` channels. `row` is scratch.
+/// `x`, whose voxels are `x_pitch` values apart and have `len` channels. `row` is scratch.
 pub fn transform_neighbours(
     (out, pitch): (&mut [f32], usize),
-    (x, x_pitch): (&[f32], usize),
+    (x, x_pitch): (Values, usize),
     len: usize,
     map: Affine,
     row: &mut Vec<f32>,
 ) {
+    let x = match x {
+        Values::Single(x) => x,
+        // Never with a map.
+        Values::Bf16(x) => return halves::pair_neighbours(out, pitch, x, x_pitch, len),
+    };
     let voxels = (x.len() + x_pitch - len) / x_pitch;
     #[cfg(target_arch = "x86_64")]
     if len == 16 && voxels > 0 && simd_of_pairs() == Simd::Avx512 {
@@ -212,7 +219,8 @@ mod tests {
             for slope in [None, Some(0.25)] {
                 let map: Affine = slope.map(|slope| (&scale[..len], &shift[..len], slope));
                 let mut out = vec![0.0; voxels.div_ceil(2) * pitch];
-                transform_neighbours((&mut out, pitch), (&x, x_pitch), len, map, &mut Vec::new());
+                let row = (Values::Single(&x), x_pitch);
+                transform_neighbours((&mut out, pitch), row, len, map, &mut Vec::new());
                 let value = |v: usize, c: usize| {
                     if v == voxels {
                         return 0.0;

@@ -107,21 +107,22 @@ pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], 
         }
     }
     // A pair's taps are neighbours in the tensor: where most of them are wanted, those of 16 lanes are transposed as two
-    // squares.
-    if taps.len() > LANES {
+    // squares, of the first 16 taps and of the last.
+    if let Some(second) = taps.len().checked_sub(LANES).filter(|&second| second > 0) {
         let (mut by_lane, mut by_tap) = ([[0.0; LANES * LANES]; 2], [[0.0; LANES * LANES]; 2]);
         for channel in 0..source.len {
-            for l in 0..lane.len {
-                let from = &w.data[start + channel * w.source_stride + l * w.head_stride..][..taps.len()];
-                let (first, second) = from.split_at(LANES);
-                by_lane[0][l * LANES..][..LANES].copy_from_slice(first);
-                by_lane[1][l * LANES..][..second.len()].copy_from_slice(second);
+            let from = &w.data[start + channel * w.source_stride..];
+            for (square, first) in by_lane.iter_mut().zip([0, second]) {
+                for (l, to) in square.as_chunks_mut::<LANES>().0.iter_mut().take(lane.len).enumerate() {
+                    to.copy_from_slice(&from[l * w.head_stride + first..][..LANES]);
+                }
             }
             for (by_lane, by_tap) in by_lane.iter().zip(&mut by_tap) {
                 transpose(by_lane, LANES, by_tap, LANES);
             }
             for &(tap, at) in &taps {
-                let lanes = &by_tap[tap / LANES][tap % LANES * LANES..][..LANES];
+                let (square, tap) = if tap < LANES { (0, tap) } else { (1, tap - second) };
+                let lanes = &by_tap[square][tap * LANES..][..LANES];
                 out[at + channel * LANES..][..LANES].copy_from_slice(lanes);
             }
         }

@@ -1,4 +1,5 @@
-//! Gradients of weights between tensors of two channels each: sixteen neighbouring voxels fill the lanes.
+//! Gradients of weights between tensors of two channels each: sixteen neighbouring voxels, or pairs of them in bfloat16, fill
+//! the lanes.
 //!
 //! The network's last convolution is such a layer: two channels would leave seven eighths of the lanes empty. Lane by
 //! lane sums of a tile are added up per split, splits in order, and at last the sixteen lanes in order.
@@ -8,8 +9,10 @@ use super::micro::lanes_of_products;
 use super::plan::{Block, LANES, Map, Origin, Tile};
 use super::tile::{Element, Order, Place, load};
 use super::transpose::transpose;
-use crate::device::bf16::Operands;
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::bf16::{Operands, Pairs, narrow};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
 
 /// Channels of both tensors.
@@ -40,18 +43,20 @@ pub fn wgrad(
 ) -> Vec<f32> {
     let largest = Tile::choose(MAP, space, C);
     let tiles = largest.origins(n, space);
-    let element = match operands {
-        Operands::Single => Element::Single,
-        Operands::Bf16 => Element::Rounded,
+    // Voxels of a vector.
+    let vector = match operands {
+        Operands::Single => LANES,
+        Operands::Bf16 => 2 * LANES,
     };
     let per_split = tiles.len().div_ceil(SPLITS);
     let block = Block { tensor: 0, first: 0, len: C };
-    let (width, extent) = (space[2].next_multiple_of(LANES), MAP.extent(space[2]));
+    let (width, extent) = (space[2].next_multiple_of(vector), MAP.extent(space[2]));
     let partials: Vec<Vec<f32>> = tiles
         .par_chunks(per_split)
         .map(|tiles| {
             let mut sum = vec![0.0; 9 * ROW_SUMS];
             let (mut x, mut dy, mut row) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut x_halves, mut dy_halves) = (Vec::new(), Vec::new());
             let place = |i: usize| Place {
                 map: MAP,
                 space,
@@ -62,9 +67,15 @@ pub fn wgrad(
             for (i, origin) in tiles.iter().enumerate() {
                 let size = origin.size;
                 // Vectors past a row's end meet zeros of dy.
-                x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + LANES + 2, 0.0);
-                load(source, block, &place(i), (Order::ChannelRows, element), &mut x, &mut row);
-                load_lanes(lane_source, (space, width, element), origin, &mut dy, &mut row);
+                x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + vector + 2, 0.0);
+                load(source, block, &place(i), (Order::ChannelRows, Element::Single), &mut x, &mut row);
+                load_lanes(lane_source, (space, width), origin, &mut dy, &mut row);
+                if operands == Operands::Bf16 {
+                    x_halves.resize(x.len(), 0);
+                    narrow(&x, &mut x_halves);
+                    dy_halves.resize(dy.len(), 0);
+                    narrow(&dy, &mut dy_halves);
+                }
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
                     if i + 1 < tiles.len() {
                         place(i + 1).prefetch(source, block, (index, 9));
@@ -76,7 +87,11 @@ pub fn wgrad(
                             ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
                         })
                         .collect();
-                    Job { x: &x, extent, dy: &dy, width, rows: &rows }.run(sum);
+                    let job = Job { extent, width, rows: &rows };
+                    match operands {
+                        Operands::Single => job.run(&x, &dy, sum),
+                        Operands::Bf16 => job.run_pairs(&x_halves, &dy_halves, sum),
+                    }
                 }
             }
             sum
@@ -99,7 +114,7 @@ pub fn wgrad(
 /// Copies the rows of a tile, mapped, to `[row][channel][w]`, zero from `space[2]` to `width`.
 fn load_lanes(
     source: &Source,
-    (space, width, element): ([usize; 3], usize, Element),
+    (space, width): ([usize; 3], usize),
     &Origin { n, d: d0, h: h0, size }: &Origin,
     out: &mut Vec<f32>,
     row: &mut Vec<f32>,
@@ -110,61 +125,82 @@ fn load_lanes(
     });
     out.resize(size.d * size.h * C * width, 0.0);
     row.resize(space[2] * C, 0.0);
+    let mut widened = Vec::new();
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
         let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
-        super::transform_row(row, C, &source.data.single()[voxel * C..][..space[2] * C], C, C, pending);
-        if element == Element::Rounded {
-            super::tile::round_row(row);
-        }
+        let x = source.row(voxel * C, space[2] * C, &mut widened);
+        super::transform_row(row, C, x, C, C, pending);
         transpose(row, C, out, width);
     }
 }
 
 /// One (kd, kh) of one tile.
 struct Job<'a> {
-    x: &'a [f32],
+    /// Elements of a channel's row of x.
     extent: usize,
-    dy: &'a [f32],
+    /// The same of dy.
     width: usize,
     rows: &'a [(usize, usize)],
 }
 
 impl Job<'_> {
     /// Adds the tile's products to `sum`.
-    fn run(&self, sum: &mut [f32]) {
+    fn run(&self, x: &[f32], dy: &[f32], sum: &mut [f32]) {
         match simd() {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512(sum) },
+            Simd::Avx512 => unsafe { self.run_avx512(x, dy, sum) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `simd()` found the features.
-            Simd::Avx2 => unsafe { self.run_avx2(sum) },
+            Simd::Avx2 => unsafe { self.run_avx2::<Avx2, _, 4>(x, dy, sum) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain>(sum) },
+            _ => unsafe { self.run_lanes::<Plain, _, 4>(x, dy, sum) },
+        }
+    }
+
+    /// The same of bfloat16.
+    fn run_pairs(&self, x: &[u16], dy: &[u16], sum: &mut [f32]) {
+        match simd_of_pairs() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx512 => unsafe { self.run_avx512_bf16(x, dy, sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `simd_of_pairs()` found the features.
+            Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>, _, 2>(x, dy, sum) },
+            // SAFETY: plain Rust needs no feature.
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, _, 2>(x, dy, sum) },
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,fma")]
-    unsafe fn run_avx512(&self, sum: &mut [f32]) {
+    unsafe fn run_avx512(&self, x: &[f32], dy: &[f32], sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx512>(sum) }
+        unsafe { self.run_lanes::<Avx512, _, 4>(x, dy, sum) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, x: &[u16], dy: &[u16], sum: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>, _, 2>(x, dy, sum) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, sum: &mut [f32]) {
+    unsafe fn run_avx2<V: Lanes, T, const BYTES: usize>(&self, x: &[T], dy: &[T], sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<crate::device::cpu::x86::Avx2>(sum) }
+        unsafe { self.run_lanes::<V, T, BYTES>(x, dy, sum) }
     }
 
     /// # Safety
-    /// V's vector unit must exist.
+    /// V's vector unit must exist, and elements have BYTES bytes.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes>(&self, sum: &mut [f32]) {
-        let (x, dy) = ((self.x.as_ptr(), self.extent), (self.dy.as_ptr(), self.width));
+    unsafe fn run_lanes<V: Lanes, T, const BYTES: usize>(&self, x: &[T], dy: &[T], sum: &mut [f32]) {
+        let (x, dy) = ((x.as_ptr().cast(), self.extent), (dy.as_ptr().cast(), self.width));
+        let vectors = self.width * BYTES / 64;
         // SAFETY: rows lie in their tiles, which `wgrad` made long enough for the last vector.
-        let acc = unsafe { lanes_of_products::<V, C>(x, dy, self.rows, self.width / LANES) };
+        let acc = unsafe { lanes_of_products::<V, C, BYTES>(x, dy, self.rows, vectors) };
         for i in 0..C {
             for tap in 0..3 {
                 for j in 0..C {

@@ -1,15 +1,16 @@
 //! Loading an input tile with its halo, norm and PReLU applied on the way.
 
-use super::Source;
 use super::narrow::transform_pairs;
 use super::plan::{Block, Map, Origin};
 use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
-use crate::device::bf16::{self, pair, widen};
+use super::{Source, halves};
+use crate::device::bf16::{pair, widen};
 use crate::device::cpu::vectorised;
 use crate::tensor::Values;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+use std::ops::Range;
 
 /// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,6 @@ impl Order {
 pub enum Element {
     /// An f32.
     Single,
-    /// An f32 rounded to bfloat16.
-    Rounded,
     /// Two neighbouring channels of a voxel, the second 0 if there is none.
     Channels,
     /// One channel of two voxels that neighbouring anchors read, the second 0 where the row has ended.
@@ -52,7 +51,7 @@ impl Element {
     pub fn of(self, channels: usize) -> usize {
         match self {
             Element::Channels => channels.div_ceil(2),
-            Element::Single | Element::Rounded | Element::Voxels => channels,
+            Element::Single | Element::Voxels => channels,
         }
     }
 }
@@ -148,7 +147,7 @@ pub fn load_rows(
     block: Block,
     place: &Place,
     (order, element): (Order, Element),
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     out: &mut [f32],
     row: &mut Vec<f32>,
 ) {
@@ -171,31 +170,26 @@ pub fn load_rows(
             continue;
         };
         let inside = pad..pad + inside_w;
-        let x = match (source.data, order, element) {
-            (Values::Single(x), ..) => &x[start + block.first..][..span],
-            (Values::Bf16(x), Order::Voxels { pitch }, Element::Channels)
-                if pending.is_none() && len.is_multiple_of(2) =>
+        let x = match (source.data.part(start + block.first, span), order) {
+            (Values::Single(x), _) => x,
+            (Values::Bf16(x), Order::Voxels { pitch })
+                if element != Element::Channels || len.is_multiple_of(2) =>
             {
-                out[..pad * pitch].fill(0.0);
-                out[inside.end * pitch..].fill(0.0);
-                let out = bytemuck::cast_slice_mut(&mut out[pad * pitch..inside.end * pitch]);
-                copy_voxels(out, 2 * pitch, &x[start + block.first..][..span], c, len);
+                let row = &mut bytemuck::cast_slice_mut(row)[..ew * len];
+                place_halves((x, c), len, (element, stride), inside, (out, pitch), row);
                 continue;
             }
-            (Values::Bf16(x), ..) => {
-                widen(&x[start + block.first..][..span], widened);
+            (Values::Bf16(x), _) => {
+                widen(x, widened);
                 &*widened
             }
         };
         match (order, element) {
-            (Order::Voxels { pitch }, Element::Single | Element::Rounded) => {
+            (Order::Voxels { pitch }, Element::Single) => {
                 out[..pad * pitch].fill(0.0);
                 out[inside.end * pitch..].fill(0.0);
                 let out = &mut out[pad * pitch..inside.end * pitch];
                 transform_row(out, pitch, x, c, len, pending);
-                if element == Element::Rounded {
-                    round_row(out);
-                }
             }
             (Order::Voxels { pitch }, Element::Channels) => {
                 out[..pad * pitch].fill(0.0);
@@ -226,12 +220,34 @@ pub fn load_rows(
                     }
                 } else {
                     transpose(row, len, &mut out[pad..], ew);
-                    if element == Element::Rounded {
-                        round_row(out);
-                    }
                 }
             }
         }
+    }
+}
+
+/// A row of a tile whose voxels `inside` are those of `x`, `x_pitch` values apart; the others are 0. `row` has room for all of
+/// them.
+fn place_halves(
+    (x, x_pitch): (&[u16], usize),
+    len: usize,
+    (element, stride): (Element, usize),
+    inside: Range<usize>,
+    (out, pitch): (&mut [f32], usize),
+    row: &mut [u16],
+) {
+    if element == Element::Voxels {
+        row[..inside.start * len].fill(0);
+        row[inside.end * len..].fill(0);
+        copy_voxels(&mut row[inside.start * len..inside.end * len], len, x, x_pitch, len);
+        return halves::pair_rows(row, &row[(stride * len).min(row.len())..], out);
+    }
+    out[..inside.start * pitch].fill(0.0);
+    out[inside.end * pitch..].fill(0.0);
+    let out = &mut out[inside.start * pitch..inside.end * pitch];
+    match element {
+        Element::Channels => copy_voxels(bytemuck::cast_slice_mut(out), 2 * pitch, x, x_pitch, len),
+        _ => halves::widen_voxels(out, pitch, x, x_pitch, len),
     }
 }
 
@@ -269,10 +285,5 @@ vectorised! {
                 _ => (0..len).for_each(|c| out[c] = pair(x[c], 0.0)),
             }
         }
-    }
-
-    /// Rounds to bfloat16, in f32.
-    pub fn round_row(x: &mut [f32]) {
-        x.iter_mut().for_each(|x| *x = f32::from_bits(bf16::round(*x)));
     }
 }

@@ -2,19 +2,21 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::halves::widen_voxels;
 use super::micro::outer_product;
 use super::narrow::transform_neighbours;
 use super::partials::{Partials, Task};
 use super::plan::{Block, LANES, Origin, Tile};
-use super::run::THIN_CHANNELS;
+use super::row::transform_row;
 use super::thin_wgrad;
-use super::tile::{Element, Order, Place, load, round_row};
+use super::tile::{Element, Order, Place, load};
 use super::{Problem, Source, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::tensor::Values;
 use rayon::prelude::*;
 
 /// `dw[lane channel][source channel][tap]` = sum over samples and anchors of
@@ -41,10 +43,9 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     if winograd::multiplies(&problem, sources, lane_sources) {
         return winograd::wgrad(problem, sources, lane_sources);
     }
-    // The sums run over voxels: so do pairs. To pair the lanes' voxels costs more than a few channels save.
+    // The sums run over voxels: so do pairs.
     let (element, voxels) = match operands {
         Operands::Single => (Element::Single, 1),
-        Operands::Bf16 if sources.iter().all(|s| s.channels <= THIN_CHANNELS) => (Element::Rounded, 1),
         Operands::Bf16 => (Element::Voxels, 2),
     };
     let steps = anchors[2].div_ceil(voxels);
@@ -145,18 +146,16 @@ fn load_lanes(
         let pending = s.affine(n, *block);
         for (i, out) in out.chunks_exact_mut(row_floats).enumerate() {
             let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
-            let x = &s.data.single()[voxel * s.channels + block.first..];
-            let x = &x[..(space[2] - 1) * s.channels + block.len];
-            let out = &mut out[index * LANES..];
-            if element == Element::Voxels {
-                transform_neighbours((out, width), (x, s.channels), block.len, pending, row);
-            } else {
-                super::transform_row(out, width, x, s.channels, block.len, pending);
+            let (start, span) = (voxel * s.channels + block.first, (space[2] - 1) * s.channels + block.len);
+            let (x, out) = (s.data.part(start, span), &mut out[index * LANES..]);
+            match (element, x) {
+                (Element::Voxels, x) => {
+                    transform_neighbours((out, width), (x, s.channels), block.len, pending, row);
+                }
+                (_, Values::Single(x)) => transform_row(out, width, x, s.channels, block.len, pending),
+                (_, Values::Bf16(x)) => widen_voxels(out, width, x, s.channels, block.len),
             }
         }
-    }
-    if element == Element::Rounded {
-        round_row(out);
     }
 }
 

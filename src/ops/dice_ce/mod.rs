@@ -66,8 +66,11 @@ struct Voxels {
 fn softmax<T: Float>(logits: &[[T; 2]; LANES], labels: &[u8; LANES]) -> Voxels {
     let one = T::new(1.0);
     let x: [T; LANES] = std::array::from_fn(|i| logits[i][1] - logits[i][0]);
-    // A call a voxel; everything else is vectors.
-    let e: [T; LANES] = std::array::from_fn(|i| T::new(-x[i].to_f64().abs()).exp());
+    // No closure: it would not have the unit's instructions.
+    let mut e = x;
+    for e in &mut e {
+        *e = e.exp_minus_abs();
+    }
     let small: [f64; LANES] = std::array::from_fn(|i| (e[i] / (one + e[i])).to_f64());
     let large: [f64; LANES] = std::array::from_fn(|i| (one / (one + e[i])).to_f64());
     let positive: [bool; LANES] = std::array::from_fn(|i| x[i].to_f64() >= 0.0);

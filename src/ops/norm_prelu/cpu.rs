@@ -2,6 +2,7 @@
 
 use super::{Affine, EPS, HostMoments, Running, Statistics};
 use crate::device::arena::Buffer;
+use crate::device::bf16::{Operands, narrow};
 use crate::device::cpu::vectorised;
 use crate::tensor::{Activation, Param, Pending, Tensor};
 use rayon::prelude::*;
@@ -136,13 +137,14 @@ struct Lane {
     slope: f32,
 }
 
-/// The sums and dx. `count` is the number of voxels of a group, or `None` when the statistics are constants.
+/// The sums and dx. `count` is the number of voxels of a group, or `None` when the statistics are constants. dx is stored as what
+/// convolutions multiply, which are all that read it.
 pub fn backward(
     y: &Activation,
     dy: &Tensor,
-    mean: &[f32],
-    rstd: &[f32],
+    (mean, rstd): (&[f32], &[f32]),
     count: Option<f64>,
+    stored: Operands,
 ) -> (Sums<f64>, Tensor) {
     let (shape, c) = (y.shape(), y.shape().c);
     let pending = y.pending().expect("norm_prelu makes lazy activations");
@@ -161,7 +163,10 @@ pub fn backward(
         }
     };
     let x = y.raw().data();
-    let mut dx = Buffer::dirty(shape.len());
+    let mut dx = match stored {
+        Operands::Single => Buffer::dirty(shape.len()),
+        Operands::Bf16 => Buffer::dirty(shape.len().div_ceil(2)),
+    };
     let mut all = Sums { dz: Vec::new(), dz_xhat: Vec::new(), slope: Vec::new() };
     for g in 0..groups {
         let lane = lane_of(g);
@@ -189,15 +194,30 @@ pub fn backward(
             (0..period).map(|i| count.map_or(0.0, |m| (v[i % c] / m) as f32)).collect()
         };
         let (mean_dz, mean_dz_xhat) = (mean_of(&dz), mean_of(&dz_xhat));
-        dx[range]
-            .par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk).zip(dy.par_chunks(chunk)))
-            .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat));
+        let chunks = x.par_chunks(chunk).zip(dy.par_chunks(chunk));
+        match stored {
+            Operands::Single => dx[range]
+                .par_chunks_mut(chunk)
+                .zip(chunks)
+                .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat)),
+            Operands::Bf16 => bytemuck::cast_slice_mut(&mut dx)[range]
+                .par_chunks_mut(chunk)
+                .zip(chunks)
+                .for_each_init(Vec::new, |wide, (dx, (x, dy))| {
+                    wide.resize(dx.len(), 0.0);
+                    chunk_dx(wide, x, dy, &lane, &mean_dz, &mean_dz_xhat);
+                    narrow(wide, dx);
+                }),
+        }
         all.slope.extend(fold(|s| &s.slope));
         all.dz.extend(dz);
         all.dz_xhat.extend(dz_xhat);
     }
-    (all, Tensor::new(shape, dx))
+    let dx = match stored {
+        Operands::Single => Tensor::new(shape, dx),
+        Operands::Bf16 => Tensor::bf16(shape, dx),
+    };
+    (all, dx)
 }
 
 vectorised! {

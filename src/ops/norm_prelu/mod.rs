@@ -180,14 +180,14 @@ fn norm_prelu_on_host(
     let rstd = cpu::rstd_of(&moments);
     let y = Activation::lazy(x.clone(), cpu::pending_of(&moments, &rstd, affine, c));
     if tape.is_recording() {
-        let (y, x_id) = (y.clone(), x.id());
+        let (y, x_id, stored) = (y.clone(), x.id(), tape.operands);
         let to_f32 = |v: &[f64]| v.iter().map(|&v| v as f32).collect::<Vec<_>>();
         let (mean, rstd) = (to_f32(&moments.mean), to_f32(&rstd));
         let count = matches!(statistics, Statistics::Batch | Statistics::Instance).then_some(moments.count);
         let [gamma, beta, slope] = [affine.gamma, affine.beta, affine.slope].map(|p| p.map(|p| p.id));
         tape.record(move |grads| {
             let dy = taken(grads, &y)?;
-            let (sums, dx) = cpu::backward(&y, &dy, &mean, &rstd, count);
+            let (sums, dx) = cpu::backward(&y, &dy, (&mean, &rstd), count, stored);
             let fold = |v: &[f64]| {
                 let sums: Vec<f32> =
                     (0..c).map(|i| v.iter().skip(i).step_by(c).sum::<f64>() as f32).collect();

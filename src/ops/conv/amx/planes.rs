@@ -9,7 +9,7 @@
 //! plane with its voxels where the anchors' own are.
 
 use crate::device::amx::ROWS;
-use crate::device::bf16::narrowed;
+use crate::device::bf16::{narrow, narrowed};
 use crate::device::cpu::vectorised;
 use crate::ops::conv::narrow::transform_neighbours;
 use crate::ops::conv::plan::{Block, LANES, Map, Tile};
@@ -135,7 +135,7 @@ impl Planes {
         let [_, extent_h, extent_w] = self.extent;
         let (stride, pad) = (self.map.stride(), self.map.pad());
         let inside_w = space[2].min(extent_w - pad);
-        let affine = source.affine(n, block);
+        let (affine, mut widened) = (source.affine(n, block), Vec::new());
         // Voxels of 16 channels; their channel rows with the halo around them, which stays 0.
         row.clear();
         row.resize(LANES * (inside_w + extent_w), 0.0);
@@ -158,8 +158,8 @@ impl Planes {
                     continue;
                 }
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * source.channels;
-                let x = &source.data.single()[start + block.first + first..];
-                let x = &x[..(inside_w - 1) * source.channels + len];
+                let span = (inside_w - 1) * source.channels + len;
+                let x = source.row(start + block.first + first, span, &mut widened);
                 let affine: Affine = affine.map(|(scale, shift, slope)| {
                     (&scale[first..first + len], &shift[first..first + len], slope)
                 });
@@ -192,6 +192,7 @@ impl Planes {
         let (stride, pad, kernel) = (self.map.stride(), self.map.pad(), self.map.kernel());
         let inside_w = space[2].min(extent_w - pad);
         let affine = source.affine(n, Block { tensor: 0, first: 0, len: channels });
+        let mut widened = Vec::new();
         row.clear();
         row.resize(channels * (inside_w + extent_w), 0.0);
         let (voxels, rows) = row.split_at_mut(channels * inside_w);
@@ -204,7 +205,7 @@ impl Planes {
             let h = (h0 * stride + line).wrapping_sub(pad);
             if d < space[0] && h < space[1] {
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * channels;
-                let x = &source.data.single()[start..][..inside_w * channels];
+                let x = source.row(start, inside_w * channels, &mut widened);
                 let voxels = mapped_row(voxels, x, channels, channels, affine);
                 transpose(voxels, channels, &mut rows[pad..], extent_w);
             } else {
@@ -247,23 +248,19 @@ impl Planes {
             let affine = source.affine(n, block);
             for (d, h) in (0..self.anchors[0]).flat_map(|d| (0..anchors_h).map(move |h| (d, h))) {
                 let voxel = ((n * space[0] + d0 + d) * space[1] + h0 + h) * space[2];
-                let x = &source.data.single()[voxel * source.channels + block.first..];
-                let x = &x[..(width - 1) * source.channels + block.len];
+                let start = voxel * source.channels + block.first;
+                let span = (width - 1) * source.channels + block.len;
                 let at = (d * self.lanes + index) * self.lane_block_len() + h * self.pitch / 2 * LANES;
                 let out = &mut out[at..][..width.div_ceil(2) * LANES];
-                transform_neighbours((out, LANES), (x, source.channels), block.len, affine, row);
+                let x = (source.data.part(start, span), source.channels);
+                transform_neighbours((out, LANES), x, block.len, affine, row);
             }
         }
     }
 }
 
 vectorised! {
-    /// Rounds to bfloat16.
-    fn narrow(x: &[f32], out: &mut [u16]) {
-        out.iter_mut().zip(x).for_each(|(o, &x)| *o = narrowed(x));
-    }
-
-    /// The same for values of even and of odd places.
+    /// Rounds values of even and of odd places to bfloat16.
     fn narrow_parities(x: &[f32], even: &mut [u16], odd: &mut [u16]) {
         let pairs = x.chunks_exact(2);
         if let [last] = pairs.remainder() {

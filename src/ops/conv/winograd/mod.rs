@@ -41,9 +41,7 @@ const PLANES: usize = 12;
 
 /// Whether [`correlate()`] computes this pass.
 pub fn correlates(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
-    problem.phase != Phase::Forward
-        && problem.operands == Operands::Single
-        && pays(problem, sources, heads.iter().map(|h| h.channels).sum())
+    problem.phase != Phase::Forward && pays(problem, sources, heads.iter().map(|h| h.channels).sum())
 }
 
 /// Whether [`wgrad()`] computes this pass.
@@ -53,7 +51,8 @@ pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]
 
 fn pays(problem: &Problem, sources: &[Source], lanes: usize) -> bool {
     let [_, h, w] = problem.out_space;
-    problem.map == Map::Gather { kernel: 3, stride: 1 }
+    problem.operands == Operands::Single
+        && problem.map == Map::Gather { kernel: 3, stride: 1 }
         && sources.iter().map(|s| s.channels).sum::<usize>().min(lanes) >= MIN_CHANNELS
         // Tiles reach beyond volumes of odd size: a third of the direct products at least is to be saved.
         && 3 * PRODUCTS * h.div_ceil(2) * w.div_ceil(2) <= 2 * 9 * h * w

@@ -4,7 +4,6 @@ use super::super::plan::{Block, CHANNEL_BLOCK, Map, Origin, Tile};
 use super::super::tile::{Element, Order, Place, load_rows};
 use super::super::{Problem, Source};
 use super::transform::{PRODUCTS, gradients, inputs};
-use crate::device::bf16::Operands;
 use crate::device::cpu::Lanes;
 
 /// One slab of a pass.
@@ -93,11 +92,7 @@ impl Slab<'_> {
         assert!((PRODUCTS - 1) * pitch + last <= floats.len(), "all products of all tiles fit");
         let Scratch { row, plane } = scratch;
         plane.resize(rows * row_floats, 0.0);
-        let element = match self.problem.operands {
-            Operands::Single => Element::Single,
-            Operands::Bf16 => Element::Rounded,
-        };
-        let layout = (Order::Voxels { pitch: CHANNEL_BLOCK }, element);
+        let layout = (Order::Voxels { pitch: CHANNEL_BLOCK }, Element::Single);
         for d in 0..planes {
             load_rows(source, block, &place, layout, d * rows..(d + 1) * rows, plane, row);
             for h in 0..self.origin.size.h {

@@ -1,0 +1,200 @@
+//! Sums of activations on the CPU, and activations written out: any of f32 or bfloat16, in fixed chunks in parallel.
+
+use crate::device::arena::Buffer;
+#[cfg(target_arch = "x86_64")]
+use crate::device::bf16::Pairs;
+use crate::device::bf16::{Operands, narrowed};
+#[cfg(target_arch = "x86_64")]
+use crate::device::cpu::x86::{Avx2, Avx512};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::ops::conv::{Affine, mapped};
+use crate::tensor::{Activation, Tensor, Values};
+use rayon::prelude::*;
+
+/// Values a task handles: 64 KB of f32, so that both operands and the sum stay in L2.
+const CHUNK: usize = 1 << 14;
+
+/// Values of a vector.
+const LANES: usize = 16;
+
+/// a + b, or a alone, both of one shape, computed in f32 and stored as f32 or, rounded, as bfloat16.
+pub fn sum(a: &Activation, b: Option<&Activation>, stored: Operands) -> Tensor {
+    let shape = a.shape();
+    match stored {
+        Operands::Single => {
+            let mut y = Buffer::dirty(shape.len());
+            sum_samples(&mut y, a, b, |y| Out::Single(y));
+            Tensor::new(shape, y)
+        }
+        Operands::Bf16 => {
+            let mut y = Buffer::dirty(shape.len().div_ceil(2));
+            sum_samples(&mut bytemuck::cast_slice_mut(&mut y)[..shape.len()], a, b, |y| Out::Bf16(y));
+            Tensor::bf16(shape, y)
+        }
+    }
+}
+
+fn sum_samples<T: Send>(y: &mut [T], a: &Activation, b: Option<&Activation>, out: fn(&mut [T]) -> Out<'_>) {
+    let shape = a.shape();
+    if shape.is_empty() {
+        return;
+    }
+    let (c, sample) = (shape.c, shape.voxels() * shape.c);
+    // Whole voxels; maps of whole vectors: channels repeat after so many values.
+    let chunk = (CHUNK / c).max(1) * c;
+    let period = LANES * (1..=c).find(|n| (n * LANES).is_multiple_of(c)).expect("c of them do");
+    y.par_chunks_mut(sample).enumerate().for_each(|(n, y)| {
+        let [a, b] = [Some(a), b].map(|x| x.map(|x| Repeated::new(x, n, period)));
+        let (a, b) = (a.expect("just made"), b);
+        y.par_chunks_mut(chunk).enumerate().for_each(|(i, y)| {
+            let (start, len) = (n * sample + i * chunk, y.len());
+            let b = b.as_ref().map(|b| b.part(start, len));
+            Sum { a: a.part(start, len), b, period }.run(out(y));
+        });
+    });
+}
+
+/// An activation with the map of a sample, repeated to a number of whole vectors.
+struct Repeated<'a> {
+    x: Values<'a>,
+    map: Option<(Vec<f32>, Vec<f32>, f32)>,
+}
+
+impl<'a> Repeated<'a> {
+    fn new(x: &'a Activation, n: usize, period: usize) -> Self {
+        let map = x.pending().map(|p| {
+            let (scale, shift) = p.of_sample(n, x.shape().c);
+            let repeat = |v: &[f32]| v.iter().cycle().take(period).copied().collect();
+            (repeat(scale), repeat(shift), p.slope)
+        });
+        Repeated { x: x.raw().values(), map }
+    }
+
+    fn part(&self, start: usize, len: usize) -> Operand<'_> {
+        let map = self.map.as_ref().map(|(scale, shift, slope)| (&scale[..], &shift[..], *slope));
+        Operand { x: self.x.part(start, len), map }
+    }
+}
+
+/// Some values of an activation, and its map, from the first value's channel on.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    x: Values<'a>,
+    map: Affine<'a>,
+}
+
+impl Operand<'_> {
+    /// The sixteen values from value `i` on, whose map is that of lanes `lane` on.
+    ///
+    /// # Safety
+    /// V's vector unit must exist, and the values and the lanes be there.
+    #[inline(always)]
+    unsafe fn vector<V: Lanes>(&self, i: usize, lane: usize) -> V {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let x = match self.x {
+                Values::Single(x) => V::load(x.as_ptr().add(i)),
+                Values::Bf16(x) => V::load_bf16(x.as_ptr().add(i)),
+            };
+            let Some((scale, shift, slope)) = self.map else { return x };
+            let z = x.mul(V::load(scale.as_ptr().add(lane))).add(V::load(shift.as_ptr().add(lane)));
+            z.prelu(V::splat(&raw const slope))
+        }
+    }
+
+    /// Value `i`, whose map is that of lane `lane`.
+    fn value(&self, i: usize, lane: usize) -> f32 {
+        let x = self.x.at(i);
+        self.map.map_or(x, |(scale, shift, slope)| mapped(x, scale[lane], shift[lane], slope))
+    }
+}
+
+/// Where a sum goes.
+enum Out<'a> {
+    Single(&'a mut [f32]),
+    Bf16(&'a mut [u16]),
+}
+
+/// The sum of a chunk.
+struct Sum<'a> {
+    a: Operand<'a>,
+    b: Option<Operand<'a>>,
+    /// Lanes of the maps.
+    period: usize,
+}
+
+impl Sum<'_> {
+    /// Computes it; `y` is as long as the operands.
+    fn run(&self, y: Out) {
+        let unit = match y {
+            Out::Single(_) => simd(),
+            Out::Bf16(_) => simd_of_pairs(),
+        };
+        // SAFETY: `simd()` or `simd_of_pairs()` found the features.
+        unsafe {
+            match (unit, y) {
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx512, Out::Single(y)) => self.run_avx512(y),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx512, Out::Bf16(y)) => self.run_avx512_bf16(y),
+                #[cfg(target_arch = "x86_64")]
+                (Simd::Avx2, y) => self.run_avx2(y),
+                (_, y) => self.run_lanes::<Plain>(y),
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,fma")]
+    unsafe fn run_avx512(&self, y: &mut [f32]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx512>(Out::Single(y)) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, y: &mut [u16]) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>>(Out::Bf16(y)) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(&self, y: Out) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Avx2>(y) }
+    }
+
+    /// # Safety
+    /// V's vector unit must exist.
+    #[inline(always)]
+    unsafe fn run_lanes<V: Lanes>(&self, mut y: Out) {
+        let len = match &y {
+            Out::Single(y) => y.len(),
+            Out::Bf16(y) => y.len(),
+        };
+        let mut lane = 0;
+        for i in (0..len / LANES).map(|i| i * LANES) {
+            // SAFETY: sixteen values from `i` on are there, and sixteen lanes: periods are whole vectors.
+            unsafe {
+                let mut sum: V = self.a.vector(i, lane);
+                if let Some(b) = &self.b {
+                    sum = sum.add(b.vector(i, lane));
+                }
+                match &mut y {
+                    Out::Single(y) => sum.store(y.as_mut_ptr().add(i)),
+                    Out::Bf16(y) => sum.store_bf16(y.as_mut_ptr().add(i)),
+                }
+            }
+            lane = if lane + LANES == self.period { 0 } else { lane + LANES };
+        }
+        for (i, lane) in (len / LANES * LANES..len).zip(lane..) {
+            let a = self.a.value(i, lane);
+            let sum = self.b.as_ref().map_or(a, |b| a + b.value(i, lane));
+            match &mut y {
+                Out::Single(y) => y[i] = sum,
+                Out::Bf16(y) => y[i] = narrowed(sum),
+            }
+        }
+    }
+}
