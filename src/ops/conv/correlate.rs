@@ -24,6 +24,9 @@ const MIN_TASKS: usize = 32;
 /// Tasks a thread, so that none waits long for the last.
 const TASKS_A_THREAD: usize = 8;
 
+/// Rows of taps of a class at most.
+const MAX_ROWS: usize = 9;
+
 /// Length of runs of tiles, long enough to share planes and short enough to keep all threads busy.
 pub fn tiles_a_task(tiles: usize) -> usize {
     tiles.div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()))
@@ -284,13 +287,15 @@ impl Pass<'_> {
         let merged = if STEP == 0 { outputs } else { 1 };
         for (class_index, class) in self.classes.iter().enumerate().step_by(merged) {
             // Offsets of all blocks' input rows of anchor row (0, 0), and what an anchor row further adds to them.
-            let mut rows = Vec::with_capacity(step.group.len() * class.rows.len());
+            let mut rows = [(0, 0); GROUP * MAX_ROWS];
             let mut row_floats = [0; GROUP];
+            let mut of_blocks = rows.chunks_exact_mut(class.rows.len());
             for ((block, floats), start) in step.group.iter().zip(&mut row_floats).zip(step.starts) {
                 let len = self.element.of(block.len);
                 *floats = self.order.row_floats(extent_w, len);
                 let offset = |r: &(usize, usize, usize, usize)| start + (r.0 * extent_h + r.1) * *floats;
-                rows.extend(class.rows.iter().map(|r| (offset(r), len)));
+                let rows = of_blocks.next().expect("room for all blocks");
+                rows.iter_mut().zip(&class.rows).for_each(|(row, r)| *row = (offset(r), len));
             }
             let weights = step.packed.of(step.index, class_index);
             let q_stride = lane_block_floats(class, step.group, self.element);
@@ -306,7 +311,8 @@ impl Pass<'_> {
             };
             let [_, _, width] = self.map.class_space(class, self.out_space);
             let mut lane = step.lanes.start;
-            let mut moved = rows.clone();
+            let mut moved = rows;
+            let number = step.group.len() * class.rows.len();
             while lane < step.lanes.end {
                 let left = step.lanes.end - lane;
                 let q = match left {
@@ -327,7 +333,7 @@ impl Pass<'_> {
                     if od >= self.out_space[0] || oh >= self.out_space[1] {
                         continue;
                     }
-                    let of_blocks = moved.chunks_exact_mut(class.rows.len());
+                    let of_blocks = moved[..number].chunks_exact_mut(class.rows.len());
                     for ((moved, rows), floats) in
                         of_blocks.zip(rows.chunks_exact(class.rows.len())).zip(row_floats)
                     {
@@ -340,7 +346,7 @@ impl Pass<'_> {
                         odd: odd[lane * odd_floats..].as_ptr(),
                         q_stride,
                         reduction: Reduction {
-                            rows: &moved,
+                            rows: &moved[..number],
                             taps: class.taps_w.len(),
                             tap_pitch: self.order.row_floats(1, 1),
                             channel_pitch: extent_w,

@@ -93,19 +93,22 @@ pub fn pack<'a>(
     })
 }
 
+/// Taps of a class at most.
+const MAX_TAPS: usize = 27;
+
 /// `out` = the weights `w` between a source block and a lane block, `[row][tap along w][channel][16 lanes]`.
 pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], out: &mut [f32]) {
     let kernel = map.kernel();
     let start = w.offset + source.first * w.source_stride + lane.first * w.head_stride;
     // (tap in the tensor, where its lanes of channel 0 go)
-    let mut taps = Vec::with_capacity(class.rows.len() * class.taps_w.len());
-    for &(_, _, kd, kh) in &class.rows {
-        for &kw in &class.taps_w {
-            let tap = (kd * kernel + kh) * kernel + kw;
-            let tap = if w.mirrored { kernel.pow(3) - 1 - tap } else { tap };
-            taps.push((tap, taps.len() * source.len * LANES));
-        }
+    let mut taps = [(0, 0); MAX_TAPS];
+    let of_class =
+        class.rows.iter().flat_map(|&(_, _, kd, kh)| class.taps_w.iter().map(move |&kw| (kd, kh, kw)));
+    for ((i, to), (kd, kh, kw)) in taps.iter_mut().enumerate().zip(of_class) {
+        let tap = (kd * kernel + kh) * kernel + kw;
+        *to = (if w.mirrored { kernel.pow(3) - 1 - tap } else { tap }, i * source.len * LANES);
     }
+    let taps = &taps[..class.rows.len() * class.taps_w.len()];
     // A pair's taps are neighbours in the tensor: where most of them are wanted, those of 16 lanes are transposed as two
     // squares, of the first 16 taps and of the last.
     if let Some(second) = taps.len().checked_sub(LANES).filter(|&second| second > 0) {
@@ -120,7 +123,7 @@ pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], 
             for (by_lane, by_tap) in by_lane.iter().zip(&mut by_tap) {
                 transpose(by_lane, LANES, by_tap, LANES);
             }
-            for &(tap, at) in &taps {
+            for &(tap, at) in taps {
                 let (square, tap) = if tap < LANES { (0, tap) } else { (1, tap - second) };
                 let lanes = &by_tap[square][tap * LANES..][..LANES];
                 out[at + channel * LANES..][..LANES].copy_from_slice(lanes);

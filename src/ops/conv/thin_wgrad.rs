@@ -9,6 +9,7 @@ use super::micro::lanes_of_products;
 use super::plan::{Block, LANES, Map, Origin, Tile};
 use super::tile::{Element, Order, Place, load};
 use super::transpose::transpose;
+use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs, narrow};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
@@ -55,8 +56,8 @@ pub fn wgrad(
         .par_chunks(per_split)
         .map(|tiles| {
             let mut sum = vec![0.0; 9 * ROW_SUMS];
-            let (mut x, mut dy, mut row) = (Vec::new(), Vec::new(), Vec::new());
-            let (mut x_halves, mut dy_halves) = (Vec::new(), Vec::new());
+            let [mut x, mut dy, mut x_halves, mut dy_halves] = [(); 4].map(|()| Buffer::default());
+            let (mut row, mut rows) = (Vec::new(), Vec::new());
             let place = |i: usize| Place {
                 map: MAP,
                 space,
@@ -66,31 +67,36 @@ pub fn wgrad(
             };
             for (i, origin) in tiles.iter().enumerate() {
                 let size = origin.size;
-                // Vectors past a row's end meet zeros of dy.
-                x.resize(MAP.extent(largest.d) * MAP.extent(size.h) * C * extent + vector + 2, 0.0);
-                load(source, block, &place(i), (Order::ChannelRows, Element::Single), &mut x, &mut row);
-                load_lanes(lane_source, (space, width), origin, &mut dy, &mut row);
+                let rows_of = |planes: usize| planes * MAP.extent(size.h) * C * extent;
+                // Room for the tile before, whose last planes may be this one's first.
+                let x = x.first(rows_of(MAP.extent(largest.d)) + vector + 2);
+                load(source, block, &place(i), (Order::ChannelRows, Element::Single), x, &mut row);
+                // Vectors past a row's end meet zeros of dy: what they read must be numbers.
+                let end = rows_of(MAP.extent(size.d));
+                let x = &mut x[..end + vector + 2];
+                x[end..].fill(0.0);
+                let dy = dy.first(size.d * size.h * C * width);
+                load_lanes(lane_source, (space, width), origin, dy, &mut row);
+                let x_halves = halves(&mut x_halves, x.len());
+                let dy_halves = halves(&mut dy_halves, dy.len());
                 if operands == Operands::Bf16 {
-                    x_halves.resize(x.len(), 0);
-                    narrow(&x, &mut x_halves);
-                    dy_halves.resize(dy.len(), 0);
-                    narrow(&dy, &mut dy_halves);
+                    narrow(x, x_halves);
+                    narrow(dy, dy_halves);
                 }
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
                     if i + 1 < tiles.len() {
                         place(i + 1).prefetch(source, block, (index, 9));
                         place(i + 1).of_anchors(space).prefetch(lane_source, block, (index, 9));
                     }
-                    let rows: Vec<_> = (0..size.d * size.h)
-                        .map(|i| {
-                            let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
-                            ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
-                        })
-                        .collect();
+                    rows.clear();
+                    rows.extend((0..size.d * size.h).map(|i| {
+                        let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
+                        ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
+                    }));
                     let job = Job { extent, width, rows: &rows };
                     match operands {
-                        Operands::Single => job.run(&x, &dy, sum),
-                        Operands::Bf16 => job.run_pairs(&x_halves, &dy_halves, sum),
+                        Operands::Single => job.run(x, dy, sum),
+                        Operands::Bf16 => job.run_pairs(x_halves, dy_halves, sum),
                     }
                 }
             }
@@ -116,14 +122,13 @@ fn load_lanes(
     source: &Source,
     (space, width): ([usize; 3], usize),
     &Origin { n, d: d0, h: h0, size }: &Origin,
-    out: &mut Vec<f32>,
+    out: &mut [f32],
     row: &mut Vec<f32>,
 ) {
     let pending = source.pending.map(|p| {
         let (scale, shift) = p.of_sample(n, C);
         (scale, shift, p.slope)
     });
-    out.resize(size.d * size.h * C * width, 0.0);
     row.resize(space[2] * C, 0.0);
     let mut widened = Vec::new();
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
@@ -131,7 +136,13 @@ fn load_lanes(
         let x = source.row(voxel * C, space[2] * C, &mut widened);
         super::transform_row(row, C, x, C, C, pending);
         transpose(row, C, out, width);
+        out.chunks_exact_mut(width).for_each(|out| out[space[2]..].fill(0.0));
     }
+}
+
+/// The first `len` bfloat16 of a scratch buffer.
+fn halves(buffer: &mut Buffer, len: usize) -> &mut [u16] {
+    &mut bytemuck::cast_slice_mut(buffer.first(len.div_ceil(2)))[..len]
 }
 
 /// One (kd, kh) of one tile.

@@ -60,8 +60,8 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     (0..partials.tasks())
         .into_par_iter()
         .map_init(
-            || (Vec::new(), Vec::new(), Vec::new()),
-            |(tile, lane_tile, row), task| {
+            || (Buffer::default(), Buffer::default(), Vec::new(), Vec::new()),
+            |(tile, lane_tile, row, pairs), task| {
                 let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
                 let width = lanes.len() * LANES;
                 let mut sum = Buffer::dirty(floats);
@@ -76,9 +76,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                 for (i, origin) in tiles.iter().enumerate() {
                     let size = origin.size;
                     let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
-                    tile.resize(map.extent(largest.d) * eh * ew * block.len, 0.0);
+                    let tile = tile.first(map.extent(largest.d) * eh * ew * block.len);
                     let order = Order::Voxels { pitch: block.len };
                     load(&sources[block.tensor], block, &place(i), (order, element), tile, row);
+                    let lane_tile = lane_tile.first(size.d * size.h * steps * width);
                     load_lanes(lane_sources, lanes, (anchors, element), origin, lane_tile, row);
                     // Rows too short to fill registers are taken three at a time: all kh of a kd.
                     let floats = class.taps_w.len() * block.len;
@@ -94,20 +95,18 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                             }
                         }
                         let (dd, hh, _, _) = rows[0];
-                        let pairs: Vec<_> = (0..size.d * size.h)
-                            .map(|i| (i / size.h, i % size.h))
-                            .map(|(d, h)| {
-                                let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
-                                (row * ew * block.len, (d * size.h + h) * steps * width)
-                            })
-                            .collect();
+                        pairs.clear();
+                        pairs.extend((0..size.d * size.h).map(|i| (i / size.h, i % size.h)).map(|(d, h)| {
+                            let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
+                            (row * ew * block.len, (d * size.h + h) * steps * width)
+                        }));
                         let job = Job {
                             x: tile,
                             x_pitch: voxels * map.stride() * block.len,
                             group: ew * block.len,
                             dy: lane_tile,
                             width,
-                            pairs: &pairs,
+                            pairs,
                             steps,
                             element,
                             rows: floats,
@@ -132,15 +131,11 @@ fn load_lanes(
     lanes: &[Block],
     (space, element): ([usize; 3], Element),
     &Origin { n, d: d0, h: h0, size }: &Origin,
-    out: &mut Vec<f32>,
+    out: &mut [f32],
     row: &mut Vec<f32>,
 ) {
     let width = lanes.len() * LANES;
-    let row_floats = match element {
-        Element::Voxels => space[2].div_ceil(2) * width,
-        _ => space[2] * width,
-    };
-    out.resize(size.d * size.h * row_floats, 0.0);
+    let row_floats = out.len() / (size.d * size.h);
     for (index, block) in lanes.iter().enumerate() {
         let s = &sources[block.tensor];
         let pending = s.affine(n, *block);

@@ -61,12 +61,18 @@ fn moments(x: &Tensor, samples: usize) -> HostMoments {
         .data()
         .par_chunks(group)
         .map(|x| {
-            let chunks: Vec<(f64, Vec<(f64, f64)>)> =
-                x.par_chunks(chunk).map(|x| ((x.len() / c) as f64, chunk_moments(x, c, period))).collect();
+            let mut moments = vec![(0.0, 0.0); x.len().div_ceil(chunk) * c];
+            moments
+                .par_chunks_exact_mut(c)
+                .zip(x.par_chunks(chunk))
+                .for_each_init(Default::default, |scratch, (moments, x)| {
+                    chunk_moments(x, moments, period, scratch)
+                });
             let mut count = 0.0;
             let mut merged = vec![(0.0, 0.0); c];
-            for (n, chunk) in chunks {
-                for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(chunk) {
+            for (x, moments) in x.chunks(chunk).zip(moments.chunks_exact(c)) {
+                let n = (x.len() / c) as f64;
+                for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(moments) {
                     // Chan, Golub, LeVeque 1983.
                     let delta = chunk_mean - *mean;
                     *mean += delta * n / (count + n);
@@ -88,18 +94,24 @@ fn period(c: usize) -> usize {
 }
 
 /// (mean, M2) of every channel of a chunk, in two passes over it.
-fn chunk_moments(x: &[f32], c: usize, period: usize) -> Vec<(f64, f64)> {
+fn chunk_moments(
+    x: &[f32],
+    moments: &mut [(f64, f64)],
+    period: usize,
+    (sums, centre): &mut (Vec<f32>, Vec<f32>),
+) {
+    let c = moments.len();
+    let fold = |sums: &[f32], i: usize| sums.iter().skip(i).step_by(c).map(|&s| f64::from(s)).sum::<f64>();
+    sums.clear();
+    sums.resize(period, 0.0);
+    sum_periodic(x, sums);
     let count = (x.len() / c) as f64;
-    let fold = |sums: Vec<f32>| -> Vec<f64> {
-        (0..c).map(|i| sums.iter().skip(i).step_by(c).map(|&s| f64::from(s)).sum()).collect()
-    };
-    let mut sums = vec![0.0; period];
-    sum_periodic(x, &mut sums);
-    let mean: Vec<f64> = fold(sums).iter().map(|s| s / count).collect();
-    let centre: Vec<f32> = (0..period).map(|i| mean[i % c] as f32).collect();
-    let mut squares = vec![0.0; period];
-    square_periodic(x, &centre, &mut squares);
-    mean.into_iter().zip(fold(squares)).collect()
+    moments.iter_mut().enumerate().for_each(|(i, m)| m.0 = fold(sums, i) / count);
+    centre.clear();
+    centre.extend((0..period).map(|i| moments[i % c].0 as f32));
+    sums.fill(0.0);
+    square_periodic(x, centre, sums);
+    moments.iter_mut().enumerate().for_each(|(i, m)| m.1 = fold(sums, i));
 }
 
 vectorised! {
