@@ -1,7 +1,7 @@
 //! Whole runs of a small network on a few phantoms: stopping and resuming anywhere leaves the same bytes, training
 //! lowers the loss, and a loss that is not a number stops with the last good checkpoint named.
 
-use spleen_hpc::config::{Amp, CacheDtype, Config, Recipe};
+use spleen_hpc::config::{Amp, CacheDtype, Config, Net, Norm, Recipe};
 use spleen_hpc::data::cache::{CacheParams, build_all};
 use spleen_hpc::data::cache_file::CachedCase;
 use spleen_hpc::data::dataset::training_cases;
@@ -9,6 +9,7 @@ use spleen_hpc::data::phantom::{PhantomConfig, generate};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::nn::checkpoint;
 use spleen_hpc::train::run::{BEST, Event, HISTORY, LAST, Place, Run, Summary};
+use spleen_hpc::train::trainer::Trainer;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -198,6 +199,23 @@ fn a_loss_that_is_not_a_number_names_the_last_good_checkpoint() {
     let error = run.train(&mut |_| {}).expect_err("weights that are infinite").to_string();
     assert!(error.contains("the loss is NaN") && error.contains("last.safetensors"), "{error}");
     assert!(std::fs::read(folder.join(LAST)).expect("still there") == good, "the checkpoint was overwritten");
+}
+
+#[test]
+fn an_image_that_is_not_a_number_changes_no_weight() {
+    let recipe = Config::for_recipe(Recipe::Seed);
+    let net = Net { norm: Norm::Batch, channels: vec![4, 8] };
+    let mut trainer = Trainer::new(&net, recipe.loss, recipe.optim, 1).expect("a valid network");
+    let shape = [1, 8, 8, 8];
+    let mut image: Vec<f32> = (0..512).map(|i| (i as f32).sin()).collect();
+    let labels: Vec<u8> = image.iter().map(|&v| u8::from(v > 0.3)).collect();
+    trainer.step(&image, &labels, shape).expect("finite");
+    let before = trainer.net.state_dict();
+    image[5] = f32::NAN;
+    let error = trainer.step(&image, &labels, shape).expect_err("no number").to_string();
+    assert!(error.starts_with("step 2: the loss is NaN"), "{error}");
+    let after = trainer.net.state_dict();
+    assert!(before.iter().eq(after.iter()), "weights and running statistics stay");
 }
 
 #[test]

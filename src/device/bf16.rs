@@ -15,7 +15,7 @@ pub enum Operands {
     /// f32, as stored.
     #[default]
     Single,
-    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or when what only convolutions read is
+    /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or before, when what convolutions read is
     /// stored: torch's CPU autocast.
     Bf16,
 }

@@ -44,6 +44,9 @@ pub struct Activation {
 
 impl Activation {
     /// `raw`, f32 in host memory, seen through `pending`.
+    ///
+    /// # Panics
+    /// When `raw` is bfloat16, or on a device.
     pub fn lazy(raw: Tensor, pending: Pending) -> Self {
         assert!(matches!(raw.values(), Values::Single(_)), "a map is pending on f32 values alone");
         Activation { map: Map::Host(Arc::new(pending)), id: ValueId::fresh(), ..raw.into() }

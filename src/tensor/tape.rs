@@ -24,7 +24,7 @@ type Backward = Box<dyn FnOnce(&mut Grads) -> Result<()> + Send>;
 pub struct Tape {
     backward: Option<Vec<(Arc<str>, Backward)>>,
     layer: Arc<str>,
-    /// What convolutions on the CPU multiply, forwards and backwards.
+    /// What convolutions on the CPU multiply, forwards and backwards, and what the gradients that norms give them are stored as.
     pub operands: Operands,
 }
 

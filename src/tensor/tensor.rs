@@ -1,4 +1,4 @@
-//! A dense tensor, shared and immutable once made: in host memory, f32 or, where only convolutions of bfloat16 read it,
+//! A dense tensor, shared and immutable once made: in host memory, f32 or, where convolutions of bfloat16 read it,
 //! bfloat16; or on a CUDA device in its precision.
 
 use super::{Partials, Shape, View};

@@ -180,10 +180,11 @@ impl Layer {
         self
     }
 
-    /// The same, and gradients of outputs of such values.
-    pub fn of_rounded_values(self, stored: Operands) -> Self {
-        let dy = self.dy.iter().map(|dy| rounded(dy, stored)).collect();
-        Layer { dy, ..self.of_rounded_inputs(stored) }
+    /// The same, and gradients of outputs of such values; input and output i are stored as `stored(i)`.
+    pub fn of_rounded_values(mut self, stored: fn(usize) -> Operands) -> Self {
+        self.inputs.iter_mut().enumerate().for_each(|(i, x)| *x = rounded(x.raw(), stored(i)).into());
+        self.dy.iter_mut().enumerate().for_each(|(i, dy)| *dy = rounded(dy, stored(i)));
+        self
     }
 
     /// Outputs in inference.

@@ -29,12 +29,14 @@ const SHAPES: [(usize, [usize; 3], usize); 6] = [
 
 /// Outputs and gradients of a layer whose inputs and gradients of outputs have values of bfloat16, stored either way.
 fn check_layer(what: &str, case: &Case, operands: Operands) {
-    let all = BOTH.map(|stored| {
+    // As f32, as bfloat16, and in turn.
+    let stored: [fn(usize) -> Operands; 3] = [|_| Operands::Single, |_| Operands::Bf16, |i| BOTH[i % 2]];
+    let all = stored.map(|stored| {
         let r = Layer::new(case, 9).of_rounded_values(stored).run(case, operands);
         let tensors: Vec<_> = r.y.iter().chain(&r.dx).map(bits).collect();
         (tensors, r.dw, r.db)
     });
-    assert!(all[0] == all[1], "{what}, {operands:?}");
+    assert!(all[0] == all[1] && all[0] == all[2], "{what}, {operands:?}");
 }
 
 #[test]
@@ -84,6 +86,35 @@ fn sums_are_rounded_once() {
     }
 }
 
+/// A norm of a sum of a norm: its gradient, of bfloat16, is another norm's.
+#[test]
+fn norms_read_gradients_of_bfloat16() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    let shape = Shape::new(2, [3, 4, 5], 3);
+    let mut rng = Philox::new(23, 0);
+    let x = Tensor::from_slice(shape, &uniform(&mut rng, shape.len()));
+    let dz = Tensor::from_slice(shape, &uniform(&mut rng, shape.len()));
+    let [single, half] = BOTH.map(|operands| {
+        let mut tape = Tape::recording();
+        tape.operands = operands;
+        let norm = |tape: &mut Tape, x: &Tensor| {
+            norm_prelu(tape, x, Statistics::Batch, Affine::default()).expect("fits").0
+        };
+        let y = norm(&mut tape, &x);
+        let sum = add(&mut tape, &y, &x.clone().into(), Operands::Single).expect("fits");
+        let z = norm(&mut tape, &sum);
+        let mut grads = Grads::new([]);
+        grads.set(z.id(), dz.clone());
+        tape.backward(&mut grads).expect("fits");
+        materialize(&grads.take(x.id()).expect("has a gradient").into()).expect("on the host")
+    });
+    // Two gradients are rounded, by at most 2^-9 of the largest each; a norm multiplies by 1 / std of values within +-1, here
+    // below 2, and takes two means off.
+    let largest = single.data().iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+    let furthest = single.data().iter().zip(half.data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(furthest > 0.0 && furthest < (1.0 + 2.0 * 3.0) * largest / 512.0, "{furthest} of {largest}");
+}
+
 /// The gradient of what a norm reads; where another consumer gives one too, their sum in f32.
 #[test]
 fn gradients_of_norms_are_rounded_once() {
@@ -125,9 +156,10 @@ fn gradients_of_norms_are_rounded_once() {
     }
 }
 
-/// A probe wants every module's output in f32.
+/// A probe wants every module's output in f32. (Gradients are stored alike in both.)
 #[test]
-fn a_step_has_the_bits_of_one_that_stores_f32() {
+fn residual_sums_of_bfloat16_change_no_bit_of_a_step() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
     let mut net =
         UNet::new(&Net { norm: Norm::Batch, channels: vec![4, 18, 33] }, 5).expect("a valid network");
     net.set_operands(Operands::Bf16);

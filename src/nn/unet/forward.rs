@@ -1,8 +1,10 @@
 //! The forward pass, the same for every device: norm and PReLU stay pending, and a probe may watch.
 //!
 //! Inference with batch norm on the CPU knows the norms beforehand: every convolution finishes its output, residual sum
-//! included. With bfloat16 operands on the CPU what only convolutions read is stored as bfloat16, in training as well. Neither
-//! under a probe, which is shown what lies between: with bfloat16 operands it sees values that were rounded less often.
+//! included. With bfloat16 operands on the CPU residual sums are stored as bfloat16, in training as well: convolutions read
+//! nothing else of them. (Where the last two levels have equal channels the bottom's shortcut is such a sum itself: as in
+//! torch's autocast, it is rounded.) Neither under a probe, which is shown what lies between: with bfloat16 operands it sees
+//! values that were rounded less often.
 
 use super::{Conv, Down, UNet, Unit, Up, UpConv};
 use crate::device::bf16::Operands;
@@ -104,7 +106,7 @@ struct Run<'a, 'p> {
     mode: Mode,
     /// Whether convolutions finish their outputs.
     finishes: bool,
-    /// What is stored that only convolutions read.
+    /// What residual sums, and finished outputs, are stored as.
     stored: Operands,
     probe: Option<&'a mut Probe<'p>>,
     statistics: BatchStatistics,

@@ -15,14 +15,13 @@
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several
 //! outputs (a convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products of more than four channels); the micro-kernels are the same code
-//! over other lanes.
+//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes.
 //!
 //! Passes in f32 of kernel 3 and stride 1 with 8 channels or more on both sides multiply transforms of the input instead,
-//! which takes fewer products (`winograd`). The forward pass of a training step does not. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two patches of 48^3
-//! rounding gave one value of three million another sign than float64, which moved gradients by 3e-4 to 7e-4 of their
-//! largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held against
-//! PyTorch's.
+//! which takes fewer products (`winograd`). The forward pass of a training step does not. Its values would be as good, but
+//! the slope of a PReLU jumps at 0: in a golden of two patches of 48^3 rounding gave one value of three million another
+//! sign than float64, which moved gradients by 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the
+//! same sign there, and trajectories of training are held against PyTorch's.
 //!
 //! In inference a convolution whose norm is known beforehand finishes its outputs as it writes them (`epilogue`): norm and
 //! PReLU, a residual sum, and with bfloat16 operands rounding to bfloat16, as which they are stored. The next convolution
@@ -53,7 +52,7 @@ mod winograd;
 pub use correlate::correlate;
 pub use epilogue::{Epilogue, Head, Output};
 pub use plan::Map;
-pub use row::{Affine, mapped, transform_row};
+pub use row::{Affine, mapped};
 pub use wgrad::wgrad;
 
 use crate::device::bf16::{Operands, widen};

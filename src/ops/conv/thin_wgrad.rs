@@ -7,6 +7,7 @@
 use super::Source;
 use super::micro::lanes_of_products;
 use super::plan::{Block, LANES, Map, Origin, Tile};
+use super::row::transform_row;
 use super::tile::{Element, Order, Place, load};
 use super::transpose::transpose;
 use crate::device::arena::Buffer;
@@ -77,12 +78,8 @@ pub fn wgrad(
                 x[end..].fill(0.0);
                 let dy = dy.first(size.d * size.h * C * width);
                 load_lanes(lane_source, (space, width), origin, dy, &mut row);
-                let x_halves = halves(&mut x_halves, x.len());
-                let dy_halves = halves(&mut dy_halves, dy.len());
-                if operands == Operands::Bf16 {
-                    narrow(x, x_halves);
-                    narrow(dy, dy_halves);
-                }
+                let pairs = (operands == Operands::Bf16)
+                    .then(|| (narrowed(x, &mut x_halves), narrowed(dy, &mut dy_halves)));
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
                     if i + 1 < tiles.len() {
                         place(i + 1).prefetch(source, block, (index, 9));
@@ -94,9 +91,9 @@ pub fn wgrad(
                         ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
                     }));
                     let job = Job { extent, width, rows: &rows };
-                    match operands {
-                        Operands::Single => job.run(x, dy, sum),
-                        Operands::Bf16 => job.run_pairs(x_halves, dy_halves, sum),
+                    match pairs {
+                        None => job.run(x, dy, sum),
+                        Some((x, dy)) => job.run_pairs(x, dy, sum),
                     }
                 }
             }
@@ -134,15 +131,17 @@ fn load_lanes(
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
         let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
         let x = source.row(voxel * C, space[2] * C, &mut widened);
-        super::transform_row(row, C, x, C, C, pending);
+        transform_row(row, C, x, C, C, pending);
         transpose(row, C, out, width);
         out.chunks_exact_mut(width).for_each(|out| out[space[2]..].fill(0.0));
     }
 }
 
-/// The first `len` bfloat16 of a scratch buffer.
-fn halves(buffer: &mut Buffer, len: usize) -> &mut [u16] {
-    &mut bytemuck::cast_slice_mut(buffer.first(len.div_ceil(2)))[..len]
+/// `x` rounded to bfloat16, in a scratch buffer.
+fn narrowed<'b>(x: &[f32], buffer: &'b mut Buffer) -> &'b [u16] {
+    let halves = &mut bytemuck::cast_slice_mut(buffer.first(x.len().div_ceil(2)))[..x.len()];
+    narrow(x, halves);
+    halves
 }
 
 /// One (kd, kh) of one tile.

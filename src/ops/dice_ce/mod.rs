@@ -58,7 +58,7 @@ struct Voxels {
     summand: [f64; LANES],
 }
 
-/// Softmax and cross entropy of at most [`LANES`] voxels; the exponential in the logits' own precision.
+/// Softmax and cross entropy of at most [`LANES`] voxels; the exponential rounded to the logits' own precision.
 ///
 /// p1 = 1 / (1 + exp(-x)) of x = l1 - l0, and `-ln p[label]` = ln(1 + exp(-m)) of the label's margin m = +-x: both from e =
 /// exp(-|x|), which cannot overflow.

@@ -150,7 +150,7 @@ struct Lane {
 }
 
 /// The sums and dx. `count` is the number of voxels of a group, or `None` when the statistics are constants. dx is stored as what
-/// convolutions multiply, which are all that read it.
+/// the convolution that made x multiplies.
 pub fn backward(
     y: &Activation,
     dy: &Tensor,

@@ -17,7 +17,7 @@ use crate::device::arena::Buffer;
 use crate::device::cuda::{Buf, Cuda, SelfTest};
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
-use crate::ops::residual::give;
+use crate::ops::residual::{give, single};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Param, Pending, Shape, Tape, Tensor};
 use std::sync::Arc;
@@ -141,7 +141,8 @@ impl Running {
     }
 }
 
-/// Normalises and activates `x`, lazily. Also returns the statistics used, for running averages.
+/// Normalises and activates `x`, lazily; on the CPU it must be f32. Also returns the statistics used, for running averages. The
+/// gradient of `x` is for the convolution that made it: on a tape of bfloat16 operands it is stored as bfloat16.
 ///
 /// # Errors
 /// [`Error::Shape`] when a parameter does not fit the channels, and those of the device.
@@ -186,7 +187,7 @@ fn norm_prelu_on_host(
         let count = matches!(statistics, Statistics::Batch | Statistics::Instance).then_some(moments.count);
         let [gamma, beta, slope] = [affine.gamma, affine.beta, affine.slope].map(|p| p.map(|p| p.id));
         tape.record(move |grads| {
-            let dy = taken(grads, &y)?;
+            let dy = single(&taken(grads, &y)?);
             let (sums, dx) = cpu::backward(&y, &dy, (&mean, &rstd), count, stored);
             let fold = |v: &[f64]| {
                 let sums: Vec<f32> =

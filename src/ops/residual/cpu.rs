@@ -1,12 +1,14 @@
-//! Sums of activations on the CPU, and activations written out: any of f32 or bfloat16, in fixed chunks in parallel.
+//! Sums of activations on the CPU, activations written out, and sums of their channels: any of f32 or bfloat16, in fixed chunks
+//! in parallel.
 
+use super::single;
 use crate::device::arena::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::device::bf16::Pairs;
 use crate::device::bf16::{Operands, narrowed};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs, vectorised};
 use crate::ops::conv::{Affine, mapped};
 use crate::tensor::{Activation, Tensor, Values};
 use rayon::prelude::*;
@@ -196,5 +198,41 @@ impl Sum<'_> {
                 Out::Bf16(y) => y[i] = narrowed(sum),
             }
         }
+    }
+}
+
+/// Sum of every channel over all voxels and samples, in f64 over fixed chunks: the gradient of a bias.
+pub fn channel_sums(x: &Tensor) -> Vec<f32> {
+    let x = single(x);
+    let c = x.shape().c;
+    let chunk = (CHUNK / c).max(1) * c;
+    let partials: Vec<Vec<f64>> = x
+        .data()
+        .par_chunks(chunk)
+        .map(|x| {
+            let mut sum = vec![0.0; c];
+            if LANES.is_multiple_of(c) {
+                lane_sums(x).iter().enumerate().for_each(|(i, s)| sum[i % c] += s);
+            } else {
+                x.chunks_exact(c).for_each(|v| sum.iter_mut().zip(v).for_each(|(s, v)| *s += f64::from(*v)));
+            }
+            sum
+        })
+        .collect();
+    (0..c).map(|c| partials.iter().map(|p| p[c]).sum::<f64>() as f32).collect()
+}
+
+vectorised! {
+    /// Every sixteenth value, summed: a whole number of voxels of 1, 2, 4, 8 or 16 channels.
+    fn lane_sums(x: &[f32]) -> [f64; LANES] {
+        let mut sums = [0.0; LANES];
+        let (whole, rest) = x.as_chunks::<LANES>();
+        for x in whole {
+            for i in 0..LANES {
+                sums[i] += f64::from(x[i]);
+            }
+        }
+        rest.iter().zip(&mut sums).for_each(|(x, s)| *s += f64::from(*x));
+        sums
     }
 }

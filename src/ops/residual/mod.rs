@@ -3,17 +3,14 @@
 mod cpu;
 pub mod cuda;
 
+pub use cpu::channel_sums;
+
 use crate::device::bf16::Operands;
-use crate::device::cpu::vectorised;
 use crate::device::cuda::SelfTest;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::self_test::taped;
 use crate::tensor::{Activation, Grads, Shape, Tape, Tensor, ValueId, Values, View, add_assign};
-use rayon::prelude::*;
-
-/// Floats of [`channel_sums`] that a task handles: 64 KB.
-const CHUNK: usize = 1 << 14;
 
 /// a + b, written out: in host memory as `stored` says, on a device in its precision.
 ///
@@ -80,45 +77,11 @@ pub fn give(grads: &mut Grads, id: ValueId, grad: Tensor) -> Result<()> {
     Ok(())
 }
 
-/// Sum of every channel over all voxels and samples, in f64 over fixed chunks: the gradient of a bias.
-pub fn channel_sums(x: &Tensor) -> Vec<f32> {
-    let x = match x.values() {
+/// A host tensor in f32.
+pub fn single(x: &Tensor) -> Tensor {
+    match x.values() {
         Values::Single(_) => x.clone(),
         Values::Bf16(_) => cpu::sum(&x.clone().into(), None, Operands::Single),
-    };
-    let c = x.shape().c;
-    let chunk = (CHUNK / c).max(1) * c;
-    let partials: Vec<Vec<f64>> = x
-        .data()
-        .par_chunks(chunk)
-        .map(|x| {
-            let mut sum = vec![0.0; c];
-            if LANES.is_multiple_of(c) {
-                lane_sums(x).iter().enumerate().for_each(|(i, s)| sum[i % c] += s);
-            } else {
-                x.chunks_exact(c).for_each(|v| sum.iter_mut().zip(v).for_each(|(s, v)| *s += f64::from(*v)));
-            }
-            sum
-        })
-        .collect();
-    (0..c).map(|c| partials.iter().map(|p| p[c]).sum::<f64>() as f32).collect()
-}
-
-/// Sums that [`lane_sums`] keeps: a whole number of voxels of 1, 2, 4, 8 or 16 channels.
-const LANES: usize = 16;
-
-vectorised! {
-    /// Every sixteenth value, summed.
-    fn lane_sums(x: &[f32]) -> [f64; LANES] {
-        let mut sums = [0.0; LANES];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        for x in whole {
-            for i in 0..LANES {
-                sums[i] += f64::from(x[i]);
-            }
-        }
-        rest.iter().zip(&mut sums).for_each(|(x, s)| *s += f64::from(*x));
-        sums
     }
 }
 
