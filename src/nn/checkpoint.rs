@@ -123,7 +123,7 @@ pub fn save(path: &Path, weights: &StateDict, moments: &Moments, meta: &Checkpoi
 /// Reads what [`save`] wrote. A foreign, newer, damaged or half-written file is an error that says so.
 pub fn load(path: &Path) -> Result<Checkpoint> {
     let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
-    let (all, metadata) = parse_safetensors(path, &bytes)?;
+    let (all, metadata) = parse_safetensors(path, &bytes[..], bytes.len())?;
     let entry = |key: &str| metadata.get(key).map_or("", String::as_str);
     let refuse = |what: &str| Error::file(path, what);
     match entry("checkpoint") {

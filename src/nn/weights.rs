@@ -1,11 +1,13 @@
 //! Weight files: safetensors both ways under MONAI's names, and reading whatever kind a file turns out to be.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::Read;
 use std::io::Write;
 use std::path::Path;
 
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata as Header;
 use serde_json::json;
 
 use super::pt_read::{LEGACY_MAGIC, ZIP_MAGIC, read_pt};
@@ -22,30 +24,37 @@ pub(super) const OPTIMIZER_PREFIX: &str = "optim.";
 /// The weights in `path`: a `torch.save` file, safetensors, or one of this program's checkpoints. The content
 /// decides, not the name.
 pub fn read_any(path: &Path) -> Result<StateDict> {
-    let mut file = std::fs::File::open(path).map_err(Error::io(path, "read"))?;
-    let mut bytes = Vec::new();
+    let mut file = File::open(path).map_err(Error::io(path, "read"))?;
+    let mut head = Vec::new();
     Read::by_ref(&mut file)
         .take(LEGACY_MAGIC.len() as u64)
-        .read_to_end(&mut bytes)
+        .read_to_end(&mut head)
         .map_err(Error::io(path, "read"))?;
     // A 3 GB scan given by mistake is refused by its first bytes.
-    recognise(path, &bytes)?;
-    file.read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
-    from_bytes(path, &bytes)
+    let kind = recognise(path, &head)?;
+    let len = file.metadata().map_err(Error::io(path, "read"))?.len() as usize;
+    if kind == Kind::Safetensors && len > head.len() {
+        return without_optimizer(parse_safetensors(path, head.chain(file), len)?.0);
+    }
+    // Its tensors lie anywhere; or it is a pipe, of no known length.
+    file.read_to_end(&mut head).map_err(Error::io(path, "read"))?;
+    from_bytes(path, &head)
 }
 
 /// [`read_any`] for a file that is in memory; `path` is only for messages.
 pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<StateDict> {
     match recognise(path, bytes)? {
         Kind::Torch => read_pt(path, bytes),
-        Kind::Safetensors => {
-            let (mut weights, _) = parse_safetensors(path, bytes)?;
-            weights.retain(|name| !name.starts_with(OPTIMIZER_PREFIX));
-            Ok(weights)
-        }
+        Kind::Safetensors => without_optimizer(parse_safetensors(path, bytes, bytes.len())?.0),
     }
 }
 
+fn without_optimizer(mut weights: StateDict) -> Result<StateDict> {
+    weights.retain(|name| !name.starts_with(OPTIMIZER_PREFIX));
+    Ok(weights)
+}
+
+#[derive(PartialEq, Eq)]
 enum Kind {
     Torch,
     Safetensors,
@@ -70,32 +79,54 @@ fn recognise(path: &Path, head: &[u8]) -> Result<Kind> {
 
 /// Tensors (PyTorch's order where the names are MONAI's, else the file's) and metadata of a safetensors file.
 pub fn read_safetensors(path: &Path) -> Result<(StateDict, Metadata)> {
-    parse_safetensors(path, &std::fs::read(path).map_err(Error::io(path, "read"))?)
+    let bytes = std::fs::read(path).map_err(Error::io(path, "read"))?;
+    parse_safetensors(path, &bytes[..], bytes.len())
 }
 
-pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict, Metadata)> {
-    let foreign = |e: SafeTensorError| {
-        let e = shown(&e.to_string());
+/// The same of what `reader` reads, `len` bytes in all: straight into the tensors, so that a file is in memory once.
+pub(super) fn parse_safetensors(
+    path: &Path,
+    mut reader: impl Read,
+    len: usize,
+) -> Result<(StateDict, Metadata)> {
+    let foreign = |what: &str| {
+        let what = shown(what);
         Error::file(
             path,
-            format!("this is no safetensors file, or it is damaged or cut short ({e}): make it again"),
+            format!("this is no safetensors file, or it is damaged or cut short ({what}): make it again"),
         )
     };
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(foreign)?;
-    let tensors = SafeTensors::deserialize(bytes).map_err(foreign)?;
+    let header_len = read_array::<8>(&mut reader).map(u64::from_le_bytes);
+    let header_len = header_len.map_err(|e| foreign(&e.to_string()))? as usize;
+    let data_len = len.checked_sub(8).and_then(|rest| rest.checked_sub(header_len));
+    let data_len = data_len.ok_or_else(|| foreign("its header is longer than the file"))?;
+    let header = read_vec(&mut reader, header_len).map_err(|e| foreign(&e.to_string()))?;
+    let header: Header = serde_json::from_slice(&header).map_err(|e| foreign(&e.to_string()))?;
+    if header.data_len() != data_len {
+        let text = format!("{data_len} bytes of tensors instead of {}", header.data_len());
+        return Err(foreign(&text));
+    }
     let mut dict = StateDict::new(path);
+    // They follow each other without a gap, each as long as its shape says: the header was checked for that.
     for name in header.offset_keys() {
-        let view = tensors.tensor(&name).map_err(foreign)?;
-        let (shape, data) = (view.shape().to_vec(), view.data());
-        fn each<const N: usize, T>(data: &[u8], f: impl Fn([u8; N]) -> T) -> Vec<T> {
+        let info = header.info(&name).ok_or_else(|| foreign("a tensor without a place"))?;
+        let (shape, (start, end)) = (info.shape.clone(), info.data_offsets);
+        fn each<const N: usize, T>(data: Vec<u8>, f: impl Fn([u8; N]) -> T) -> Vec<T> {
             data.as_chunks().0.iter().map(|&element| f(element)).collect()
         }
-        let array = match view.dtype() {
-            Dtype::F32 => Array::f32(shape, each(data, f32::from_le_bytes)),
-            Dtype::F64 => Array::f32(shape, each(data, |b| f64::from_le_bytes(b) as f32)),
-            Dtype::F16 => Array::f32(shape, each(data, |b| half::f16::from_le_bytes(b).to_f32())),
-            Dtype::BF16 => Array::f32(shape, each(data, |b| half::bf16::from_le_bytes(b).to_f32())),
-            Dtype::I64 => Array::i64(shape, each(data, i64::from_le_bytes)),
+        let mut data = || read_vec(&mut reader, end - start).map_err(Error::io(path, "read"));
+        let array = match info.dtype {
+            Dtype::F32 => {
+                let mut values = vec![0.0; (end - start) / size_of::<f32>()];
+                let bytes = bytemuck::cast_slice_mut(&mut values);
+                reader.read_exact(bytes).map_err(Error::io(path, "read"))?;
+                values.iter_mut().for_each(|v: &mut f32| *v = f32::from_bits(u32::from_le(v.to_bits())));
+                Array::f32(shape, values)
+            }
+            Dtype::F64 => Array::f32(shape, each(data()?, |b| f64::from_le_bytes(b) as f32)),
+            Dtype::F16 => Array::f32(shape, each(data()?, |b| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Array::f32(shape, each(data()?, |b| half::bf16::from_le_bytes(b).to_f32())),
+            Dtype::I64 => Array::i64(shape, each(data()?, i64::from_le_bytes)),
             other => {
                 let text = format!("tensor {} is {other}, which no weight is", shown(&name));
                 return Err(Error::file(path, text));
@@ -105,6 +136,18 @@ pub(super) fn parse_safetensors(path: &Path, bytes: &[u8]) -> Result<(StateDict,
     }
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     Ok((dict.in_torch_order(), metadata))
+}
+
+fn read_array<const N: usize>(reader: &mut impl Read) -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    reader.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn read_vec(reader: &mut impl Read, len: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    reader.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// Writes `weights` and `metadata` to `path`, whole or not at all. Same content, same bytes.
