@@ -192,6 +192,25 @@ fn round_trips() {
     }
 }
 
+/// A pipe has no length and is read once: weights and what the file says about itself come out of one reading.
+#[cfg(unix)]
+#[test]
+fn weights_and_metadata_come_through_a_pipe() {
+    let tmp = tempfile::tempdir().unwrap();
+    let (path, pipe) = (tmp.path().join("a.safetensors"), tmp.path().join("pipe"));
+    let dict = filled(&small(Norm::Batch));
+    let metadata = Metadata::from([("config".into(), "{}".into())]);
+    weights::write_safetensors(&path, &dict, &metadata).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let (bytes, to) = (std::fs::read(&path).unwrap(), pipe.clone());
+    let writer = std::thread::spawn(move || std::fs::write(to, bytes).unwrap());
+    for (what, path) in [("pipe", &pipe), ("file", &path)] {
+        let (back, said) = weights::read_with_metadata(path).unwrap();
+        assert!(same(&back, &dict) && said == metadata, "{what}");
+    }
+    writer.join().unwrap();
+}
+
 /// torch maps storages, so each entry's content begins at a multiple of 64.
 #[test]
 fn pt_entries_are_aligned_and_stored() {

@@ -11,7 +11,7 @@ use crate::infer::predict::Predictor;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{CheckpointMeta, Split};
 use crate::nn::state_dict::{StateDict, infer_net};
-use crate::nn::weights::{Metadata, read_any, read_safetensors};
+use crate::nn::weights::{Metadata, read_with_metadata};
 use crate::tensor::View;
 use crate::{Error, Result};
 
@@ -27,10 +27,8 @@ pub struct Trained {
 impl Trained {
     /// Reads `path`: MONAI's model.pt, a checkpoint, or plain safetensors.
     pub fn open(path: &Path) -> Result<Trained> {
-        let weights = read_any(path)?;
+        let (weights, metadata) = read_with_metadata(path)?;
         let net = infer_net(&weights)?;
-        // Only safetensors carry metadata; whatever else `read_any` took has none.
-        let metadata = read_safetensors(path).map(|(_, metadata)| metadata).unwrap_or_default();
         Ok(Trained { weights, metadata, net })
     }
 

@@ -24,6 +24,11 @@ pub(super) const OPTIMIZER_PREFIX: &str = "optim.";
 /// The weights in `path`: a `torch.save` file, safetensors, or one of this program's checkpoints. The content
 /// decides, not the name.
 pub fn read_any(path: &Path) -> Result<StateDict> {
+    Ok(read_with_metadata(path)?.0)
+}
+
+/// The same with what the file says about itself: nothing, if `torch.save` wrote it. Reads the file once, so it may be a pipe.
+pub fn read_with_metadata(path: &Path) -> Result<(StateDict, Metadata)> {
     let mut file = File::open(path).map_err(Error::io(path, "read"))?;
     let mut head = Vec::new();
     Read::by_ref(&mut file)
@@ -34,24 +39,30 @@ pub fn read_any(path: &Path) -> Result<StateDict> {
     let kind = recognise(path, &head)?;
     let len = file.metadata().map_err(Error::io(path, "read"))?.len() as usize;
     if kind == Kind::Safetensors && len > head.len() {
-        return without_optimizer(parse_safetensors(path, head.chain(file), len)?.0);
+        return weights_of_safetensors(path, head.chain(file), len);
     }
     // Its tensors lie anywhere; or it is a pipe, of no known length.
     file.read_to_end(&mut head).map_err(Error::io(path, "read"))?;
-    from_bytes(path, &head)
+    parse_any(path, &head)
 }
 
 /// [`read_any`] for a file that is in memory; `path` is only for messages.
 pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<StateDict> {
+    Ok(parse_any(path, bytes)?.0)
+}
+
+fn parse_any(path: &Path, bytes: &[u8]) -> Result<(StateDict, Metadata)> {
     match recognise(path, bytes)? {
-        Kind::Torch => read_pt(path, bytes),
-        Kind::Safetensors => without_optimizer(parse_safetensors(path, bytes, bytes.len())?.0),
+        Kind::Torch => Ok((read_pt(path, bytes)?, Metadata::new())),
+        Kind::Safetensors => weights_of_safetensors(path, bytes, bytes.len()),
     }
 }
 
-fn without_optimizer(mut weights: StateDict) -> Result<StateDict> {
+/// [`parse_safetensors`] without a checkpoint's optimizer state.
+fn weights_of_safetensors(path: &Path, reader: impl Read, len: usize) -> Result<(StateDict, Metadata)> {
+    let (mut weights, metadata) = parse_safetensors(path, reader, len)?;
     weights.retain(|name| !name.starts_with(OPTIMIZER_PREFIX));
-    Ok(weights)
+    Ok((weights, metadata))
 }
 
 #[derive(PartialEq, Eq)]
@@ -96,8 +107,9 @@ pub(super) fn parse_safetensors(
             format!("this is no safetensors file, or it is damaged or cut short ({what}): make it again"),
         )
     };
-    let header_len = read_array::<8>(&mut reader).map(u64::from_le_bytes);
-    let header_len = header_len.map_err(|e| foreign(&e.to_string()))? as usize;
+    let mut header_len = [0; 8];
+    reader.read_exact(&mut header_len).map_err(|e| foreign(&e.to_string()))?;
+    let header_len = u64::from_le_bytes(header_len) as usize;
     let data_len = len.checked_sub(8).and_then(|rest| rest.checked_sub(header_len));
     let data_len = data_len.ok_or_else(|| foreign("its header is longer than the file"))?;
     let header = read_vec(&mut reader, header_len).map_err(|e| foreign(&e.to_string()))?;
@@ -136,12 +148,6 @@ pub(super) fn parse_safetensors(
     }
     let metadata = header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
     Ok((dict.in_torch_order(), metadata))
-}
-
-fn read_array<const N: usize>(reader: &mut impl Read) -> std::io::Result<[u8; N]> {
-    let mut bytes = [0; N];
-    reader.read_exact(&mut bytes)?;
-    Ok(bytes)
 }
 
 fn read_vec(reader: &mut impl Read, len: usize) -> std::io::Result<Vec<u8>> {

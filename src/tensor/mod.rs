@@ -16,5 +16,5 @@ pub use float::Float;
 pub use param::Param;
 pub use shape::Shape;
 pub use tape::{Grads, ParamId, Tape, add_assign};
-pub use tensor::{Tensor, ValueId, Values};
+pub use tensor::{Tensor, ValueId, Values, ValuesMut};
 pub use view::{DevicePending, Partials, PendingArgs, View};

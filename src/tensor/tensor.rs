@@ -3,7 +3,7 @@
 
 use super::{Partials, Shape, View};
 use crate::device::arena::Buffer;
-use crate::device::bf16::widened;
+use crate::device::bf16::{Operands, widened};
 use crate::device::cuda::{Act, Cuda};
 use crate::error::Result;
 use std::sync::Arc;
@@ -59,6 +59,15 @@ impl<'a> Values<'a> {
     }
 }
 
+/// The same for writing.
+#[derive(Debug)]
+pub enum ValuesMut<'a> {
+    /// f32.
+    Single(&'a mut [f32]),
+    /// bfloat16, its bits.
+    Bf16(&'a mut [u16]),
+}
+
 #[derive(Clone, Debug)]
 enum Storage {
     Host(Arc<Buffer>),
@@ -92,6 +101,30 @@ impl Tensor {
     pub fn bf16(shape: Shape, data: Buffer) -> Self {
         assert_eq!(shape.len().div_ceil(2), data.len(), "a tensor of shape {shape}");
         Tensor { id: ValueId::fresh(), shape, storage: Storage::HostBf16(Arc::new(data)), partials: None }
+    }
+
+    /// Room for the elements of a host tensor, of unspecified values: what [`Tensor::stored`] is to wrap.
+    pub fn room(shape: Shape, stored: Operands) -> Buffer {
+        Buffer::dirty(match stored {
+            Operands::Single => shape.len(),
+            Operands::Bf16 => shape.len().div_ceil(2),
+        })
+    }
+
+    /// The elements of such a buffer.
+    pub fn values_mut(shape: Shape, stored: Operands, room: &mut Buffer) -> ValuesMut<'_> {
+        match stored {
+            Operands::Single => ValuesMut::Single(room),
+            Operands::Bf16 => ValuesMut::Bf16(&mut bytemuck::cast_slice_mut(room)[..shape.len()]),
+        }
+    }
+
+    /// Wraps elements that are stored so.
+    pub fn stored(shape: Shape, stored: Operands, data: Buffer) -> Self {
+        match stored {
+            Operands::Single => Tensor::new(shape, data),
+            Operands::Bf16 => Tensor::bf16(shape, data),
+        }
     }
 
     /// Wraps elements on a device, with what the kernel that wrote them left for a norm.

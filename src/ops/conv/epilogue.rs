@@ -10,7 +10,7 @@ use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, narrowed};
 use crate::device::cpu::{Disjoint, Lanes, prefetch_to_read, prefetch_to_write};
 use crate::error::{Error, Result};
-use crate::tensor::{Activation, Pending, Shape, Tensor, Values};
+use crate::tensor::{Activation, Pending, Shape, Tensor, Values, ValuesMut};
 use std::ptr::null_mut;
 
 /// y = PReLU(scale * sum + shift) + plus, in f32, every step rounded by itself: for passes of inference.
@@ -51,40 +51,29 @@ pub struct Output<'a> {
 impl<'a> Output<'a> {
     /// Of unspecified values.
     pub fn new(shape: Shape, epilogue: Option<Epilogue<'a>>) -> Self {
-        let bf16 = epilogue.is_some_and(|e| e.stored == Operands::Bf16);
-        let len = if bf16 { shape.len().div_ceil(2) } else { shape.len() };
-        Output { shape, epilogue, data: Buffer::dirty(len) }
+        Output { shape, epilogue, data: Tensor::room(shape, stored(epilogue)) }
     }
 
     /// As the pass that writes all of it sees it.
     pub fn head<'h>(&'h mut self, bias: Option<&'h [f32]>) -> Head<'h> {
-        let (channels, epilogue) = (self.shape.c, self.epilogue);
-        let out = match epilogue.map_or(Operands::Single, |e| e.stored) {
-            Operands::Single => Stored::Single(&mut self.data),
-            Operands::Bf16 => Stored::Bf16(&mut bytemuck::cast_slice_mut(&mut self.data)[..self.shape.len()]),
-        };
-        Head { out, channels, bias, epilogue }
+        let out = Tensor::values_mut(self.shape, stored(self.epilogue), &mut self.data);
+        Head { out, channels: self.shape.c, bias, epilogue: self.epilogue }
     }
 
     /// What was written.
     pub fn tensor(self) -> Tensor {
-        match self.epilogue.map_or(Operands::Single, |e| e.stored) {
-            Operands::Single => Tensor::new(self.shape, self.data),
-            Operands::Bf16 => Tensor::bf16(self.shape, self.data),
-        }
+        Tensor::stored(self.shape, stored(self.epilogue), self.data)
     }
 }
 
-/// Where a head's values go, NDHWC, all of them written.
-enum Stored<'a> {
-    Single(&'a mut [f32]),
-    /// Bits of bfloat16, of a head with an epilogue.
-    Bf16(&'a mut [u16]),
+fn stored(epilogue: Option<Epilogue>) -> Operands {
+    epilogue.map_or(Operands::Single, |e| e.stored)
 }
 
 /// One output of a pass.
 pub struct Head<'a> {
-    out: Stored<'a>,
+    /// Where its values go, NDHWC, all of them written; bfloat16 with an epilogue alone.
+    out: ValuesMut<'a>,
     /// Channels of the output.
     pub channels: usize,
     /// Added to every voxel, one a channel.
@@ -96,14 +85,14 @@ pub struct Head<'a> {
 impl<'a> Head<'a> {
     /// Sums in f32, NDHWC, and nothing done to them.
     pub fn sums(out: &'a mut [f32], channels: usize, bias: Option<&'a [f32]>) -> Self {
-        Head { out: Stored::Single(out), channels, bias, epilogue: None }
+        Head { out: ValuesMut::Single(out), channels, bias, epilogue: None }
     }
 
     /// Room for the sums that one of `groups` of source channels leaves to the next, where the head's own is not for f32.
     pub fn partial_sums(&self, groups: usize) -> Buffer {
         Buffer::dirty(match &self.out {
-            Stored::Bf16(out) if groups > 1 => out.len(),
-            Stored::Single(_) | Stored::Bf16(_) => 0,
+            ValuesMut::Bf16(out) if groups > 1 => out.len(),
+            ValuesMut::Single(_) | ValuesMut::Bf16(_) => 0,
         })
     }
 }
@@ -154,8 +143,8 @@ impl<'a> Out<'a> {
     pub fn new(head: &'a mut Head, partial_sums: &'a mut [f32]) -> Self {
         let Head { ref mut out, channels, bias, epilogue } = *head;
         let (sums, half) = match out {
-            Stored::Single(out) => (Disjoint::new(out), None),
-            Stored::Bf16(out) => (Disjoint::new(partial_sums), Some(Disjoint::new(out))),
+            ValuesMut::Single(out) => (Disjoint::new(out), None),
+            ValuesMut::Bf16(out) => (Disjoint::new(partial_sums), Some(Disjoint::new(out))),
         };
         let finish = epilogue.map(|Epilogue { map, plus, .. }| Finish {
             half,

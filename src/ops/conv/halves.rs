@@ -1,6 +1,6 @@
 //! Rows of bfloat16 voxels: nothing is left to be done to their values, they are only put where a tile wants them.
 
-use crate::device::bf16::widened;
+use crate::device::bf16::{widen, widened};
 use crate::device::cpu::vectorised;
 
 /// Two bfloat16 in the room of a float, `even` in the lower half.
@@ -13,8 +13,7 @@ vectorised! {
     /// `out[v * pitch + c]` = channel c of voxel v of `x`, whose voxels are `x_pitch` values apart and have `len` channels.
     pub fn widen_voxels(out: &mut [f32], pitch: usize, x: &[u16], x_pitch: usize, len: usize) {
         if (pitch, x_pitch) == (len, len) {
-            out.iter_mut().zip(x).for_each(|(out, &x)| *out = widened(x));
-            return;
+            return widen(x, out);
         }
         for (out, x) in out.chunks_mut(pitch).zip(x.chunks(x_pitch)) {
             // Of known length: vectors.

@@ -1,10 +1,9 @@
 //! Statistics and the backward pass on the CPU: fixed chunks in parallel, merged in chunk order.
 
 use super::{Affine, EPS, HostMoments, Running, Statistics};
-use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, narrow};
 use crate::device::cpu::vectorised;
-use crate::tensor::{Activation, Param, Pending, Tensor};
+use crate::tensor::{Activation, Param, Pending, Tensor, ValuesMut};
 use rayon::prelude::*;
 
 /// Floats a task handles: 64 KB.
@@ -175,10 +174,7 @@ pub fn backward(
         }
     };
     let x = y.raw().data();
-    let mut dx = match stored {
-        Operands::Single => Buffer::dirty(shape.len()),
-        Operands::Bf16 => Buffer::dirty(shape.len().div_ceil(2)),
-    };
+    let mut dx = Tensor::room(shape, stored);
     let mut all = Sums { dz: Vec::new(), dz_xhat: Vec::new(), slope: Vec::new() };
     for g in 0..groups {
         let lane = lane_of(g);
@@ -207,29 +203,24 @@ pub fn backward(
         };
         let (mean_dz, mean_dz_xhat) = (mean_of(&dz), mean_of(&dz_xhat));
         let chunks = x.par_chunks(chunk).zip(dy.par_chunks(chunk));
-        match stored {
-            Operands::Single => dx[range]
+        match Tensor::values_mut(shape, stored, &mut dx) {
+            ValuesMut::Single(dx) => dx[range]
                 .par_chunks_mut(chunk)
                 .zip(chunks)
                 .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat)),
-            Operands::Bf16 => bytemuck::cast_slice_mut(&mut dx)[range]
-                .par_chunks_mut(chunk)
-                .zip(chunks)
-                .for_each_init(Vec::new, |wide, (dx, (x, dy))| {
+            ValuesMut::Bf16(dx) => {
+                dx[range].par_chunks_mut(chunk).zip(chunks).for_each_init(Vec::new, |wide, (dx, (x, dy))| {
                     wide.resize(dx.len(), 0.0);
                     chunk_dx(wide, x, dy, &lane, &mean_dz, &mean_dz_xhat);
                     narrow(wide, dx);
-                }),
+                })
+            }
         }
         all.slope.extend(fold(|s| &s.slope));
         all.dz.extend(dz);
         all.dz_xhat.extend(dz_xhat);
     }
-    let dx = match stored {
-        Operands::Single => Tensor::new(shape, dx),
-        Operands::Bf16 => Tensor::bf16(shape, dx),
-    };
-    (all, dx)
+    (all, Tensor::stored(shape, stored, dx))
 }
 
 vectorised! {

@@ -2,7 +2,6 @@
 //! in parallel.
 
 use super::single;
-use crate::device::arena::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::device::bf16::Pairs;
 use crate::device::bf16::{Operands, narrowed};
@@ -10,7 +9,7 @@ use crate::device::bf16::{Operands, narrowed};
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs, vectorised};
 use crate::ops::conv::{Affine, mapped};
-use crate::tensor::{Activation, Tensor, Values};
+use crate::tensor::{Activation, Tensor, Values, ValuesMut};
 use rayon::prelude::*;
 
 /// Values a task handles: 64 KB of f32, so that both operands and the sum stay in L2.
@@ -22,21 +21,20 @@ const LANES: usize = 16;
 /// a + b, or a alone, both of one shape, computed in f32 and stored as f32 or, rounded, as bfloat16.
 pub fn sum(a: &Activation, b: Option<&Activation>, stored: Operands) -> Tensor {
     let shape = a.shape();
-    match stored {
-        Operands::Single => {
-            let mut y = Buffer::dirty(shape.len());
-            sum_samples(&mut y, a, b, |y| Out::Single(y));
-            Tensor::new(shape, y)
-        }
-        Operands::Bf16 => {
-            let mut y = Buffer::dirty(shape.len().div_ceil(2));
-            sum_samples(&mut bytemuck::cast_slice_mut(&mut y)[..shape.len()], a, b, |y| Out::Bf16(y));
-            Tensor::bf16(shape, y)
-        }
+    let mut y = Tensor::room(shape, stored);
+    match Tensor::values_mut(shape, stored, &mut y) {
+        ValuesMut::Single(y) => sum_samples(y, a, b, |y| ValuesMut::Single(y)),
+        ValuesMut::Bf16(y) => sum_samples(y, a, b, |y| ValuesMut::Bf16(y)),
     }
+    Tensor::stored(shape, stored, y)
 }
 
-fn sum_samples<T: Send>(y: &mut [T], a: &Activation, b: Option<&Activation>, out: fn(&mut [T]) -> Out<'_>) {
+fn sum_samples<T: Send>(
+    y: &mut [T],
+    a: &Activation,
+    b: Option<&Activation>,
+    out: fn(&mut [T]) -> ValuesMut<'_>,
+) {
     let shape = a.shape();
     if shape.is_empty() {
         return;
@@ -46,8 +44,7 @@ fn sum_samples<T: Send>(y: &mut [T], a: &Activation, b: Option<&Activation>, out
     let chunk = (CHUNK / c).max(1) * c;
     let period = LANES * (1..=c).find(|n| (n * LANES).is_multiple_of(c)).expect("c of them do");
     y.par_chunks_mut(sample).enumerate().for_each(|(n, y)| {
-        let [a, b] = [Some(a), b].map(|x| x.map(|x| Repeated::new(x, n, period)));
-        let (a, b) = (a.expect("just made"), b);
+        let (a, b) = (Repeated::new(a, n, period), b.map(|b| Repeated::new(b, n, period)));
         y.par_chunks_mut(chunk).enumerate().for_each(|(i, y)| {
             let (start, len) = (n * sample + i * chunk, y.len());
             let b = b.as_ref().map(|b| b.part(start, len));
@@ -111,12 +108,6 @@ impl Operand<'_> {
     }
 }
 
-/// Where a sum goes.
-enum Out<'a> {
-    Single(&'a mut [f32]),
-    Bf16(&'a mut [u16]),
-}
-
 /// The sum of a chunk.
 struct Sum<'a> {
     a: Operand<'a>,
@@ -127,18 +118,18 @@ struct Sum<'a> {
 
 impl Sum<'_> {
     /// Computes it; `y` is as long as the operands.
-    fn run(&self, y: Out) {
+    fn run(&self, y: ValuesMut) {
         let unit = match y {
-            Out::Single(_) => simd(),
-            Out::Bf16(_) => simd_of_pairs(),
+            ValuesMut::Single(_) => simd(),
+            ValuesMut::Bf16(_) => simd_of_pairs(),
         };
         // SAFETY: `simd()` or `simd_of_pairs()` found the features.
         unsafe {
             match (unit, y) {
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx512, Out::Single(y)) => self.run_avx512(y),
+                (Simd::Avx512, ValuesMut::Single(y)) => self.run_avx512(y),
                 #[cfg(target_arch = "x86_64")]
-                (Simd::Avx512, Out::Bf16(y)) => self.run_avx512_bf16(y),
+                (Simd::Avx512, ValuesMut::Bf16(y)) => self.run_avx512_bf16(y),
                 #[cfg(target_arch = "x86_64")]
                 (Simd::Avx2, y) => self.run_avx2(y),
                 (_, y) => self.run_lanes::<Plain>(y),
@@ -150,19 +141,19 @@ impl Sum<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512(&self, y: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512>(Out::Single(y)) }
+        unsafe { self.run_lanes::<Avx512>(ValuesMut::Single(y)) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bf16,fma")]
     unsafe fn run_avx512_bf16(&self, y: &mut [u16]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Pairs<Avx512>>(Out::Bf16(y)) }
+        unsafe { self.run_lanes::<Pairs<Avx512>>(ValuesMut::Bf16(y)) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, y: Out) {
+    unsafe fn run_avx2(&self, y: ValuesMut) {
         // SAFETY: the features are enabled here.
         unsafe { self.run_lanes::<Avx2>(y) }
     }
@@ -170,10 +161,10 @@ impl Sum<'_> {
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes>(&self, mut y: Out) {
+    unsafe fn run_lanes<V: Lanes>(&self, mut y: ValuesMut) {
         let len = match &y {
-            Out::Single(y) => y.len(),
-            Out::Bf16(y) => y.len(),
+            ValuesMut::Single(y) => y.len(),
+            ValuesMut::Bf16(y) => y.len(),
         };
         let mut lane = 0;
         for i in (0..len / LANES).map(|i| i * LANES) {
@@ -184,8 +175,8 @@ impl Sum<'_> {
                     sum = sum.add(b.vector(i, lane));
                 }
                 match &mut y {
-                    Out::Single(y) => sum.store(y.as_mut_ptr().add(i)),
-                    Out::Bf16(y) => sum.store_bf16(y.as_mut_ptr().add(i)),
+                    ValuesMut::Single(y) => sum.store(y.as_mut_ptr().add(i)),
+                    ValuesMut::Bf16(y) => sum.store_bf16(y.as_mut_ptr().add(i)),
                 }
             }
             lane = if lane + LANES == self.period { 0 } else { lane + LANES };
@@ -194,8 +185,8 @@ impl Sum<'_> {
             let a = self.a.value(i, lane);
             let sum = self.b.as_ref().map_or(a, |b| a + b.value(i, lane));
             match &mut y {
-                Out::Single(y) => y[i] = sum,
-                Out::Bf16(y) => y[i] = narrowed(sum),
+                ValuesMut::Single(y) => y[i] = sum,
+                ValuesMut::Bf16(y) => y[i] = narrowed(sum),
             }
         }
     }
