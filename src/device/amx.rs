@@ -4,7 +4,7 @@
 //! the register is rows 2 k and 2 k + 1 of B, interleaved. TDPBF16PS adds the 16 even and the 16 odd products of an
 //! element of C in a chain of fused multiply-adds each, adds the two sums, and adds that to C; every step rounds to
 //! nearest even, and denormals count as 0 on both sides. That is another order than [`super::bf16`]'s, so results differ
-//! from the vector units' in their last bits.
+//! from the vector units' in their last bits; and by the rounding of operands where those multiply transforms.
 //!
 //! Rust's tile intrinsics are not stable: each instruction here is an `asm!` block. The compiler neither allocates nor
 //! spills tile registers and keeps the order of such blocks, so a tile holds its value from one block to the next.

@@ -3,7 +3,7 @@
 //! AVX-512's VDPBF16PS adds two products to a float: `acc + a.odd b.odd`, rounded once, `+ a.even b.even`, rounded once,
 //! a denormal operand or result counting as 0. A product of bfloat16 is exact in f32, so two fused multiply-adds and
 //! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here. Only AMX adds
-//! in another order: [`super::amx`].
+//! in another order ([`super::amx`]).
 
 use super::cpu::{Lanes, Plain, vectorised};
 #[cfg(target_arch = "x86_64")]
@@ -16,7 +16,8 @@ pub enum Operands {
     #[default]
     Single,
     /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or before, when what convolutions read is
-    /// stored: torch's CPU autocast.
+    /// stored, as in torch's CPU autocast. Where transforms are multiplied, those of inputs are rounded, too, and those of
+    /// weights instead of the weights.
     Bf16,
 }
 
@@ -91,6 +92,17 @@ pub trait Dot: Lanes {
 pub struct Pairs<V>(V);
 
 impl<V: Dot> Lanes for Pairs<V> {
+    const OPERANDS: usize = 8;
+    #[inline(always)]
+    unsafe fn load_operands(p: *const f32) -> Self {
+        // SAFETY: handed on from the caller: eight floats hold sixteen bfloat16.
+        unsafe { Self::load_bf16(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_operands(self, p: *mut f32) {
+        // SAFETY: as above.
+        unsafe { self.store_bf16(p.cast()) }
+    }
     #[inline(always)]
     fn zero() -> Self {
         Pairs(V::zero())

@@ -1,5 +1,5 @@
 //! The CPU: which vector unit it has and whether a matrix unit beside it, 16-lane vectors and compiled loops on each of
-//! them, and disjoint writes from many threads.
+//! them, and prefetches.
 //!
 //! Kernels are written once over [`Lanes`] and instantiated for AVX-512, AVX2+FMA and plain Rust. Every
 //! instantiation does the same operations in the same order, a fused multiply-add each, so results do not depend
@@ -8,7 +8,6 @@
 
 use super::bf16;
 use crate::error::{Error, Result};
-use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// The vector unit a kernel is instantiated for, widest first.
@@ -186,6 +185,24 @@ pub(crate) use vectorised;
 
 /// Sixteen f32 lanes.
 pub trait Lanes: Copy {
+    /// Floats that hold sixteen values as [`Lanes::fma`] multiplies them.
+    const OPERANDS: usize = 16;
+    /// Sixteen values stored as operands.
+    /// # Safety
+    /// [`Self::OPERANDS`] floats from `p` must be readable.
+    #[inline(always)]
+    unsafe fn load_operands(p: *const f32) -> Self {
+        // SAFETY: handed on from the caller.
+        unsafe { Self::load(p) }
+    }
+    /// Writes the lanes as operands: rounded to what is multiplied.
+    /// # Safety
+    /// [`Self::OPERANDS`] floats from `p` must be writable.
+    #[inline(always)]
+    unsafe fn store_operands(self, p: *mut f32) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.store(p) }
+    }
     /// All lanes 0.
     fn zero() -> Self;
     /// All lanes `*p`.
@@ -217,19 +234,30 @@ pub trait Lanes: Copy {
     /// Sixteen values from `p` must be readable.
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> Self {
-        // SAFETY: handed on from the caller; then sixteen floats of our own.
-        unsafe { Self::load(p.cast::<[u16; 16]>().read_unaligned().map(bf16::widened).as_ptr()) }
+        let mut lanes = [0.0; 16];
+        // SAFETY: handed on from the caller; then sixteen floats of our own. A loop: a closure would not have the unit's
+        // instructions.
+        unsafe {
+            let values = p.cast::<[u16; 16]>().read_unaligned();
+            for l in 0..16 {
+                lanes[l] = bf16::widened(values[l]);
+            }
+            Self::load(lanes.as_ptr())
+        }
     }
     /// Writes the lanes to `p[0..16]`, rounded to bfloat16.
     /// # Safety
     /// Sixteen values from `p` must be writable.
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16) {
-        let mut lanes = [0.0; 16];
+        let (mut lanes, mut values) = ([0.0; 16], [0; 16]);
         // SAFETY: sixteen floats of our own; then handed on from the caller.
         unsafe {
             self.store(lanes.as_mut_ptr());
-            p.cast::<[u16; 16]>().write_unaligned(lanes.map(bf16::narrowed));
+            for l in 0..16 {
+                values[l] = bf16::narrowed(lanes[l]);
+            }
+            p.cast::<[u16; 16]>().write_unaligned(values);
         }
     }
 }
@@ -462,29 +490,4 @@ pub fn prefetch_to_read<T>(line: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
-}
-
-/// A mutable slice that several threads write at places that do not meet.
-pub struct Disjoint<'a, T = f32> {
-    start: *mut T,
-    len: usize,
-    slice: PhantomData<&'a mut [T]>,
-}
-
-// SAFETY: `Disjoint` is a `&mut [T]` whose accesses are unsafe and, by their authors' promise, never overlap.
-unsafe impl<T: Send> Send for Disjoint<'_, T> {}
-unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
-
-impl<'a, T> Disjoint<'a, T> {
-    /// Shares `slice` until the borrow ends.
-    pub fn new(slice: &'a mut [T]) -> Self {
-        Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
-    }
-
-    /// Where the `len` values from `offset` begin, for writes that the caller keeps apart.
-    pub fn at(&self, offset: usize, len: usize) -> *mut T {
-        assert!(offset <= self.len && len <= self.len - offset, "{len} values at {offset} of {}", self.len);
-        // SAFETY: in bounds by the assertion.
-        unsafe { self.start.add(offset) }
-    }
 }

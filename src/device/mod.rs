@@ -7,6 +7,7 @@ pub mod bf16;
 pub mod choice;
 pub mod cpu;
 pub mod cuda;
+pub mod disjoint;
 pub mod nvtx;
 
 use std::sync::Arc;

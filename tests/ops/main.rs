@@ -8,6 +8,7 @@ mod bits;
 mod finished;
 mod layer;
 mod stored;
+mod winograd;
 
 use layer::{CASES, Case, Layer, conv, transposed};
 
@@ -51,6 +52,8 @@ fn relative_error(a: &[f32], b: &[f64]) -> f64 {
 
 #[test]
 fn convolutions_match_their_definition() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    use_simd(Simd::Avx512);
     for (i, case) in CASES.iter().enumerate() {
         for operands in [Operands::Single, Operands::Bf16] {
             compare(i, case, operands);
@@ -58,7 +61,7 @@ fn convolutions_match_their_definition() {
     }
 }
 
-/// Products of bfloat16 are exact in f32, so sums of either operands are off by as much.
+/// Products of bfloat16 are exact in f32, so sums of either operands are off by as much from those of the same factors.
 fn compare(i: usize, case: &Case, operands: Operands) {
     let layer = Layer::new(case, i as u64);
     let got = layer.run(case, operands);

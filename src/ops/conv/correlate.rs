@@ -7,7 +7,8 @@ use super::kept::{self, Layout};
 use super::micro::{ANY, Reduction};
 use super::pack::{Packed, lane_block_floats, pack};
 use super::plan::{
-    Block, CHANNEL_BLOCK, Class, GROUP, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks, source_blocks,
+    Block, CHANNEL_BLOCK, Class, GROUP, GROUP_ELEMENTS, LANES, Map, Origin, TILE_FLOATS, Tile, lane_blocks,
+    source_blocks,
 };
 use super::tile::{Element, Order, Place, load};
 use super::{Problem, Source, Weights, run, winograd};
@@ -51,7 +52,6 @@ pub fn correlate<'a>(
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
     let classes = map.classes();
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
-    let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let thin = map.stride() == 1
         && out_space[2].is_multiple_of(map.outputs())
@@ -61,6 +61,7 @@ pub fn correlate<'a>(
         Operands::Single => Element::Single,
         Operands::Bf16 => Element::Channels,
     };
+    let groups: Vec<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
     let order = if thin {
         Order::ChannelRows
     } else {

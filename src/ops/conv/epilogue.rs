@@ -5,10 +5,11 @@
 //! every value of a raw one for each tile that reads it.
 
 use super::plan::LANES;
-use super::row::{Affine, mapped};
+use super::row::Affine;
 use crate::device::arena::Buffer;
-use crate::device::bf16::{Operands, narrowed};
-use crate::device::cpu::{Disjoint, Lanes, prefetch_to_read, prefetch_to_write};
+use crate::device::bf16::Operands;
+use crate::device::cpu::{Lanes, prefetch_to_read, prefetch_to_write};
+use crate::device::disjoint::Disjoint;
 use crate::error::{Error, Result};
 use crate::tensor::{Activation, Pending, Shape, Tensor, Values, ValuesMut};
 use std::ptr::null_mut;
@@ -114,6 +115,7 @@ impl Stage {
 }
 
 /// What the lanes of a row of values have of their channels.
+#[repr(align(64))]
 pub struct LaneMap {
     bias: [f32; LANES],
     scale: [f32; LANES],
@@ -285,24 +287,49 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// The same for fewer sums, one by one.
+    /// The same for the first `len` of sixteen sums.
     ///
     /// # Safety
-    /// Nobody else uses these values of the head, which lie in the target.
-    #[inline(never)]
-    pub unsafe fn put_few(&self, at: usize, sums: &[f32]) {
-        for (l, sum) in sums.iter().enumerate() {
-            let at = at + l;
-            // SAFETY: by the caller's promise.
-            unsafe {
-                let mut y = sum + if self.more.is_null() { self.map.bias[l] } else { *self.more.add(at) };
-                y = self.slope.map_or(y, |slope| mapped(y, self.map.scale[l], self.map.shift[l], slope));
-                y = self.plus.map_or(y, |plus| y + plus.at(at));
-                if self.half.is_null() {
-                    *self.single.add(at) = y;
-                } else {
-                    *self.half.add(at) = narrowed(y);
+    /// As [`Self::put`].
+    #[inline(always)]
+    pub unsafe fn put_few<V: Lanes>(&self, at: usize, sums: V, len: usize) {
+        // SAFETY: by the caller's promise; what is computed with lies in arrays of sixteen.
+        unsafe {
+            let sums_before;
+            let more = if self.more.is_null() {
+                self.map.bias.as_ptr()
+            } else {
+                sums_before = few(self.more.add(at), len);
+                sums_before.as_ptr()
+            };
+            // Where sixteen are there to be read, no copy is needed.
+            let (single_plus, half_plus);
+            let plus = match self.plus {
+                Some(Values::Single(x)) if x.len() < at + LANES => {
+                    single_plus = few(x[at..].as_ptr(), len);
+                    Some(Values::Single(&single_plus))
                 }
+                Some(Values::Bf16(x)) if x.len() < at + LANES => {
+                    half_plus = few(x[at..].as_ptr(), len);
+                    Some(Values::Bf16(&half_plus))
+                }
+                Some(Values::Single(x)) => Some(Values::Single(&x[at..])),
+                Some(Values::Bf16(x)) => Some(Values::Bf16(&x[at..])),
+                None => None,
+            };
+            let (mut single, mut half) = ([0.0; LANES], [0; LANES]);
+            let whole = Target::<FINISHES> {
+                more,
+                single: single.as_mut_ptr(),
+                half: if self.half.is_null() { null_mut() } else { half.as_mut_ptr() },
+                plus,
+                ..*self
+            };
+            whole.put(0, sums);
+            if self.half.is_null() {
+                copy_few(&single, self.single.add(at), len);
+            } else {
+                copy_few(&half, self.half.add(at), len);
             }
         }
     }
@@ -318,9 +345,43 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
             unsafe {
                 match len {
                     LANES => self.put(i * step, V::load(row.as_ptr())),
-                    _ => self.put_few(i * step, &row[..len]),
+                    _ => self.put_few(i * step, V::load(row.as_ptr()), len),
                 }
             }
+        }
+    }
+}
+
+/// The `len` values from `p` on, and zeros.
+///
+/// # Safety
+/// They must be readable; there are at most sixteen.
+#[inline(always)]
+unsafe fn few<T: Copy + Default>(p: *const T, len: usize) -> [T; LANES] {
+    debug_assert!(len <= LANES);
+    let mut values = [T::default(); LANES];
+    // SAFETY: by the caller's promise. Eight, the most common number, without a call.
+    unsafe {
+        match len {
+            8 => p.copy_to_nonoverlapping(values.as_mut_ptr(), 8),
+            _ => p.copy_to_nonoverlapping(values.as_mut_ptr(), len),
+        }
+    }
+    values
+}
+
+/// Writes the first `len` values to `p`.
+///
+/// # Safety
+/// So many must be writable; they are at most sixteen.
+#[inline(always)]
+unsafe fn copy_few<T: Copy>(values: &[T; LANES], p: *mut T, len: usize) {
+    debug_assert!(len <= LANES);
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match len {
+            8 => p.copy_from_nonoverlapping(values.as_ptr(), 8),
+            _ => p.copy_from_nonoverlapping(values.as_ptr(), len),
         }
     }
 }

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, Weak};
 pub enum Layout {
     /// Vectors of such elements.
     Vectors(Element),
-    /// Vectors of transformed filters.
-    Products,
+    /// Vectors of such elements of transformed filters.
+    Products(Element),
     /// B tiles of AMX.
     #[cfg(target_arch = "x86_64")]
     Tiles(Depth, Option<Fold>),

@@ -17,18 +17,19 @@
 //! outputs (a convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
 //! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes.
 //!
-//! Passes in f32 of kernel 3 and stride 1 with 8 channels or more on both sides multiply transforms of the input instead,
-//! which takes fewer products (`winograd`). The forward pass of a training step does not. Its values would be as good, but
-//! the slope of a PReLU jumps at 0: in a golden of two patches of 48^3 rounding gave one value of three million another
-//! sign than float64, which moved gradients by 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the
-//! same sign there, and trajectories of training are held against PyTorch's.
+//! Passes of kernel 3 and stride 1 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input
+//! instead, which takes fewer products (`winograd`). Two do not: wgrad of bfloat16, whose pairs of voxels are as fast, and the
+//! forward pass of a training step in f32. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two
+//! patches of 48^3 rounding gave one value of three million another sign than float64, which moved gradients by 3e-4 to 7e-4
+//! of their largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held
+//! against PyTorch's.
 //!
 //! In inference a convolution whose norm is known beforehand finishes its outputs as it writes them (`epilogue`): norm and
 //! PReLU, a residual sum, and with bfloat16 operands rounding to bfloat16, as which they are stored. The next convolution
 //! copies them, where it would map every value of a raw tensor for each tile that reads it.
 //!
-//! On a CPU with AMX the first two cores multiply matrices of bfloat16 instead (`amx`), with products in another order. No
-//! result depends on the number of threads: every sum has one order.
+//! On a CPU with AMX the first two cores multiply matrices of bfloat16 instead (`amx`): never transforms, and products in
+//! another order. No result depends on the number of threads: every sum has one order.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -64,7 +65,7 @@ use std::sync::Arc;
 pub enum Phase {
     /// No gradient will be asked of it. The weights are to stay as they are: their packs are kept for passes to come.
     Inference,
-    /// The forward pass of a training step. Its sums are those of the definition, product by product.
+    /// The forward pass of a training step. In f32 its sums are those of the definition, product by product.
     Forward,
     /// The backward pass of a training step.
     Backward,

@@ -9,9 +9,12 @@ pub const LANES: usize = 16;
 /// micro-kernels' addresses.
 pub const CHANNEL_BLOCK: usize = 16;
 
-/// Blocks that a tile of the gather core holds: sums over them stay in registers. 32 channels x 27 taps x 32 lanes
-/// of weights are 110 KB: they stay in L2 beside a tile.
-pub const GROUP: usize = 2;
+/// Elements of a voxel in a tile of the gather core: sums over them stay in registers. 32 elements x 27 taps x 32 lanes of
+/// weights are 110 KB: they stay in L2 beside a tile.
+pub const GROUP_ELEMENTS: usize = 32;
+
+/// Blocks that such a tile holds at most, where elements are pairs of channels.
+pub const GROUP: usize = GROUP_ELEMENTS / (CHANNEL_BLOCK / 2);
 
 /// Floats of a tile buffer: 192 KB, a fifth of a 1 MB L2, a third of a 512 KB one.
 pub const TILE_FLOATS: usize = 48 << 10;

@@ -1,7 +1,7 @@
 //! One row of output voxels: cut into the micro-kernels' runs, and what becomes of their accumulators.
 
 use super::correlate::Pass;
-use super::epilogue::{LaneMap, Out, Stage};
+use super::epilogue::{LaneMap, Out, Stage, Target};
 use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxels};
 use super::plan::{Block, LANES};
 use crate::device::cpu::Lanes;
@@ -19,6 +19,11 @@ const THIN_VOXELS: usize = 96;
 
 /// Floats of a tile after its last row: a thin run may start at a row's last voxel and read all of its lanes.
 pub const SLACK: usize = THIN_VOXELS + 2;
+
+/// Vectors on lines of the cache. One that lies on two lines is not forwarded from the store buffer: a load waits until what was
+/// stored has left it.
+#[repr(align(64))]
+struct Lines<T>(T);
 
 /// One row of output voxels of a class, for some lane blocks.
 pub struct OutRow<'a> {
@@ -102,7 +107,7 @@ impl Pass<'_> {
                     )
                 };
                 // Through memory: these stores are the only use of the accumulators.
-                let mut values = MaybeUninit::<[[[f32; LANES]; $p]; Q]>::uninit();
+                let mut values = MaybeUninit::<Lines<[[[f32; LANES]; $p]; Q]>>::uninit();
                 for q in 0..Q {
                     for p in 0..$p {
                         let to = values.as_mut_ptr().cast::<f32>();
@@ -111,7 +116,7 @@ impl Pass<'_> {
                     }
                 }
                 // SAFETY: every float was just written.
-                let values = unsafe { values.assume_init_ref() };
+                let Lines(values) = unsafe { values.assume_init_ref() };
                 for (q, values) in values.iter().enumerate() {
                     // SAFETY: V's unit exists, and the voxels are the caller's.
                     unsafe { self.write_voxels::<V>(row, a, row.lane + q, values) };
@@ -151,7 +156,7 @@ impl Pass<'_> {
         macro_rules! run {
             ($p:literal, $columns:literal, $acc:expr) => {{
                 let acc: [[V; $columns]; $p] = $acc;
-                let mut values = MaybeUninit::<[[[f32; LANES]; $columns]; $p]>::uninit();
+                let mut values = MaybeUninit::<Lines<[[[f32; LANES]; $columns]; $p]>>::uninit();
                 for p in 0..$p {
                     for c in 0..$columns {
                         let to = values.as_mut_ptr().cast::<f32>();
@@ -160,7 +165,7 @@ impl Pass<'_> {
                     }
                 }
                 // SAFETY: every float was just written.
-                let values = unsafe { values.assume_init_ref() };
+                let Lines(values) = unsafe { values.assume_init_ref() };
                 let anchors = (row.width - a).min(LANES * $p);
                 // SAFETY: the voxels are the caller's.
                 unsafe { self.write_columns::<V, $columns>(row, a, anchors, values) };
@@ -214,37 +219,58 @@ impl Pass<'_> {
     ) {
         let out = &self.outs[self.lanes[row.lane].tensor];
         let maps = &self.maps[row.lane * THIN_MAPS..][..THIN_MAPS];
-        for (values, first) in values.iter().zip((0..anchors).step_by(LANES)) {
-            let start = row.first_voxel * out.channels + (a + first) * J;
-            let anchors = LANES.min(anchors - first);
-            // SAFETY: handed on from the caller.
-            unsafe {
-                let rows = by_anchors::<V, J>(values);
-                if J.is_power_of_two() && anchors == LANES {
-                    out.put_rows::<V>((start, LANES), &rows, LANES, &maps[0], row.stage);
-                    continue;
-                }
-                for (j, map) in maps.iter().cycle().take((anchors * J).div_ceil(LANES)).enumerate() {
-                    let len = LANES.min(anchors * J - j * LANES);
-                    out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, map, row.stage);
-                }
+        let start = row.first_voxel * out.channels + a * J;
+        let whole = if J.is_power_of_two() { anchors / LANES } else { 0 };
+        // SAFETY: handed on from the caller.
+        unsafe {
+            if out.finishes(row.stage) {
+                let target = out.target::<true>(start, whole * J * LANES, &maps[0], row.stage);
+                put_anchors::<V, J, true>(&target, &values[..whole]);
+            } else {
+                let target = out.target::<false>(start, whole * J * LANES, &maps[0], row.stage);
+                put_anchors::<V, J, false>(&target, &values[..whole]);
+            }
+        }
+        for (values, first) in values.iter().zip((0..anchors).step_by(LANES)).skip(whole) {
+            let (start, count) = (start + first * J, LANES.min(anchors - first) * J);
+            let mut rows = [[0.0; LANES]; J];
+            let floats = rows.as_flattened_mut().iter_mut().enumerate();
+            floats.for_each(|(i, float)| *float = values[i % J][i / J]);
+            for (j, map) in maps.iter().cycle().take(count.div_ceil(LANES)).enumerate() {
+                let len = LANES.min(count - j * LANES);
+                // SAFETY: handed on from the caller.
+                unsafe { out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, map, row.stage) };
             }
         }
     }
 }
 
-/// Lane a of `columns[j]` to float a * J + j.
+/// Puts sixteen anchors' values after the other sixteen's, each of them J columns.
+///
+/// # Safety
+/// As [`Target::put`].
+#[inline(always)]
+unsafe fn put_anchors<V: Lanes, const J: usize, const FINISHES: bool>(
+    target: &Target<FINISHES>,
+    values: &[[[f32; LANES]; J]],
+) {
+    for (i, columns) in values.iter().enumerate() {
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let lanes = by_anchors::<V, J>(columns);
+            for j in 0..J {
+                target.put((i * J + j) * LANES, lanes[j]);
+            }
+        }
+    }
+}
+
+/// Lane a of `columns[j]` to lane a * J + j of all the vectors; J is a power of two.
 ///
 /// # Safety
 /// V's vector unit exists.
 #[inline(always)]
-unsafe fn by_anchors<V: Lanes, const J: usize>(columns: &[[f32; LANES]; J]) -> [[f32; LANES]; J] {
-    let mut rows = [[0.0; LANES]; J];
-    if !J.is_power_of_two() {
-        let floats = rows.as_flattened_mut().iter_mut().enumerate();
-        floats.for_each(|(i, float)| *float = columns[i % J][i / J]);
-        return rows;
-    }
+unsafe fn by_anchors<V: Lanes, const J: usize>(columns: &[[f32; LANES]; J]) -> [V; J] {
     let mut lanes = [V::zero(); J];
     for j in 0..J {
         // SAFETY: sixteen floats.
@@ -256,9 +282,5 @@ unsafe fn by_anchors<V: Lanes, const J: usize>(columns: &[[f32; LANES]; J]) -> [
             [lanes[2 * j], lanes[2 * j + 1]] = halves[j].interleave(halves[j + J / 2]);
         }
     }
-    for j in 0..J {
-        // SAFETY: as above.
-        unsafe { lanes[j].store(rows[j].as_mut_ptr()) };
-    }
-    rows
+    lanes
 }

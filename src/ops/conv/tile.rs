@@ -77,7 +77,7 @@ impl Place<'_> {
     }
 
     /// Where the source of `c` channels has the tile's input row of this number, if the row lies in the volume.
-    fn source_row(&self, index: usize, c: usize) -> Option<usize> {
+    pub fn source_row(&self, index: usize, c: usize) -> Option<usize> {
         let (map, [sd, sh, sw], at) = (self.map, self.space, self.origin);
         let eh = map.extent(at.size.h);
         // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
@@ -177,6 +177,23 @@ pub fn load_rows(
             {
                 let row = &mut bytemuck::cast_slice_mut(row)[..ew * len];
                 place_halves((x, c), len, (element, stride), inside, (out, pitch), row);
+                continue;
+            }
+            (Values::Bf16(x), Order::ChannelRows)
+                if element == Element::Channels && len.is_multiple_of(2) =>
+            {
+                // Pairs of channels are elements as they lie there: rows of an even number of values begin at one.
+                let pairs = if c == len {
+                    bytemuck::cast_slice(x)
+                } else {
+                    copy_voxels(bytemuck::cast_slice_mut(row), len, x, c, len);
+                    &row[..inside_w * elements]
+                };
+                for out in out.chunks_exact_mut(ew) {
+                    out[..pad].fill(0.0);
+                    out[inside.end..].fill(0.0);
+                }
+                transpose(pairs, elements, &mut out[pad..], ew);
                 continue;
             }
             (Values::Bf16(x), _) => {

@@ -32,6 +32,10 @@ const LARGER: usize = 2;
 #[repr(align(64))]
 struct Scratch([[[f32; LANES]; ROWS]; 4]);
 
+/// Outputs side by side, as many rows of them as a pair along w has values, of every pair that a lane block holds.
+#[repr(align(64))]
+struct Rows([[f32; LANES]; ROWS]);
+
 /// See [`crate::ops::conv::correlate()`]; `scheme` is that of the pass.
 pub fn correlate<'a>(
     scheme: &Scheme,
@@ -341,8 +345,9 @@ impl Pass<'_> {
         let block = self.lanes[lane];
         // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
         let pair = 2 * channels;
-        for first in (0..block.len).step_by(pair) {
-            let mut rows = [[0.0; LANES]; ROWS / 2];
+        // All of them first: what was stored in parts can only be loaded whole when it has left for the cache.
+        let mut rows = Rows([[0.0; LANES]; ROWS]);
+        for (first, rows) in (0..block.len).step_by(pair).zip(rows.0.chunks_exact_mut(pair)) {
             let row = rows.as_flattened_mut();
             match pair {
                 // Of known length: a vector, not a call.
@@ -355,9 +360,11 @@ impl Pass<'_> {
                     .zip(values)
                     .for_each(|(row, values)| row.copy_from_slice(&values[first..first + pair])),
             }
+        }
+        for (first, rows) in (0..block.len).step_by(pair).zip(rows.0.chunks_exact(pair)) {
             let voxel = self.voxel(group, run, parity((block.first + first) / channels));
             // SAFETY: handed on from the caller.
-            unsafe { self.write_line::<V>(group, lane, voxel * channels, (&rows, LANES), run.len * pair) };
+            unsafe { self.write_line::<V>(group, lane, voxel * channels, (rows, LANES), run.len * pair) };
         }
     }
 

@@ -4,16 +4,17 @@ use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
 use super::super::micro::{Reduction, broadcast_voxels};
 use super::super::pack::{self, Packed, lane_block_floats};
-use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, lane_blocks, source_blocks};
+use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, lane_blocks, source_blocks};
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
-use super::slab::{Products, Scratch, Side, Slab};
+use super::slab::{Products, Run, Scratch, Side, Slab};
 use super::transform::{self, PRODUCTS};
-use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
+use super::{ACCUMULATORS, SLAB_FLOATS, choose, element, spread, tiles};
 use crate::device::arena::Buffer;
+use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -36,13 +37,15 @@ pub fn correlate<'a>(
     heads: &mut [Head],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
-    let Problem { map, phase, n, out_space, .. } = problem;
+    let Problem { map, operands, phase, n, out_space, .. } = problem;
+    let element = element(operands);
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
-    let pack = || pack(map, &blocks, &lanes, weights);
-    let packed = kept::packed(phase, (map, Layout::Products), [&blocks, &lanes], weights, pack);
+    let pack = || pack((map, element), &blocks, &lanes, weights);
+    let packed = kept::packed(phase, (map, Layout::Products(element)), [&blocks, &lanes], weights, pack);
     let tiles = tiles(out_space);
-    let largest = choose(tiles, blocks.len());
+    let tile_floats = blocks.len() * element.of(CHANNEL_BLOCK);
+    let largest = choose(tiles, tile_floats);
     let origins = largest.origins(n, tiles);
     // Where slabs are few, threads share them by lanes, and each transforms the whole input.
     let parts = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(origins.len());
@@ -52,37 +55,48 @@ pub fn correlate<'a>(
     let maps: Vec<_> = lanes.iter().map(lane_map).collect();
     let packed = packed.of(0, 0);
     let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, maps: &maps, packed };
-    let floats = PRODUCTS * blocks.len() * (largest.d + 2) * largest.h * tiles[2] * CHANNEL_BLOCK;
+    let floats = PRODUCTS * spread((largest.d + 2) * largest.h * tiles[2] * tile_floats);
     let tasks: Vec<_> =
         origins.iter().flat_map(|o| (0..lanes.len()).step_by(part).map(move |first| (o, first))).collect();
     tasks.into_par_iter().for_each_init(Default::default, |scratch, (origin, first)| {
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
         let v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
-        let m = Buffer::dirty(PRODUCTS * CHUNK * ACCUMULATORS * LANES);
+        let m = Buffer::dirty(PRODUCTS * spread(CHUNK * ACCUMULATORS * LANES));
         let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
         pass.run(&slab, first..lanes.len().min(first + part), &mut Room { v, m, scratch });
     });
 }
 
-/// Packs to lane blocks of `[product][source block][plane][channel][16 lanes]`.
+/// Packs to lane blocks of `[product][source block][plane][channel or pair of them][16 lanes]`.
 fn pack<'a>(
-    map: Map,
+    (map, element): (Map, Element),
     blocks: &[Block],
     lanes: &[Block],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> Packed {
     let class = &map.classes()[0];
-    let floats = |blocks: &[Block]| lane_block_floats(class, blocks, Element::Single);
     // Three planes of a product instead of 27 taps.
-    let pitch = floats(blocks) / 9;
+    let floats = |blocks: &[Block], element| lane_block_floats(class, blocks, element) / 9;
+    let pitch = floats(blocks, element);
     let mut data = Buffer::dirty(lanes.len() * PRODUCTS * pitch);
     let of_lanes = data.par_chunks_exact_mut(PRODUCTS * pitch).zip(lanes);
-    of_lanes.for_each_init(Vec::new, |taps, (mut out, lane)| {
+    of_lanes.for_each_init(Default::default, |(taps, products): &mut (Vec<_>, Vec<_>), (mut out, lane)| {
         for block in blocks {
-            taps.resize(floats(&[*block]), 0.0);
+            let single = floats(&[*block], Element::Single);
+            taps.resize(9 * single, 0.0);
             pack::gather(map, class, weights(block.tensor, lane.tensor), [block, lane], taps);
-            transform::filters(taps, block.len, out, pitch);
-            out = &mut out[taps.len() / 9..];
+            match element {
+                Element::Single => transform::filters(taps, block.len, out, pitch),
+                _ => {
+                    products.resize(PRODUCTS * single, 0.0);
+                    transform::filters(taps, block.len, products, single);
+                    for (product, out) in products.chunks_exact(single).zip(out.chunks_mut(pitch)) {
+                        let out = &mut out[..floats(&[*block], element)];
+                        pack::pair_rows(product, block.len * LANES, out);
+                    }
+                }
+            }
+            out = &mut out[floats(&[*block], element)..];
         }
     });
     Packed::from_buffer(data)
@@ -111,15 +125,23 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Computes some lane blocks of a slab.
     fn run(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
-        match simd() {
+        match (slab.problem.operands, simd(), simd_of_pairs()) {
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { self.run_avx512(slab, lanes, room) },
+            (Operands::Single, Simd::Avx512, _) => unsafe { self.run_avx512(slab, lanes, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => unsafe { self.run_avx2(slab, lanes, room) },
+            (Operands::Single, Simd::Avx2, _) => unsafe { self.run_avx2::<Avx2>(slab, lanes, room) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, 2>(slab, lanes, room) },
+            (Operands::Single, ..) => unsafe { self.run_lanes::<Plain, 2>(slab, lanes, room) },
+            // SAFETY: `simd_of_pairs()` found the features.
+            #[cfg(target_arch = "x86_64")]
+            (Operands::Bf16, _, Simd::Avx512) => unsafe { self.run_avx512_bf16(slab, lanes, room) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Operands::Bf16, _, Simd::Avx2) => unsafe { self.run_avx2::<Pairs<Avx2>>(slab, lanes, room) },
+            // SAFETY: plain Rust needs no feature.
+            (Operands::Bf16, ..) => unsafe { self.run_lanes::<Pairs<Plain>, 2>(slab, lanes, room) },
         }
     }
 
@@ -131,10 +153,17 @@ impl Pass<'_> {
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx2, 6>(slab, lanes, room) }
+        unsafe { self.run_lanes::<Pairs<Avx512>, ACCUMULATORS>(slab, lanes, room) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2<V: Lanes>(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<V, 6>(slab, lanes, room) }
     }
 
     /// # Safety
@@ -142,15 +171,17 @@ impl Pass<'_> {
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
         let Room { v, m, scratch } = room;
-        let (plane, block_floats) = (slab.plane_tiles() * LANES, slab.input_tiles() * LANES);
-        let pitch = self.blocks.len() * block_floats;
+        let (plane, block_floats) = (slab.plane_tiles() * V::OPERANDS, slab.input_tiles() * V::OPERANDS);
+        let pitch = spread(self.blocks.len() * block_floats);
+        let element = element(slab.problem.operands);
+        debug_assert_eq!(V::OPERANDS, element.of(LANES));
         let mut rows = Vec::with_capacity(3 * self.blocks.len());
         for (index, &block) in self.blocks.iter().enumerate() {
             let start = index * block_floats;
-            let to = Products { floats: &mut v[start..], pitch, step: LANES };
+            let to = Products { floats: &mut v[start..], pitch, step: V::OPERANDS };
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], block, to, scratch) };
-            rows.extend((0..3).map(|kd| (start + kd * plane, block.len)));
+            rows.extend((0..3).map(|kd| (start + kd * plane, element.of(block.len))));
         }
         let mut lane = lanes.start;
         while lane < lanes.end {
@@ -184,26 +215,32 @@ impl Pass<'_> {
         let lane_floats = self.packed.len() / self.lanes.len();
         let weights = &self.packed[lane * lane_floats..(lane + Q) * lane_floats];
         let reduction =
-            Reduction { rows, taps: 1, tap_pitch: CHANNEL_BLOCK, channel_pitch: 0, step: CHANNEL_BLOCK };
+            Reduction { rows, taps: 1, tap_pitch: V::OPERANDS, channel_pitch: 0, step: V::OPERANDS };
         let chunk = CHUNK * P;
-        let pitch = Q * chunk * LANES;
+        let pitch = spread(Q * chunk * LANES);
         // All that is read and written below: the last register tile may reach beyond the slab's last tile.
-        let v = &v[..PRODUCTS * v_pitch + (P - 1) * LANES];
+        let v = &v[..PRODUCTS * v_pitch + (P - 1) * V::OPERANDS];
         let m = &mut m[..PRODUCTS * pitch];
         for first in (0..tiles).step_by(chunk) {
             let count = chunk.min(tiles - first);
-            for q in 0..Q {
-                (first..first + count).for_each(|tile| self.prefetch_outputs(slab, lane + q, tile));
-            }
             for product in 0..PRODUCTS {
+                // A part of them at a time: the cache takes so many requests at once.
+                let [from, to] = [product, product + 1].map(|p| first + p * count / PRODUCTS);
+                for run in slab.runs(from, to - from) {
+                    (0..Q).for_each(|q| self.prefetch_outputs(slab, lane + q, &run));
+                }
                 let w = weights[product * lane_floats / PRODUCTS..].as_ptr();
                 for tile in (0..count).step_by(P) {
-                    let x = v[product * v_pitch + (first + tile) * CHANNEL_BLOCK..].as_ptr();
+                    let x = v[product * v_pitch + (first + tile) * V::OPERANDS..].as_ptr();
                     let m = m[product * pitch + tile * LANES..].as_mut_ptr();
                     // SAFETY: the tiles' planes are in `v`, P - 1 tiles behind the last one in its slack, and the
                     // weights of Q lane blocks in `weights`; `m` has room for P tiles of Q lane blocks.
                     unsafe {
-                        let acc = broadcast_voxels::<V, P, Q, CHANNEL_BLOCK>(x, w, lane_floats, &reduction);
+                        let acc = if V::OPERANDS == 8 {
+                            broadcast_voxels::<V, P, Q, 8>(x, w, lane_floats, &reduction)
+                        } else {
+                            broadcast_voxels::<V, P, Q, 16>(x, w, lane_floats, &reduction)
+                        };
                         for q in 0..Q {
                             for p in 0..P {
                                 acc[p][q].store(m.add((q * chunk + p) * LANES));
@@ -227,15 +264,13 @@ impl Pass<'_> {
         Q
     }
 
-    /// Asks the cache for the outputs of a tile: there is time until they are written.
-    #[inline(always)]
-    fn prefetch_outputs(&self, slab: &Slab, lane: usize, tile: usize) {
+    /// Asks the cache for the outputs of a run of tiles: there is time until they are written.
+    fn prefetch_outputs(&self, slab: &Slab, lane: usize, run: &Run) {
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
-        let (start, [height, width]) = place(slab, tile);
-        for a in 0..height {
-            let start = (start + a * slab.problem.out_space[2]) * out.channels + block.first;
-            out.prefetch((start, out.channels), width, block.len, STAGE);
+        for row in 0..run.height {
+            let voxel = run.voxel + row * slab.problem.out_space[2];
+            out.prefetch((voxel * out.channels + block.first, out.channels), run.width, block.len, STAGE);
         }
     }
 
@@ -256,37 +291,32 @@ impl Pass<'_> {
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
         let row = slab.problem.out_space[2] * out.channels;
-        for i in 0..count {
-            let (start, [height, width]) = place(slab, first + i);
-            let start = start * out.channels + block.first;
+        for run in slab.runs(first, count) {
+            let Run { height, width, .. } = run;
+            let start = run.voxel * out.channels + block.first;
             let span = (height - 1) * row + (width - 1) * out.channels + block.len;
             let target = out.target::<FINISHES>(start, span, &self.maps[lane], STAGE);
-            // SAFETY: the products are in `m`; the lanes of these voxels are the caller's, as is V's unit.
-            unsafe {
-                let y = transform::outputs::<V>(m.add(i * LANES), pitch);
-                if (height, width, block.len) == (2, 2, LANES) {
-                    target.put(0, y[0][0]);
-                    target.put(out.channels, y[0][1]);
-                    target.put(row, y[1][0]);
-                    target.put(row + out.channels, y[1][1]);
-                    continue;
-                }
-                for (a, b) in (0..height).flat_map(|a| (0..width).map(move |b| (a, b))) {
-                    let mut values = [0.0; LANES];
-                    y[a][b].store(values.as_mut_ptr());
-                    target.put_few(a * row + b * out.channels, &values[..block.len]);
+            for i in 0..run.tiles {
+                let at = 2 * i * out.channels;
+                // SAFETY: the products are in `m`; the lanes of these voxels are the caller's, as is V's unit.
+                unsafe {
+                    let y = transform::outputs::<V>(m.add((run.first - first + i) * LANES), pitch);
+                    if height == 2 && 2 * i + 2 <= width && block.len == LANES {
+                        target.put(at, y[0][0]);
+                        target.put(at + out.channels, y[0][1]);
+                        target.put(at + row, y[1][0]);
+                        target.put(at + row + out.channels, y[1][1]);
+                        continue;
+                    }
+                    for (a, b) in (0..height).flat_map(|a| (0..(width - 2 * i).min(2)).map(move |b| (a, b))) {
+                        let at = at + a * row + b * out.channels;
+                        match block.len {
+                            LANES => target.put(at, y[a][b]),
+                            len => target.put_few(at, y[a][b], len),
+                        }
+                    }
                 }
             }
         }
     }
-}
-
-/// A tile's first output voxel, samples outermost, and how many of its rows and columns are in the volume.
-#[inline(always)]
-fn place(slab: &Slab, tile: usize) -> (usize, [usize; 2]) {
-    let [space_d, space_h, space_w] = slab.problem.out_space;
-    let Origin { n, d: d0, h: h0, size } = *slab.origin;
-    let (line, w) = (tile / slab.tiles_w, 2 * (tile % slab.tiles_w));
-    let (d, h) = (d0 + line / size.h, 2 * (h0 + line % size.h));
-    (((n * space_d + d) * space_h + h) * space_w + w, [(space_h - h).min(2), (space_w - w).min(2)])
 }

@@ -1,10 +1,12 @@
 //! Some planes and rows of tiles, all of W: what a task transforms at once.
 
-use super::super::plan::{Block, CHANNEL_BLOCK, Map, Origin, Tile};
-use super::super::tile::{Element, Order, Place, load_rows};
+use super::super::plan::{Block, LANES, Map, Origin, Tile};
+use super::super::tile::{Order, Place, load_rows};
 use super::super::{Problem, Source};
-use super::transform::{PRODUCTS, gradients, inputs};
+use super::element;
+use super::transform::{Halves, PRODUCTS, Plane, gradients, inputs};
 use crate::device::cpu::Lanes;
+use crate::tensor::Values;
 
 /// One slab of a pass.
 #[derive(Clone, Copy)]
@@ -17,6 +19,20 @@ pub struct Slab<'a> {
     pub tiles_w: usize,
 }
 
+/// Tiles of a slab side by side.
+pub struct Run {
+    /// Number of the first one.
+    pub first: usize,
+    /// How many.
+    pub tiles: usize,
+    /// Their first output voxel, samples outermost.
+    pub voxel: usize,
+    /// Rows of them in the volume.
+    pub height: usize,
+    /// Voxels of a row in the volume.
+    pub width: usize,
+}
+
 /// What is transformed: voxels with a halo to the products' inputs, or gradients of outputs to the products' gradients.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Side {
@@ -26,7 +42,7 @@ pub enum Side {
     Gradients,
 }
 
-/// Where one channel block of it goes: `[product][plane][tile row][tile][16 channels]`.
+/// Where one channel block of it goes: `[product][plane][tile row][tile][operands of 16 channels]`.
 pub struct Products<'a> {
     /// All products', from the block's first float on.
     pub floats: &'a mut [f32],
@@ -61,6 +77,31 @@ impl Slab<'_> {
         (self.origin.size.d + 2) * self.plane_tiles()
     }
 
+    /// `count` tiles from tile `first` on, row by row.
+    pub fn runs(&self, first: usize, count: usize) -> impl Iterator<Item = Run> {
+        let Slab { problem, origin, tiles_w } = *self;
+        let [space_d, space_h, space_w] = problem.out_space;
+        let mut tile = first;
+        std::iter::from_fn(move || {
+            let left = first + count - tile;
+            if left == 0 {
+                return None;
+            }
+            let (line, tile_w) = (tile / tiles_w, tile % tiles_w);
+            let tiles = left.min(tiles_w - tile_w);
+            let (d, h) = (origin.d + line / origin.size.h, 2 * (origin.h + line % origin.size.h));
+            let run = Run {
+                first: tile,
+                tiles,
+                voxel: ((origin.n * space_d + d) * space_h + h) * space_w + 2 * tile_w,
+                height: (space_h - h).min(2),
+                width: (space_w - 2 * tile_w).min(2 * tiles),
+            };
+            tile += tiles;
+            Some(run)
+        })
+    }
+
     /// Transforms one channel block; lanes beyond its channels are unspecified.
     ///
     /// # Safety
@@ -87,22 +128,58 @@ impl Slab<'_> {
             before: None,
         };
         let (planes, rows) = (size.d + kernel - 1, size.h + kernel - 1);
-        let row_floats = (2 * self.tiles_w + kernel - 1) * CHANNEL_BLOCK;
-        let last = (planes * self.plane_tiles() - 1) * step + CHANNEL_BLOCK;
+        let row_floats = (2 * self.tiles_w + kernel - 1) * V::OPERANDS;
+        let last = (planes * self.plane_tiles() - 1) * step + V::OPERANDS;
         assert!((PRODUCTS - 1) * pitch + last <= floats.len(), "all products of all tiles fit");
+        assert!(side == Side::Inputs || V::OPERANDS == LANES, "gradients are transformed to f32");
+        let ahead = |d: usize, h: usize| {
+            // Planes are asked for a plane ahead.
+            if d + 1 < planes {
+                let part = (d + 1) * self.origin.size.h + h;
+                place.prefetch(source, block, (part, planes * self.origin.size.h));
+            }
+        };
+        if let Values::Bf16(x) = source.data
+            && (V::OPERANDS < LANES, side, block.len) == (true, Side::Inputs, LANES)
+        {
+            debug_assert!(source.pending.is_none(), "values of bfloat16 have no map");
+            // What is stored is what is multiplied: no copy of it is needed.
+            let zeros = [0; LANES];
+            let width = self.problem.space[2];
+            for d in 0..planes {
+                for h in 0..self.origin.size.h {
+                    ahead(d, h);
+                    let row = |i: usize| match place.source_row(d * rows + 2 * h + i, source.channels) {
+                        Some(start) => {
+                            let span = (width - 1) * source.channels + LANES;
+                            (x[start + block.first..][..span].as_ptr(), source.channels)
+                        }
+                        None => (zeros.as_ptr(), 0),
+                    };
+                    let halves = Halves { rows: [row(0), row(1), row(2), row(3)], width };
+                    let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
+                    // SAFETY: rows are as long as was checked, or of zeros; products as was asserted.
+                    unsafe { inputs::<V>(&halves, self.tiles_w, to, (pitch, step)) };
+                }
+            }
+            return;
+        }
         let Scratch { row, plane } = scratch;
         plane.resize(rows * row_floats, 0.0);
-        let layout = (Order::Voxels { pitch: CHANNEL_BLOCK }, Element::Single);
+        let layout = (Order::Voxels { pitch: V::OPERANDS }, element(self.problem.operands));
         for d in 0..planes {
             load_rows(source, block, &place, layout, d * rows..(d + 1) * rows, plane, row);
             for h in 0..self.origin.size.h {
+                ahead(d, h);
                 let x = plane[2 * h * row_floats..].as_ptr();
                 let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
                 // SAFETY: the rows of a tile are in the plane, `2 tiles_w` voxels and the kernel's halo long, and every
                 // product of a row of tiles is in `floats`, as was asserted.
                 unsafe {
                     match side {
-                        Side::Inputs => inputs::<V>(x, row_floats, self.tiles_w, to, (pitch, step)),
+                        Side::Inputs => {
+                            inputs::<V>(&Plane { x, row: row_floats }, self.tiles_w, to, (pitch, step));
+                        }
                         Side::Gradients => gradients::<V>(x, row_floats, self.tiles_w, to, (pitch, step)),
                     }
                 }

@@ -54,33 +54,85 @@ fn output<V: Lanes>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
     [m0.add(m1).add(m2), m1.sub(m2).add(m3)]
 }
 
-/// Transforms a row of `tiles` tiles along w of one channel block: four rows of `2 tiles + 2` voxels of 16 floats, which
-/// begin every `row` floats from `x` on, to `v[product * pitch + tile * step + lane]`.
+/// Four rows of voxels, one below the other, of which tiles are transformed: sixteen values each of a voxel.
+pub trait Rows {
+    /// Voxel `w`, transformed along h.
+    ///
+    /// # Safety
+    /// The rows must have voxel `w`, and V's vector unit must exist.
+    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4];
+}
+
+/// Rows of operands in one buffer, voxels side by side.
+pub struct Plane {
+    /// The first row.
+    pub x: *const f32,
+    /// Floats between rows.
+    pub row: usize,
+}
+
+impl Rows for Plane {
+    #[inline(always)]
+    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4] {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let x = self.x.add(w * V::OPERANDS);
+            let row = self.row;
+            input([
+                V::load_operands(x),
+                V::load_operands(x.add(row)),
+                V::load_operands(x.add(2 * row)),
+                V::load_operands(x.add(3 * row)),
+            ])
+        }
+    }
+}
+
+/// Rows of bfloat16 where a tensor has them, from the voxel before the first one on, which is 0.
+pub struct Halves {
+    /// The first voxel of each row, and values between voxels: 0 where a row of zeros is a single voxel.
+    pub rows: [(*const u16, usize); 4],
+    /// Voxels of a row. Those behind are 0.
+    pub width: usize,
+}
+
+impl Rows for Halves {
+    #[inline(always)]
+    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4] {
+        let w = w.wrapping_sub(1);
+        if w >= self.width {
+            return [V::zero(); 4];
+        }
+        let [a, b, c, d] = self.rows;
+        // SAFETY: by the caller's promise.
+        unsafe {
+            input([
+                V::load_bf16(a.0.add(w * a.1)),
+                V::load_bf16(b.0.add(w * b.1)),
+                V::load_bf16(c.0.add(w * c.1)),
+                V::load_bf16(d.0.add(w * d.1)),
+            ])
+        }
+    }
+}
+
+/// Transforms a row of `tiles` tiles along w of one channel block, `2 tiles + 2` voxels of four rows, to 16 operands each in
+/// `v[product * pitch + tile * step..]`.
 ///
 /// # Safety
-/// All of these floats must be readable and writable, and V's vector unit must exist.
+/// All of these must be readable and writable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn inputs<V: Lanes>(
-    x: *const f32,
-    row: usize,
-    tiles: usize,
-    v: *mut f32,
-    (pitch, step): (usize, usize),
-) {
+pub unsafe fn inputs<V: Lanes>(x: &impl Rows, tiles: usize, v: *mut f32, (pitch, step): (usize, usize)) {
     // SAFETY: inside both by the caller's promise.
     unsafe {
-        let column = |w: usize| {
-            let x = x.add(w * LANES);
-            input([V::load(x), V::load(x.add(row)), V::load(x.add(2 * row)), V::load(x.add(3 * row))])
-        };
-        let (mut first, mut second) = (column(0), column(1));
+        let (mut first, mut second) = (x.column::<V>(0), x.column::<V>(1));
         for tile in 0..tiles {
-            let (third, fourth) = (column(2 * tile + 2), column(2 * tile + 3));
+            let (third, fourth) = (x.column::<V>(2 * tile + 2), x.column::<V>(2 * tile + 3));
             let v = v.add(tile * step);
             for i in 0..4 {
                 let products = input([first[i], second[i], third[i], fourth[i]]);
                 for j in 0..4 {
-                    products[j].store(v.add((4 * i + j) * pitch));
+                    products[j].store_operands(v.add((4 * i + j) * pitch));
                 }
             }
             (first, second) = (third, fourth);
@@ -192,7 +244,9 @@ mod tests {
     fn transformed(x: &[f32; VOXELS]) -> [f32; VOXELS] {
         let mut v = [0.0; VOXELS];
         // SAFETY: four rows of four voxels make one tile of 16 products; plain Rust needs no feature.
-        unsafe { inputs::<Plain>(x.as_ptr(), 4 * LANES, 1, v.as_mut_ptr(), (LANES, LANES)) };
+        unsafe {
+            inputs::<Plain>(&Plane { x: x.as_ptr(), row: 4 * LANES }, 1, v.as_mut_ptr(), (LANES, LANES))
+        };
         v
     }
 

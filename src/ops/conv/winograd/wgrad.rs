@@ -25,7 +25,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
     let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
-        largest = choose(tiles, 2 * channels.div_ceil(CHANNEL_BLOCK));
+        largest = choose(tiles, 2 * channels.next_multiple_of(CHANNEL_BLOCK));
         origins = largest.origins(problem.n, tiles);
         origins.len()
     });
@@ -126,6 +126,7 @@ impl Pass<'_> {
         let width = lanes.len() * LANES;
         let block_floats = slab.input_tiles() * CHANNEL_BLOCK;
         let channel_blocks = blocks([block.len], CHANNEL_BLOCK);
+        // Not `spread`: it gains nothing here.
         let v_pitch = channel_blocks.len() * block_floats;
         for (index, part) in channel_blocks.iter().enumerate() {
             let to = Products { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
