@@ -13,7 +13,7 @@ use super::plan::{
 use super::tile::{Element, Order, Place, load};
 use super::{Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
-use crate::device::bf16::{Operands, Pairs};
+use crate::device::bf16::Pairs;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
@@ -57,10 +57,7 @@ pub fn correlate<'a>(
         && out_space[2].is_multiple_of(map.outputs())
         && anchors[2] >= LANES
         && lanes.iter().all(|l| l.len <= run::THIN_CHANNELS);
-    let element = match operands {
-        Operands::Single => Element::Single,
-        Operands::Bf16 => Element::Channels,
-    };
+    let element = Element::of_voxels(operands);
     let groups: Vec<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
     let order = if thin {
         Order::ChannelRows

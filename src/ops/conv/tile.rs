@@ -5,7 +5,7 @@ use super::plan::{Block, Map, Origin};
 use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
 use super::{Source, halves};
-use crate::device::bf16::{pair, widen};
+use crate::device::bf16::{Operands, pair, widen};
 use crate::device::cpu::vectorised;
 use crate::tensor::Values;
 #[cfg(target_arch = "x86_64")]
@@ -47,6 +47,14 @@ pub enum Element {
 }
 
 impl Element {
+    /// What the gather core's voxels are made of.
+    pub fn of_voxels(operands: Operands) -> Self {
+        match operands {
+            Operands::Single => Element::Single,
+            Operands::Bf16 => Element::Channels,
+        }
+    }
+
     /// Elements of `channels` channels.
     pub fn of(self, channels: usize) -> usize {
         match self {

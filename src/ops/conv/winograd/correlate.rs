@@ -9,7 +9,7 @@ use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
 use super::slab::{Products, Run, Scratch, Side, Slab};
 use super::transform::{self, PRODUCTS};
-use super::{ACCUMULATORS, SLAB_FLOATS, choose, element, spread, tiles};
+use super::{ACCUMULATORS, SLAB_FLOATS, choose, spread, tiles};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
@@ -38,7 +38,7 @@ pub fn correlate<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) {
     let Problem { map, operands, phase, n, out_space, .. } = problem;
-    let element = element(operands);
+    let element = Element::of_voxels(operands);
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let pack = || pack((map, element), &blocks, &lanes, weights);
@@ -173,7 +173,7 @@ impl Pass<'_> {
         let Room { v, m, scratch } = room;
         let (plane, block_floats) = (slab.plane_tiles() * V::OPERANDS, slab.input_tiles() * V::OPERANDS);
         let pitch = spread(self.blocks.len() * block_floats);
-        let element = element(slab.problem.operands);
+        let element = Element::of_voxels(slab.problem.operands);
         debug_assert_eq!(V::OPERANDS, element.of(LANES));
         let mut rows = Vec::with_capacity(3 * self.blocks.len());
         for (index, &block) in self.blocks.iter().enumerate() {

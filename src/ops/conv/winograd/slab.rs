@@ -1,9 +1,8 @@
 //! Some planes and rows of tiles, all of W: what a task transforms at once.
 
 use super::super::plan::{Block, LANES, Map, Origin, Tile};
-use super::super::tile::{Order, Place, load_rows};
+use super::super::tile::{Element, Order, Place, load_rows};
 use super::super::{Problem, Source};
-use super::element;
 use super::transform::{Halves, PRODUCTS, Plane, gradients, inputs};
 use crate::device::cpu::Lanes;
 use crate::tensor::Values;
@@ -132,45 +131,43 @@ impl Slab<'_> {
         let last = (planes * self.plane_tiles() - 1) * step + V::OPERANDS;
         assert!((PRODUCTS - 1) * pitch + last <= floats.len(), "all products of all tiles fit");
         assert!(side == Side::Inputs || V::OPERANDS == LANES, "gradients are transformed to f32");
-        let ahead = |d: usize, h: usize| {
-            // Planes are asked for a plane ahead.
+        // A plane before it is read.
+        let prefetch = |d: usize, h: usize| {
             if d + 1 < planes {
                 let part = (d + 1) * self.origin.size.h + h;
                 place.prefetch(source, block, (part, planes * self.origin.size.h));
             }
         };
-        if let Values::Bf16(x) = source.data
-            && (V::OPERANDS < LANES, side, block.len) == (true, Side::Inputs, LANES)
-        {
+        // What is stored is what is multiplied: no copy of it is needed.
+        let as_stored = V::OPERANDS < LANES && side == Side::Inputs && block.len == LANES;
+        if let (Values::Bf16(x), true) = (source.data, as_stored) {
             debug_assert!(source.pending.is_none(), "values of bfloat16 have no map");
-            // What is stored is what is multiplied: no copy of it is needed.
-            let zeros = [0; LANES];
-            let width = self.problem.space[2];
-            for d in 0..planes {
-                for h in 0..self.origin.size.h {
-                    ahead(d, h);
-                    let row = |i: usize| match place.source_row(d * rows + 2 * h + i, source.channels) {
-                        Some(start) => {
-                            let span = (width - 1) * source.channels + LANES;
-                            (x[start + block.first..][..span].as_ptr(), source.channels)
-                        }
-                        None => (zeros.as_ptr(), 0),
-                    };
-                    let halves = Halves { rows: [row(0), row(1), row(2), row(3)], width };
-                    let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
-                    // SAFETY: rows are as long as was checked, or of zeros; products as was asserted.
-                    unsafe { inputs::<V>(&halves, self.tiles_w, to, (pitch, step)) };
+            let (zeros, width) = ([0; LANES], self.problem.space[2]);
+            let row = |index: usize| match place.source_row(index, source.channels) {
+                Some(start) => {
+                    let span = (width - 1) * source.channels + LANES;
+                    (x[start + block.first..][..span].as_ptr(), source.channels)
                 }
+                None => (zeros.as_ptr(), 0),
+            };
+            for (d, h) in (0..planes).flat_map(|d| (0..self.origin.size.h).map(move |h| (d, h))) {
+                prefetch(d, h);
+                let first = d * rows + 2 * h;
+                let halves =
+                    Halves { rows: [row(first), row(first + 1), row(first + 2), row(first + 3)], width };
+                let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
+                // SAFETY: rows are as long as was checked, or of zeros; products as was asserted.
+                unsafe { inputs::<V>(&halves, self.tiles_w, to, (pitch, step)) };
             }
             return;
         }
         let Scratch { row, plane } = scratch;
         plane.resize(rows * row_floats, 0.0);
-        let layout = (Order::Voxels { pitch: V::OPERANDS }, element(self.problem.operands));
+        let layout = (Order::Voxels { pitch: V::OPERANDS }, Element::of_voxels(self.problem.operands));
         for d in 0..planes {
             load_rows(source, block, &place, layout, d * rows..(d + 1) * rows, plane, row);
             for h in 0..self.origin.size.h {
-                ahead(d, h);
+                prefetch(d, h);
                 let x = plane[2 * h * row_floats..].as_ptr();
                 let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
                 // SAFETY: the rows of a tile are in the plane, `2 tiles_w` voxels and the kernel's halo long, and every
