@@ -10,7 +10,7 @@ use spleen_hpc::data::{nifti, nifti_write};
 use spleen_hpc::infer::evaluate::evaluate;
 use spleen_hpc::infer::jobs::{Style, jobs};
 use spleen_hpc::infer::pipeline::{Statistics, segment};
-use spleen_hpc::infer::predict::Predictor;
+use spleen_hpc::infer::predict::{Network, Predictor};
 use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Shape, Tensor};
 
@@ -39,8 +39,14 @@ fn masks(
     config.window = Window { roi: [16, 16, 16], ..config.window };
     let jobs = jobs(inputs, out, style).unwrap();
     let mut told = 0;
-    let outcomes =
-        segment(&jobs, &bright, (&config.preprocess, &config.window), style, stop, |_, _| told += 1);
+    let outcomes = segment(
+        &jobs,
+        &Network::Function(&bright),
+        (&config.preprocess, &config.window),
+        style,
+        stop,
+        |_, _| told += 1,
+    );
     assert_eq!(told, outcomes.len());
     outcomes
 }
@@ -109,8 +115,14 @@ fn stopping_finishes_what_is_under_way_and_begins_nothing() {
         stop.store(true, Ordering::Relaxed);
         bright(x, shape)
     };
-    let outcomes =
-        segment(&jobs, &network, (&config.preprocess, &config.window), Style::Mask, &stop, |_, _| ());
+    let outcomes = segment(
+        &jobs,
+        &Network::Function(&network),
+        (&config.preprocess, &config.window),
+        Style::Mask,
+        &stop,
+        |_, _| (),
+    );
     // The first was predicted; at most one more was read and one was being read.
     assert!((1..=3).contains(&outcomes.len()), "{}", outcomes.len());
     assert!(outcomes.iter().all(|o| o.as_ref().is_ok_and(|found| found.output.exists())));
@@ -138,7 +150,8 @@ fn scores_follow_from_the_counts() {
     let mut config = Config::for_recipe(Recipe::V036);
     config.window = Window { roi: [16, 16, 16], ..config.window };
     let stop = AtomicBool::new(false);
-    let results = evaluate(&cases, &Predictor::Host(&self::bright), &config, None, &stop, |_, _| ());
+    let results =
+        evaluate(&cases, &Predictor::Host(Network::Function(&self::bright)), &config, None, &stop, |_, _| ());
     let a = results[0].as_ref().unwrap();
     let (pred, truth) = (bright.len() as f64, label.data.iter().map(|&v| f64::from(v)).sum::<f64>());
     let dice = (2.0 * truth / (pred + truth)) as f32;

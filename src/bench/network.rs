@@ -6,8 +6,8 @@ use super::{SIDE, VOLUME, Work, config};
 use crate::Result;
 use crate::config::Net;
 use crate::device::bf16::Operands;
-use crate::infer::predict::CLASSES;
-use crate::infer::sliding_window::{self, Windows};
+use crate::infer::predict::Network;
+use crate::infer::sliding_window::Windows;
 use crate::nn::UNet;
 use crate::nn::weights::read_any;
 use crate::train::trainer::Trainer;
@@ -42,11 +42,7 @@ pub fn sliding_window(operands: Operands) -> Result<Work> {
     let volume = uniform(VOLUME.iter().product());
     let windows = Windows::new(VOLUME, &config.window).corners().len();
     let costs = forward_costs(&config.net, windows, SIDE);
-    let [d, h, w] = config.window.roi;
-    Ok(Work::new(costs, move || {
-        let mut predict = |x: &[f32], n: usize, _| net.infer(x, [n, d, h, w]);
-        sliding_window::sliding_window(&volume, VOLUME, &config.window, CLASSES, &mut predict)
-    }))
+    Ok(Work::new(costs, move || Network::UNet(&net, &|_| Ok(())).logits(&volume, VOLUME, &config.window)))
 }
 
 /// The network read and its first window's logits: of interest where nothing was done before in the process.

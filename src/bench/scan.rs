@@ -9,7 +9,7 @@ use crate::data::{nifti, nifti_write, preprocess as transforms, scan};
 use crate::device::bf16::Operands;
 use crate::infer::jobs::{Style, jobs};
 use crate::infer::pipeline::segment;
-use crate::infer::predict::softmax;
+use crate::infer::predict::{Network, softmax};
 use crate::infer::sliding_window::Windows;
 use crate::nn::UNet;
 use crate::nn::weights::read_any;
@@ -57,7 +57,7 @@ pub fn infer(inputs: &Inputs, operands: Operands) -> Result<Work> {
     let geometry = transforms::Geometry::plan(header.shape, &header.affine, config.preprocess.spacing_mm)?;
     let windows = Windows::new(geometry.prepared_shape(), &config.window).corners().len();
     Ok(Work::new(forward_costs(&config.net, windows, SIDE), move || {
-        let network = |x: &[f32], shape| net.infer(x, shape);
+        let network = Network::UNet(&net, &|_| Ok(()));
         let numbers = (&config.preprocess, &config.window);
         let results = segment(&jobs, &network, numbers, Style::Mask, &AtomicBool::new(false), |_, _| {});
         results.into_iter().collect::<Result<Vec<_>>>()

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::progress::Progress;
 use crate::config::{Net, Overrides};
 use crate::device::Device;
-use crate::infer::predict::Predictor;
+use crate::infer::predict::{Network, Predictor};
 use crate::nn::UNet;
 use crate::nn::checkpoint::{CheckpointMeta, Split};
 use crate::nn::state_dict::{StateDict, infer_net};
@@ -88,11 +88,13 @@ impl Ready {
         let windows = AtomicUsize::new(0);
         let count = |n: usize| progress.note(format!("{} windows", windows.fetch_add(n, Relaxed) + n));
         match self.net.params()[0].cuda() {
-            None => work(&Predictor::Host(&|x: &[f32], shape| {
-                let logits = self.net.infer(x, shape)?;
-                count(shape[0]);
-                Ok(logits)
-            })),
+            None => {
+                let told = |windows| {
+                    count(windows);
+                    Ok(())
+                };
+                work(&Predictor::Host(Network::UNet(&self.net, &told)))
+            }
             Some(cuda) => work(&Predictor::Device(cuda, &|x: &View| {
                 let logits = self.net.infer_on_device(x)?;
                 count(x.shape.n);

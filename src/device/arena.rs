@@ -128,6 +128,11 @@ impl Drop for Buffer {
     }
 }
 
+/// Gives the free buffers of this length back to the system: a scan's, which may never come again.
+pub fn release(len: usize) {
+    lock().get_or_insert_default().remove(&len);
+}
+
 /// Gives every free buffer back to the system, for example between training and whole-volume inference.
 pub fn trim() {
     *lock() = None;
@@ -158,6 +163,16 @@ mod tests {
         assert!(Buffer::once(len).iter().all(|&v| v == 0.0));
         let kept = lock().as_ref().is_some_and(|free| free.contains_key(&len));
         assert!(!kept);
+    }
+
+    #[test]
+    fn a_released_length_is_not_kept() {
+        let len = 54_322; // no other test uses this length
+        drop(Buffer::dirty(len));
+        let kept = || lock().as_ref().is_some_and(|free| free.contains_key(&len));
+        assert!(kept());
+        release(len);
+        assert!(!kept());
     }
 
     #[test]

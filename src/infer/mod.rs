@@ -4,6 +4,7 @@
 
 pub mod cuda;
 pub mod evaluate;
+pub mod first_level;
 pub mod importance;
 pub mod jobs;
 pub mod pipeline;

@@ -5,12 +5,15 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::cuda::DeviceNetwork;
+use super::first_level::Shared;
 use super::sliding_window::sliding_window;
 use crate::Result;
 use crate::config::Window;
 use crate::device::arena::Buffer;
+use crate::device::cpu::vectorised;
 use crate::device::cuda::Cuda;
-use crate::tensor::Tensor;
+use crate::nn::UNet;
+use crate::tensor::{Float, Tensor};
 
 /// Voxels a task handles.
 const CHUNK: usize = 1 << 14;
@@ -21,23 +24,54 @@ pub const CLASSES: usize = 2;
 /// A network in inference mode, where it computes.
 pub enum Predictor<'a> {
     /// In host memory.
-    Host(&'a Network<'a>),
+    Host(Network<'a>),
     /// On a device.
     Device(&'a Arc<Cuda>, &'a DeviceNetwork<'a>),
 }
 
-/// A network in inference mode: (N,D,H,W) intensities and that shape in, (N,D,H,W,2) logits out.
-pub type Network<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Tensor> + Sync + 'a;
+/// A network in inference mode in host memory.
+#[derive(Clone, Copy)]
+pub enum Network<'a> {
+    /// MONAI's U-Net. The function hears how many windows of every batch have been predicted, and may end it all.
+    UNet(&'a UNet, &'a (dyn Fn(usize) -> Result<()> + Sync)),
+    /// Any other.
+    Function(&'a Function<'a>),
+}
+
+/// (N,D,H,W) intensities and that shape in, (N,D,H,W,2) logits out.
+pub type Function<'a> = dyn Fn(&[f32], [usize; 4]) -> Result<Tensor> + Sync + 'a;
+
+impl Network<'_> {
+    /// Blended logits (D,H,W,2) of an `image` of `shape` = (D,H,W).
+    ///
+    /// # Errors
+    /// Those of the network, and [`crate::Error::Shape`] for logits of the wrong size.
+    pub fn logits(&self, image: &[f32], shape: [usize; 3], window: &Window) -> Result<Buffer> {
+        let [d, h, w] = window.roi;
+        let predict = |windows: &[f32], n: usize| match self {
+            Network::UNet(net, told) => {
+                let logits = net.infer(windows, [n, d, h, w])?;
+                told(n)?;
+                Ok(logits)
+            }
+            Network::Function(function) => function(windows, [n, d, h, w]),
+        };
+        if let Network::UNet(net, told) = self
+            && let Some(shared) = Shared::new(net, shape, window).filter(Shared::is_worth_it)
+        {
+            return shared.sliding_window(net, (image, shape), window, CLASSES, told);
+        }
+        sliding_window(image, shape, window, CLASSES, &mut |windows, n, _| predict(windows, n))
+    }
+}
 
 /// Probabilities of background and organ a voxel, (D,H,W,2), of an `image` of `shape` = (D,H,W): logits are blended
 /// first and go through the softmax once, as in the bundle.
 ///
 /// # Errors
-/// Those of the network, and [`crate::Error::Shape`] for logits of the wrong size.
+/// As [`Network::logits`].
 pub fn probabilities(network: &Network, image: &[f32], shape: [usize; 3], window: &Window) -> Result<Buffer> {
-    let [d, h, w] = window.roi;
-    let mut predict = |windows: &[f32], n: usize, _: usize| network(windows, [n, d, h, w]);
-    let mut logits = sliding_window(image, shape, window, CLASSES, &mut predict)?;
+    let mut logits = network.logits(image, shape, window)?;
     softmax(&mut logits);
     Ok(logits)
 }
@@ -50,16 +84,21 @@ pub fn argmax(probabilities: &[f32]) -> Vec<u8> {
 /// Logits (.., 2) to probabilities, in place: exp(x - max) / sum, in float32 as torch does; one of the two
 /// exponentials is that of 0.
 pub fn softmax(logits: &mut [f32]) {
-    logits.par_chunks_mut(CLASSES * CHUNK).for_each(|logits| {
+    logits.par_chunks_mut(CLASSES * CHUNK).for_each(softmax_voxels);
+}
+
+vectorised! {
+    /// The same for a task's voxels.
+    fn softmax_voxels(logits: &mut [f32]) {
         for x in logits.as_chunks_mut::<CLASSES>().0 {
             // exp(max - max) is 1, or not a number where the network overflowed.
             let large = if x[0].max(x[1]).is_finite() { 1.0 } else { f32::NAN };
-            let small = (-(x[0] - x[1]).abs()).exp();
+            let small = (x[0] - x[1]).exp_minus_abs();
             let sum = large + small;
             let (large, small) = (large / sum, small / sum);
             *x = if x[1] > x[0] { [small, large] } else { [large, small] };
         }
-    });
+    }
 }
 
 #[cfg(test)]
@@ -78,7 +117,7 @@ mod tests {
             let [n, d, h, w] = shape;
             Ok(Tensor::from_slice(Shape::new(n, [d, h, w], CLASSES), &logits))
         };
-        let p = probabilities(&network, &image, [1, 2, 3], &window).unwrap();
+        let p = probabilities(&Network::Function(&network), &image, [1, 2, 3], &window).unwrap();
         for (p, x) in p.chunks(2).zip(image) {
             let organ = 1.0 / (1.0 + f64::from(-x).exp());
             // exp, sum and quotient: a few float32 roundings of a number below 1.

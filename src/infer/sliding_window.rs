@@ -6,6 +6,8 @@
 //! number of threads. A volume smaller than the window is read as if padded with 0, `diff / 2` voxels in front;
 //! what is predicted for the padding is never stored.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::importance::importance_map;
@@ -71,10 +73,20 @@ impl Windows {
         &self.corners
     }
 
+    /// Volume and corner of window number `k` of several volumes.
+    fn place(&self, k: usize) -> (usize, [isize; 3]) {
+        (k / self.corners.len(), self.corners[k % self.corners.len()])
+    }
+
     /// Copies the window at `corner` out of `volume` (D,H,W) into `window` (roi), 0 outside the volume.
     fn read(&self, volume: &[f32], corner: [isize; 3], window: &mut [f32]) {
-        window.fill(0.0);
-        for (d, slab) in volume.chunks_exact(self.shape[1] * self.shape[2]).enumerate() {
+        let covered = [0, 1, 2].map(|axis| self.overlap_along(axis, corner));
+        if covered.iter().map(Range::len).ne(self.roi) {
+            window.fill(0.0);
+        }
+        let plane = self.shape[1] * self.shape[2];
+        for d in covered[0].clone() {
+            let slab = &volume[d * plane..][..plane];
             self.rows(d, corner, |from, to, len| {
                 window[to..to + len].copy_from_slice(&slab[from..from + len])
             });
@@ -82,7 +94,7 @@ impl Windows {
     }
 
     /// Voxels of the volume that the window at `corner` covers along an axis.
-    fn overlap_along(&self, axis: usize, corner: [isize; 3]) -> std::ops::Range<usize> {
+    fn overlap_along(&self, axis: usize, corner: [isize; 3]) -> Range<usize> {
         let end = (corner[axis] + self.roi[axis] as isize).min(self.shape[axis] as isize);
         corner[axis].max(0) as usize..end.max(0) as usize
     }
@@ -130,57 +142,94 @@ pub fn sliding_window_batch<L: AsRef<[f32]>>(
     out_channels: usize,
     predict: &mut Predict<L>,
 ) -> Result<Vec<Buffer>> {
-    let voxels: usize = shape.iter().product();
-    if let Some(volume) = volumes.iter().find(|v| v.len() != voxels || v.is_empty()) {
-        return Err(Error::Shape {
-            op: "sliding_window",
-            want: format!("at least one voxel and {shape:?}"),
-            got: format!("{} voxels", volume.len()),
-        });
-    }
     let windows = Windows::new(shape, config);
-    let weights = importance_map(config.roi, config.blend);
-    let (each, total) = (weights.len(), windows.corners.len() * volumes.len());
-    let mut sums: Vec<_> = volumes.iter().map(|_| Buffer::once(voxels * out_channels)).collect();
-    // Pages that are written before they are read are faulted in once, not once for each.
-    sums.iter_mut().for_each(|sum| sum.par_chunks_mut(PAGES).for_each(|pages| pages.fill(0.0)));
+    let mut blend = Blend::new(&windows, volumes, config, out_channels)?;
+    let each: usize = config.roi.iter().product();
+    let total = windows.corners.len() * volumes.len();
     let mut batch = vec![0f32; each * config.batch.min(total)];
-
     for first in (0..total).step_by(config.batch) {
         let numbers = first..total.min(first + config.batch);
         let n = numbers.len();
-        let place = |k: usize| (k / windows.corners.len(), windows.corners[k % windows.corners.len()]);
         batch[..n * each].par_chunks_mut(each).zip(numbers.clone()).for_each(|(window, k)| {
-            let (image, corner) = place(k);
+            let (image, corner) = windows.place(k);
             windows.read(volumes[image], corner, window);
         });
         let logits = predict(&batch[..n * each], n, first)?;
-        let logits = logits.as_ref();
-        if logits.len() != n * each * out_channels {
+        blend.add(numbers, logits.as_ref())?;
+    }
+    Ok(blend.finish())
+}
+
+/// Logits of several volumes of one shape, window by window.
+pub(super) struct Blend<'a> {
+    windows: &'a Windows,
+    /// Of every voxel of a window.
+    weights: Vec<f32>,
+    channels: usize,
+    /// Weighted sums, one (D,H,W,C) a volume.
+    sums: Vec<Buffer>,
+}
+
+impl<'a> Blend<'a> {
+    /// Of nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when a volume does not have the windows' shape, or no voxel.
+    pub fn new(windows: &'a Windows, volumes: &[&[f32]], config: &Window, channels: usize) -> Result<Self> {
+        let shape = windows.shape;
+        let voxels: usize = shape.iter().product();
+        if let Some(volume) = volumes.iter().find(|v| v.len() != voxels || v.is_empty()) {
             return Err(Error::Shape {
                 op: "sliding_window",
-                want: format!("{n} windows of {:?} with {out_channels} channels", config.roi),
+                want: format!("at least one voxel and {shape:?}"),
+                got: format!("{} voxels", volume.len()),
+            });
+        }
+        let mut sums: Vec<_> = volumes.iter().map(|_| Buffer::once(voxels * channels)).collect();
+        // Pages that are written before they are read are faulted in once, not once for each.
+        sums.iter_mut().for_each(|sum| sum.par_chunks_mut(PAGES).for_each(|pages| pages.fill(0.0)));
+        Ok(Blend { windows, weights: importance_map(config.roi, config.blend), channels, sums })
+    }
+
+    /// Adds the logits of the windows with these numbers; those of lower numbers have been added before.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are not as many logits as there should be.
+    pub fn add(&mut self, numbers: Range<usize>, logits: &[f32]) -> Result<()> {
+        let Blend { windows, weights, channels, sums } = self;
+        let (n, channels) = (numbers.len(), *channels);
+        let each = weights.len() * channels;
+        if logits.len() != n * each {
+            return Err(Error::Shape {
+                op: "sliding_window",
+                want: format!("{n} windows of {:?} with {channels} channels", windows.roi),
                 got: format!("{} logits", logits.len()),
             });
         }
+        let plane = windows.shape[1] * windows.shape[2] * channels;
         for (image, sum) in sums.iter_mut().enumerate() {
-            let here: Vec<_> =
-                numbers.clone().map(place).zip(logits.chunks_exact(each * out_channels)).collect();
-            sum.par_chunks_mut(shape[1] * shape[2] * out_channels).enumerate().for_each(|(d, slab)| {
-                for &((_, corner), logits) in here.iter().filter(|((i, _), _)| *i == image) {
+            let placed = numbers.clone().map(|k| windows.place(k)).zip(logits.chunks_exact(each));
+            let here: Vec<_> = placed.filter(|((i, _), _)| *i == image).collect();
+            sum.par_chunks_mut(plane).enumerate().for_each(|(d, slab)| {
+                for &((_, corner), logits) in &here {
                     windows.rows(d, corner, |to, from, len| {
                         add_row(
-                            &mut slab[to * out_channels..(to + len) * out_channels],
-                            &logits[from * out_channels..(from + len) * out_channels],
+                            &mut slab[to * channels..(to + len) * channels],
+                            &logits[from * channels..(from + len) * channels],
                             &weights[from..from + len],
                         );
                     });
                 }
             });
         }
+        Ok(())
     }
-    sums.iter_mut().for_each(|sum| divide(sum, &windows, &weights, out_channels));
-    Ok(sums)
+
+    /// Weighted means, when all windows have been added.
+    pub fn finish(mut self) -> Vec<Buffer> {
+        self.sums.iter_mut().for_each(|sum| divide(sum, self.windows, &self.weights, self.channels));
+        self.sums
+    }
 }
 
 vectorised! {
@@ -204,6 +253,23 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// Divides every channel of voxel v by `count[v]`.
+    fn divide_voxels(sums: &mut [f32], count: &[f32], channels: usize) {
+        if channels == 2 {
+            // As above.
+            for (sum, count) in sums.as_chunks_mut::<2>().0.iter_mut().zip(count) {
+                sum[0] /= count;
+                sum[1] /= count;
+            }
+            return;
+        }
+        for (sum, count) in sums.chunks_exact_mut(channels).zip(count) {
+            sum.iter_mut().for_each(|s| *s /= count);
+        }
+    }
+}
+
 /// Divides by the sum of weights, which is made again slab by slab instead of being kept for the whole grid.
 fn divide(sums: &mut [f32], windows: &Windows, weights: &[f32], channels: usize) {
     let plane = windows.shape[1] * windows.shape[2];
@@ -215,7 +281,7 @@ fn divide(sums: &mut [f32], windows: &Windows, weights: &[f32], channels: usize)
                 count[to..to + len].iter_mut().zip(&weights[from..]).for_each(|(c, w)| *c += w);
             });
         }
-        slab.chunks_exact_mut(channels).zip(&*count).for_each(|(s, c)| s.iter_mut().for_each(|s| *s /= c));
+        divide_voxels(slab, count, channels);
     });
 }
 

@@ -72,6 +72,11 @@ impl Activation {
         &self.raw
     }
 
+    /// The stored elements by themselves.
+    pub fn into_raw(self) -> Tensor {
+        self.raw
+    }
+
     /// The map still to be applied to a host tensor, if any.
     pub fn pending(&self) -> Option<&Pending> {
         match &self.map {

@@ -105,10 +105,7 @@ impl Tensor {
 
     /// Room for the elements of a host tensor, of unspecified values: what [`Tensor::stored`] is to wrap.
     pub fn room(shape: Shape, stored: Operands) -> Buffer {
-        Buffer::dirty(match stored {
-            Operands::Single => shape.len(),
-            Operands::Bf16 => shape.len().div_ceil(2),
-        })
+        Buffer::dirty(Self::floats_of(shape, stored))
     }
 
     /// The elements of such a buffer.
@@ -157,6 +154,27 @@ impl Tensor {
         }
     }
 
+    /// What its elements are stored as; the tensor must be in host memory.
+    pub fn stored_as(&self) -> Operands {
+        match self.values() {
+            Values::Single(_) => Operands::Single,
+            Values::Bf16(_) => Operands::Bf16,
+        }
+    }
+
+    /// Floats of room that they take in host memory.
+    pub fn floats(&self) -> usize {
+        Self::floats_of(self.shape, self.stored_as())
+    }
+
+    /// Floats of room for the elements of a host tensor.
+    fn floats_of(shape: Shape, stored: Operands) -> usize {
+        match stored {
+            Operands::Single => shape.len(),
+            Operands::Bf16 => shape.len().div_ceil(2),
+        }
+    }
+
     /// Its elements on the device, if it is there.
     pub fn device(&self) -> Option<&Act> {
         match &self.storage {
@@ -197,15 +215,25 @@ impl Tensor {
         Ok(Tensor { id: self.id, ..Tensor::on_device(self.shape, act, None) })
     }
 
-    /// The floats for writing: in place when nobody else holds them, a copy otherwise. A host tensor.
+    /// The floats for writing: in place when nobody else holds them, a copy otherwise. A host tensor, f32.
     pub fn make_mut(&mut self) -> &mut [f32] {
-        let Storage::Host(data) = &mut self.storage else {
-            panic!("only host code asks for floats, and only of host tensors")
+        match self.make_values_mut() {
+            ValuesMut::Single(floats) => floats,
+            ValuesMut::Bf16(_) => panic!("bfloat16 values where f32 ones are wanted"),
+        }
+    }
+
+    /// The elements for writing: in place when nobody else holds them, a copy otherwise. A host tensor.
+    pub fn make_values_mut(&mut self) -> ValuesMut<'_> {
+        let stored = self.stored_as();
+        let (Storage::Host(data) | Storage::HostBf16(data)) = &mut self.storage else {
+            unreachable!("it is in host memory, or its elements are not asked for")
         };
         if Arc::get_mut(data).is_none() {
             *data = Arc::new(Buffer::from_slice(data));
         }
-        Arc::get_mut(data).expect("the copy just made has one owner")
+        let room = Arc::get_mut(data).expect("the copy just made has one owner");
+        Tensor::values_mut(self.shape, stored, room)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::device::cuda::Cuda;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::infer::evaluate::grid_dice;
-use crate::infer::predict::Predictor;
+use crate::infer::predict::{Network, Predictor};
 use crate::metrics::overlap::mean_ignoring_nan;
 use crate::nn::UNet;
 use crate::nn::checkpoint::{self, Checkpoint, CheckpointMeta, EpochRecord, Split};
@@ -358,16 +358,13 @@ pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config, stop: &Atomic
         true => Err(Error::Interrupted),
         false => Ok(()),
     };
-    let on_host = |x: &[f32], shape: [usize; 4]| {
-        go_on()?;
-        net.infer(x, shape)
-    };
+    let told = |_| go_on();
     let on_device = |x: &View| {
         go_on()?;
         net.infer_on_device(x)
     };
     let predictor = match net.params()[0].cuda() {
-        None => Predictor::Host(&on_host),
+        None => Predictor::Host(Network::UNet(net, &told)),
         Some(cuda) => Predictor::Device(cuda, &on_device),
     };
     let dice = |case: &CachedCase| {

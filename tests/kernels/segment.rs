@@ -7,7 +7,7 @@ use spleen_hpc::data::volume::{Affine, Volume};
 use spleen_hpc::data::{nifti, scan};
 use spleen_hpc::device::cuda::Precision;
 use spleen_hpc::infer::jobs::{Style, jobs};
-use spleen_hpc::infer::predict::{argmax, probabilities};
+use spleen_hpc::infer::predict::{Network, argmax, probabilities};
 use spleen_hpc::infer::{cuda as device, pipeline};
 use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Shape, Tensor, View};
@@ -138,7 +138,8 @@ fn masks_are_those_of_the_cpu() {
                 let scan = scan::read(input, &p).unwrap();
                 let image = &scan.prepared.image;
                 let net = on_cpu(cuda.precision());
-                let want = probabilities(&net, &image.data, image.shape, &window).unwrap();
+                let want =
+                    probabilities(&Network::Function(&net), &image.data, image.shape, &window).unwrap();
 
                 let read = scan::read_stored(input, &p).unwrap();
                 assert_eq!(read.warnings, scan.warnings);
@@ -209,7 +210,14 @@ fn the_pipeline_writes_the_files_that_the_cpu_writes() {
             |_, _| told += 1,
         );
         let net = on_cpu(cuda.precision());
-        let want = pipeline::segment(&jobs("cpu"), &net, (&p, &window), Style::Mask, &stop, |_, _| ());
+        let want = pipeline::segment(
+            &jobs("cpu"),
+            &Network::Function(&net),
+            (&p, &window),
+            Style::Mask,
+            &stop,
+            |_, _| (),
+        );
         assert_eq!((got.len(), told), (4, 4));
         for (got, want) in got.iter().zip(&want) {
             match (got, want) {

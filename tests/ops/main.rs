@@ -6,6 +6,7 @@
 mod amx_emulator;
 mod bits;
 mod finished;
+mod first_level;
 mod layer;
 mod stored;
 mod winograd;

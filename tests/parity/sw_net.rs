@@ -1,8 +1,7 @@
 //! Sliding window with the network: `net.*` of `sw`.
 
 use spleen_hpc::config::Window;
-use spleen_hpc::infer::predict::CLASSES;
-use spleen_hpc::infer::sliding_window::sliding_window;
+use spleen_hpc::infer::predict::{CLASSES, Network};
 use spleen_hpc::nn::UNet;
 use spleen_hpc::tensor::{Shape, View};
 
@@ -42,9 +41,7 @@ pub fn blended(net: &UNet, volume: &Tensor, window: &Window) -> Outcome<Tensor> 
         let logits = blended_on_device(&cuda, &network, &volume.to_f32(), [d, h, w], window)?;
         return Ok(channels_first(shape, &logits));
     }
-    let [a, b, c] = window.roi;
-    let mut predict = |x: &[f32], n: usize, _: usize| net.infer(x, [n, a, b, c]);
-    let logits = sliding_window(&volume.to_f32(), [d, h, w], window, CLASSES, &mut predict)?;
+    let logits = Network::UNet(net, &|_| Ok(())).logits(&volume.to_f32(), [d, h, w], window)?;
     Ok(channels_first(shape, &logits))
 }
 

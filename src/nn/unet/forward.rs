@@ -15,7 +15,8 @@ use crate::ops::conv_transpose3d::{conv_transpose3d, conv_transpose3d_finished};
 use crate::ops::conv3d::{Filter, conv3d, conv3d_finished};
 use crate::ops::norm_prelu::{Affine, Moments, Statistics, fixed, norm_prelu};
 use crate::ops::residual::{add, materialize};
-use crate::tensor::{Activation, Param, ParamId, Pending, Shape, Tape, Tensor, View};
+use crate::tensor::{Activation, Param, ParamId, Pending, Shape, Tape, Tensor, ValuesMut, View};
+use rayon::prelude::*;
 
 /// Whether norms use the batch's statistics or the running ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +81,65 @@ impl UNet {
         }
     }
 
+    /// Whether what the first level makes of an image is known piece by piece: on the CPU, with norms that are known
+    /// beforehand.
+    pub fn has_first_level(&self) -> bool {
+        !self.norms.is_empty() && self.params[0].cuda().is_none()
+    }
+
+    /// The first level's output (N, D/2, H/2, W/2, C) of images (N, D, H, W, 1) of even sides, in inference; between its two
+    /// convolutions the rows (H) and columns (W) in `guards` become 0, as beyond the edge of an image.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] when the network has no such level by itself.
+    pub fn first_level(&self, x: Tensor, guards: [&[usize]; 2]) -> Result<Tensor> {
+        // As in `infer`.
+        rayon::scope(|_| {
+            let tape = &mut Tape::off();
+            let (mut run, down) = self.pieces(tape)?;
+            let (a0, shortcut) = run.unit0(down, Activation::constant(x), 2)?;
+            let mut a0 = a0.into_raw();
+            clear(&mut a0, guards);
+            Ok(run.unit1(down, a0.into(), &shortcut)?.into_raw())
+        })
+    }
+
+    /// Logits (N, D, H, W, 2) of windows whose first level made `skip` (N, D/2, H/2, W/2, C), with the bits that
+    /// [`UNet::infer`] would give.
+    ///
+    /// # Errors
+    /// As [`UNet::first_level`], and [`Error::Shape`] when sides are not half of a multiple of [`UNet::side_multiple`].
+    pub fn infer_from_first_level(&self, skip: Tensor) -> Result<Tensor> {
+        let (shape, multiple) = (skip.shape(), self.side_multiple() / 2);
+        let channels = self.net.channels[0];
+        if shape.c != channels || shape.is_empty() || shape.space().iter().any(|s| s % multiple != 0) {
+            return Err(Error::Shape {
+                op: "unet",
+                want: format!("[N, D, H, W, {channels}] with sides that are multiples of {multiple}"),
+                got: shape.to_string(),
+            });
+        }
+        rayon::scope(|_| Ok(self.pieces(&mut Tape::off())?.0.below(0, skip.into())?.into_raw()))
+    }
+
+    /// A forward pass that can be done in pieces, and its first level.
+    fn pieces<'a>(&'a self, tape: &'a mut Tape) -> Result<(Run<'a, 'a>, &'a Down)> {
+        let down = self.downs.first().filter(|_| self.has_first_level());
+        let down = down.ok_or_else(|| Error::Internal("unet: its norms are not known beforehand".into()))?;
+        tape.operands = self.operands;
+        let stored = self.operands;
+        let run = Run {
+            net: self,
+            tape,
+            mode: Mode::Eval,
+            finishes: true,
+            stored,
+            probe: None,
+            statistics: Vec::new(),
+        };
+        Ok((run, down))
+    }
+
     /// Logits (N, D, H, W, 2) of windows (N, D, H, W, 1) on the device that the parameters are on, without waiting.
     ///
     /// # Errors
@@ -140,6 +200,13 @@ impl<'a> Run<'a, '_> {
             return self.down(&net.bottom, x, 1);
         };
         let skip = self.down(down, x, 2)?;
+        self.below(i, skip)
+    }
+
+    /// Level `i` from what its way down has made.
+    fn below(&mut self, i: usize, skip: Activation) -> Result<Activation> {
+        let net = self.net;
+        let down = &net.downs[i];
         let inner = self.level(i + 1, skip.clone())?;
         if self.probe.is_some() {
             let name = format!("{}1", down.name.trim_end_matches('0'));
@@ -149,9 +216,15 @@ impl<'a> Run<'a, '_> {
     }
 
     fn down(&mut self, down: &'a Down, x: Activation, stride: usize) -> Result<Activation> {
-        let module = self.module(&down.unit0.name);
+        let (a0, shortcut) = self.unit0(down, x, stride)?;
+        self.unit1(down, a0, &shortcut)
+    }
+
+    /// The first unit of a way down, and the shortcut.
+    fn unit0(&mut self, down: &'a Down, x: Activation, stride: usize) -> Result<(Activation, Activation)> {
+        let _module = self.module(&down.unit0.name);
         let unit0 = (Layer::Unit(&down.unit0), None);
-        let (a0, shortcut) = match &down.residual {
+        Ok(match &down.residual {
             None => (self.conv(&x, unit0, stride)?, x),
             Some(conv) => {
                 let shortcut = (Layer::Shortcut(conv), None);
@@ -163,10 +236,13 @@ impl<'a> Run<'a, '_> {
                     (self.conv(&x, unit0, stride)?, self.conv(&x, shortcut, stride)?)
                 }
             }
-        };
-        drop(module);
+        })
+    }
+
+    /// The second unit, plus the shortcut.
+    fn unit1(&mut self, down: &'a Down, a0: Activation, shortcut: &Activation) -> Result<Activation> {
         let _module = self.module(&down.unit1.name);
-        let y = self.conv(&a0, (Layer::Unit(&down.unit1), Some(&shortcut)), 1)?;
+        let y = self.conv(&a0, (Layer::Unit(&down.unit1), Some(shortcut)), 1)?;
         self.show(&format!("{}(ResidualUnit)", down.name), || Ok(y.raw().clone()))?;
         Ok(y)
     }
@@ -322,6 +398,25 @@ impl<'a> Run<'a, '_> {
         }
         Ok(())
     }
+}
+
+/// Makes rows (H) and columns (W) of `x` 0.
+fn clear(x: &mut Tensor, guards: [&[usize]; 2]) {
+    let shape = x.shape();
+    match x.make_values_mut() {
+        ValuesMut::Single(x) => clear_values(x, shape, guards),
+        ValuesMut::Bf16(x) => clear_values(x, shape, guards),
+    }
+}
+
+fn clear_values<T: Copy + Default + Send>(x: &mut [T], shape: Shape, [rows, columns]: [&[usize]; 2]) {
+    let row = shape.w * shape.c;
+    x.par_chunks_mut(shape.h * row).for_each(|plane| {
+        rows.iter().for_each(|h| plane[h * row..][..row].fill(T::default()));
+        for x in plane.chunks_exact_mut(row) {
+            columns.iter().for_each(|w| x[w * shape.c..][..shape.c].fill(T::default()));
+        }
+    });
 }
 
 /// Channel concatenation, for probes only: the network reads both tensors in place.
