@@ -1,7 +1,8 @@
 //! Reuse of large buffers.
 //!
 //! A training step has static shapes, so the buffers of one step fit the next exactly. Giving them back to the
-//! system would cost a page fault every 4 KiB on every step; the arena keeps them instead. Large ones ask for huge
+//! system would cost a page fault every 4 KiB on every step; the arena keeps them instead. Lengths that are a scan's may
+//! never come again: of these it keeps a few large ones for whatever fits. Large buffers ask for huge
 //! pages, so that even a process's first pass takes few faults, and all begin at a cache line: a vector of 16 floats
 //! never lies across two, and a tile register is filled from whole lines six times as fast as from halves of two.
 
@@ -13,8 +14,11 @@ use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-/// Free memory by its buffers' length. One pool for the process: a buffer has no owner but the tensor that holds it.
-static FREE: Mutex<Option<HashMap<usize, Vec<Memory>>>> = Mutex::new(None);
+/// One pool for the process: a buffer has no owner but the tensor that holds it.
+static POOL: Mutex<Pool> = Mutex::new(Pool { of_length: None, spare: Vec::new() });
+
+/// Spare memory that is kept at most: as much as one scan needs besides what all scans need.
+const SPARES: usize = 8;
 
 /// Bytes from which a buffer has pages of its own: two huge ones, so that rounding up costs at most half.
 const OWN_PAGES: usize = 4 << 20;
@@ -24,46 +28,83 @@ const OWN_PAGES: usize = 4 << 20;
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// What holds the floats, zeros at first.
+/// What holds the floats.
 #[derive(Debug)]
 enum Memory {
     Lines(Vec<Line>),
     Pages(MmapMut),
 }
 
-impl Memory {
-    fn new(len: usize) -> Self {
-        let bytes = len * size_of::<f32>();
-        if bytes >= OWN_PAGES
-            && let Ok(pages) = MmapMut::map_anon(bytes)
-        {
-            // A hint: a kernel without huge pages gives small ones.
-            #[cfg(target_os = "linux")]
-            let _ = pages.advise(Advice::HugePage);
-            return Memory::Pages(pages);
+/// Free memory.
+struct Pool {
+    /// For buffers of the same length.
+    of_length: Option<HashMap<usize, Vec<Memory>>>,
+    /// For those of any length: large ones, the last that came at the end.
+    spare: Vec<MmapMut>,
+}
+
+impl Pool {
+    /// Memory for a buffer of this length, of unspecified content.
+    fn take(&mut self, len: usize) -> Memory {
+        if let Some(memory) = self.of_length.get_or_insert_default().get_mut(&len).and_then(Vec::pop) {
+            return memory;
         }
-        Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)])
+        let bytes = len * size_of::<f32>();
+        if bytes < OWN_PAGES {
+            return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
+        }
+        let fits = self.spare.iter().enumerate().filter(|(_, pages)| pages.len() >= bytes);
+        if let Some((smallest, _)) = fits.min_by_key(|(_, pages)| pages.len()) {
+            return Memory::Pages(self.spare.remove(smallest));
+        }
+        let Ok(pages) = MmapMut::map_anon(bytes) else {
+            return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
+        };
+        // A hint: a kernel without huge pages gives small ones.
+        #[cfg(target_os = "linux")]
+        let _ = pages.advise(Advice::HugePage);
+        Memory::Pages(pages)
+    }
+
+    /// Keeps memory for buffers of this length.
+    fn keep(&mut self, len: usize, memory: Memory) {
+        self.of_length.get_or_insert_default().entry(len).or_default().push(memory);
+    }
+
+    /// Keeps memory for whatever fits, if it is large, instead of what has been spare for longest.
+    fn keep_spare(&mut self, memory: Memory) {
+        if let Memory::Pages(pages) = memory {
+            if self.spare.len() == SPARES {
+                self.spare.remove(0);
+            }
+            self.spare.push(pages);
+        }
+    }
+
+    fn release(&mut self, len: usize) {
+        let free = self.of_length.get_or_insert_default().remove(&len);
+        free.into_iter().flatten().for_each(|memory| self.keep_spare(memory));
     }
 }
 
-/// Floats that return to the arena when dropped, or to the system.
+/// Floats that return to the arena when dropped.
 #[derive(Debug)]
 pub struct Buffer {
     memory: Memory,
     len: usize,
+    /// Whether for buffers of the same length.
     kept: bool,
 }
 
 impl Buffer {
     /// A buffer whose content is unspecified (the last tenant's): its writer must fill it.
     pub fn dirty(len: usize) -> Self {
-        let reused = lock().get_or_insert_default().get_mut(&len).and_then(Vec::pop);
-        Buffer { memory: reused.unwrap_or_else(|| Memory::new(len)), len, kept: true }
+        Buffer { memory: pool().take(len), len, kept: true }
     }
 
-    /// A buffer of zeros that goes back to the system when dropped: its length, a scan's, may never come again.
+    /// The same for a length that may never come again, a scan's.
     pub fn once(len: usize) -> Self {
-        Buffer { memory: Memory::new(len), len, kept: false }
+        Buffer { memory: pool().take(len), len, kept: false }
     }
 
     /// A buffer of zeros.
@@ -120,27 +161,24 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if !self.kept {
-            return;
-        }
         let memory = std::mem::replace(&mut self.memory, Memory::Lines(Vec::new()));
-        lock().get_or_insert_default().entry(self.len).or_default().push(memory);
+        if self.kept { pool().keep(self.len, memory) } else { pool().keep_spare(memory) }
     }
 }
 
-/// Gives the free buffers of this length back to the system: a scan's, which may never come again.
+/// No longer keeps free buffers of this length for others of it: a scan's, which may never come again.
 pub fn release(len: usize) {
-    lock().get_or_insert_default().remove(&len);
+    pool().release(len);
 }
 
 /// Gives every free buffer back to the system, for example between training and whole-volume inference.
 pub fn trim() {
-    *lock() = None;
+    *pool() = Pool { of_length: None, spare: Vec::new() };
 }
 
-fn lock() -> std::sync::MutexGuard<'static, Option<HashMap<usize, Vec<Memory>>>> {
+fn pool() -> std::sync::MutexGuard<'static, Pool> {
     // A panicking holder leaves only whole operations behind, so a poisoned pool is still a good one.
-    FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    POOL.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 #[cfg(test)]
@@ -157,22 +195,41 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_buffer_for_once_is_not_kept() {
-        let len = 54_321; // no other test uses this length
-        assert!(Buffer::once(len).iter().all(|&v| v == 0.0));
-        let kept = lock().as_ref().is_some_and(|free| free.contains_key(&len));
-        assert!(!kept);
+    fn address(memory: &Memory) -> *const u8 {
+        match memory {
+            Memory::Lines(lines) => lines.as_ptr().cast(),
+            Memory::Pages(pages) => pages.as_ptr(),
+        }
     }
 
     #[test]
-    fn a_released_length_is_not_kept() {
-        let len = 54_322; // no other test uses this length
-        drop(Buffer::dirty(len));
-        let kept = || lock().as_ref().is_some_and(|free| free.contains_key(&len));
-        assert!(kept());
-        release(len);
-        assert!(!kept());
+    fn spare_memory_is_for_whatever_fits() {
+        let mut pool = Pool { of_length: None, spare: Vec::new() };
+        let large = OWN_PAGES / size_of::<f32>();
+        let memory = pool.take(large + 10);
+        let first = address(&memory);
+        pool.keep(large + 10, memory);
+        assert_ne!(address(&pool.take(large + 9)), first, "it is kept for its own length");
+        pool.release(large + 10);
+        assert_ne!(address(&pool.take(large + 11)), first, "it is too short");
+        let memory = pool.take(large + 9);
+        assert_eq!(address(&memory), first);
+
+        // The smallest that fits.
+        let larger = pool.take(2 * large);
+        pool.keep_spare(larger);
+        pool.keep_spare(memory);
+        assert_eq!(address(&pool.take(large)), first);
+
+        let small = pool.take(100);
+        pool.keep_spare(small);
+        assert_eq!(pool.spare.len(), 1, "small buffers are not worth it");
+        for i in 1..2 * SPARES {
+            let memory = Memory::Pages(MmapMut::map_anon(OWN_PAGES * i).unwrap());
+            pool.keep_spare(memory);
+        }
+        let kept: Vec<_> = pool.spare.iter().map(|pages| pages.len() / OWN_PAGES).collect();
+        assert_eq!(kept, (SPARES..2 * SPARES).collect::<Vec<_>>(), "the last ones");
     }
 
     #[test]
