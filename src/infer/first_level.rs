@@ -14,7 +14,9 @@
 //! else comes from the shared part. A window that begins an odd number of voxels after the first one has other features:
 //! it has them to itself, behind `0 0`.
 //!
-//! Where windows overlap by half, what is computed is a third to two thirds of what they compute by themselves. Other levels
+//! Along D a row takes over what it shares with the one before.
+//!
+//! Where windows overlap by half, what is computed is a quarter to a half of what they compute by themselves. Other levels
 //! gain nothing: the more a level sees around a voxel, the more of a window feels its edge.
 //!
 //! Every value is the sum of the same products. Those that are summed one by one, and transforms (Winograd's) of pairs of
@@ -22,6 +24,7 @@
 //! before everything. Where windows are an odd number of features apart, transforms are of other pairs, and round otherwise;
 //! so may matrix units, whose order of products depends on the width of a layer.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -128,6 +131,8 @@ pub struct Shared {
     planes: Vec<isize>,
     /// The map's, along H and W.
     axes: [Axis; 2],
+    /// Planes of a window.
+    depth: usize,
 }
 
 impl Shared {
@@ -140,7 +145,8 @@ impl Shared {
             return None;
         }
         let [planes, along_h, along_w] = axis_starts(shape, config);
-        Some(Shared { planes, axes: [Axis::shared(&along_h, height), Axis::shared(&along_w, width)] })
+        let axes = [Axis::shared(&along_h, height), Axis::shared(&along_w, width)];
+        Some(Shared { planes, axes, depth })
     }
 
     /// Whether so much less is computed that it is worth the copies.
@@ -171,34 +177,59 @@ impl Shared {
         let [along_h, along_w] = &self.axes;
         let of_row = |h| along_w.windows.iter().map(move |w: &Vec<Run>| [h, w]);
         let row: Vec<[&Vec<Run>; 2]> = along_h.windows.iter().flat_map(of_row).collect();
-        let image_len = self.image_shape(config.roi[0]).len();
-        let mut lengths = [0; 2];
+        let mut maps = Maps { shared: self, net, volume, shape, lengths: BTreeSet::new() };
+        let mut before = None;
         for (number, &plane) in self.planes.iter().enumerate() {
-            let map = self.map(net, (volume, shape), plane..plane + config.roi[0] as isize)?;
+            let map = maps.next(plane, before)?;
             for (batch, places) in row.chunks(config.batch).enumerate() {
                 let logits = net.infer_from_first_level(gather(&map, places, config.roi))?;
                 let first = number * row.len() + batch * config.batch;
                 told(places.len())?;
                 blend.add(first..first + places.len(), logits.data())?;
             }
-            lengths = [image_len, map.floats()];
+            before = Some((plane, map));
         }
-        // This volume's may never come again.
-        lengths.into_iter().for_each(arena::release);
         Ok(blend.finish().pop().expect("one volume in, one out"))
     }
+}
 
-    /// (1, D, H, W, 1) of what [`Self::map`] is made of.
-    fn image_shape(&self, depth: usize) -> Shape {
-        let [h, w] = self.axes.each_ref().map(|axis| axis.image.len());
-        Shape::new(1, [depth, h, w], 1)
+/// Makes the maps of a volume.
+struct Maps<'a> {
+    shared: &'a Shared,
+    net: &'a UNet,
+    volume: &'a [f32],
+    shape: [usize; 3],
+    /// Lengths of its buffers.
+    lengths: BTreeSet<usize>,
+}
+
+impl Maps<'_> {
+    /// Features (1, D/2, H, W, C) of the windows that begin at `plane`. In the planes that the row `before` has too they are
+    /// that row's, but for those that feel an edge of either.
+    fn next(&mut self, plane: isize, before: Option<(isize, Tensor)>) -> Result<Tensor> {
+        let (depth, half) = (self.shared.depth as isize, self.shared.depth / 2);
+        if let Some((first, map)) = before
+            && (plane - first) % 2 == 0
+        {
+            let apart = (plane - first) as usize / 2;
+            let inner = 2..half.saturating_sub(apart + 1);
+            if inner.len() > half / 4 {
+                // One feature more behind, and two before, which feel the edges of what is computed.
+                let low = self.features(plane..plane + 6)?;
+                let high = self.features(plane + 2 * (inner.end as isize - 2)..plane + depth)?;
+                let rest = 2..high.shape().d;
+                let parts = [(&low, 0..2), (&map, inner.start + apart..inner.end + apart), (&high, rest)];
+                return Ok(self.joined(&parts));
+            }
+        }
+        self.features(plane..plane + depth)
     }
 
-    /// The first level's output over the windows that have these planes.
-    fn map(&self, net: &UNet, (volume, shape): (&[f32], [usize; 3]), planes: Range<isize>) -> Result<Tensor> {
-        let image_shape = self.image_shape(planes.len());
+    /// The first level's output over these planes, beyond which there is 0.
+    fn features(&mut self, planes: Range<isize>) -> Result<Tensor> {
+        let Maps { shared: Shared { axes: [along_h, along_w], .. }, volume, shape, .. } = *self;
+        let image_shape = Shape::new(1, [planes.len(), along_h.image.len(), along_w.image.len()], 1);
         let mut image = Buffer::dirty(image_shape.len());
-        let [along_h, along_w] = &self.axes;
         let inside = |at: isize, len: usize| usize::try_from(at).ok().filter(|&at| at < len);
         let columns: Vec<_> = along_w.image.iter().map(|at| at.and_then(|at| inside(at, shape[2]))).collect();
         let slabs = image.par_chunks_mut(image_shape.h * image_shape.w);
@@ -213,8 +244,44 @@ impl Shared {
                 }
             }
         });
-        net.first_level(Tensor::new(image_shape, image), [&along_h.guards, &along_w.guards])
+        let image = Tensor::new(image_shape, image);
+        let map = self.net.first_level(image, [&along_h.guards, &along_w.guards])?;
+        self.lengths.extend([image_shape.len(), map.floats()]);
+        Ok(map)
     }
+
+    /// These planes of features, one after the other.
+    fn joined(&mut self, parts: &[(&Tensor, Range<usize>)]) -> Tensor {
+        let shape = Shape { d: parts.iter().map(|(_, planes)| planes.len()).sum(), ..parts[0].0.shape() };
+        let stored = parts[0].0.stored_as();
+        let mut room = Tensor::room(shape, stored);
+        self.lengths.insert(room.len());
+        let plane = shape.h * shape.w * shape.c;
+        let planes = parts
+            .iter()
+            .flat_map(|(part, planes)| planes.clone().map(|d| part.values().part(d * plane, plane)));
+        match Tensor::values_mut(shape, stored, &mut room) {
+            ValuesMut::Single(to) => copy_planes(to, plane, planes.map(Values::single)),
+            ValuesMut::Bf16(to) => copy_planes(to, plane, planes.map(Values::bf16)),
+        }
+        Tensor::stored(shape, stored, room)
+    }
+}
+
+impl Drop for Maps<'_> {
+    /// A volume's lengths may never come again.
+    fn drop(&mut self) {
+        self.lengths.iter().for_each(|&len| arena::release(len));
+    }
+}
+
+fn copy_planes<'a, T: Copy + Send + Sync + 'a>(
+    to: &mut [T],
+    plane: usize,
+    from: impl Iterator<Item = &'a [T]>,
+) {
+    let from: Vec<_> = from.collect();
+    to.par_chunks_exact_mut(plane).zip(from).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// The first level's outputs (N, D/2, H/2, W/2, C) of the windows at these places of the map.

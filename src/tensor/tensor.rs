@@ -50,6 +50,17 @@ impl<'a> Values<'a> {
         }
     }
 
+    /// The bits of the bfloat16 values that they are.
+    ///
+    /// # Panics
+    /// When they are f32.
+    pub fn bf16(self) -> &'a [u16] {
+        match self {
+            Values::Bf16(x) => x,
+            Values::Single(_) => panic!("f32 values where bfloat16 ones are wanted"),
+        }
+    }
+
     /// `len` of them from value `start` on.
     pub fn part(self, start: usize, len: usize) -> Self {
         match self {

@@ -19,8 +19,8 @@ const PAIRED: &[Case] = &[
     ([20, 48, 72], [16, 16, 24], 0.5, 4),
     // The last windows begin at 37 of 53 and 25 of 49.
     ([16, 53, 49], [8, 16, 24], 0.5, 3),
-    // Steps of 4.
-    ([9, 33, 40], [8, 16, 16], 0.75, 5),
+    // Steps of 4; along D rows take over planes, but for the last one, which begins at 17.
+    ([33, 33, 40], [16, 16, 16], 0.75, 5),
     // One window along H, of which 3 voxels are outside.
     ([17, 13, 64], [8, 16, 16], 0.5, 7),
     // Windows that hang over on all sides.
