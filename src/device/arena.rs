@@ -171,8 +171,9 @@ pub fn release(len: usize) {
     pool().release(len);
 }
 
-/// Gives every free buffer back to the system, for example between training and whole-volume inference.
+/// Gives every free buffer, and tasks' scratch, back to the system, for example between training and whole-volume inference.
 pub fn trim() {
+    super::scratch::trim();
     *pool() = Pool { of_length: None, spare: Vec::new() };
 }
 

@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod disjoint;
 pub mod nvtx;
+pub mod scratch;
 
 use std::sync::Arc;
 

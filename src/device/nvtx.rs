@@ -37,18 +37,24 @@ pub fn range(name: &str) -> Range {
 }
 
 thread_local! {
-    /// Names of the calling thread's open ranges, outermost first.
-    static OPEN: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+    /// How many ranges of the calling thread are open, and their names, outermost first; behind them room that names had.
+    static OPEN: RefCell<(usize, Vec<String>)> = const { RefCell::new((0, Vec::new())) };
 }
 
 /// Names of the calling thread's open ranges, outermost first: `step, model.0.conv.unit0, conv3d fprop`.
 pub fn open_ranges() -> String {
-    OPEN.with_borrow(|open| open.join(", "))
+    OPEN.with_borrow(|(open, names)| names[..*open].join(", "))
 }
 
 impl Range {
     fn begin(tool: Option<&'static Tool>, name: &str) -> Self {
-        OPEN.with_borrow_mut(|open| open.push(name.to_owned()));
+        OPEN.with_borrow_mut(|(open, names)| {
+            match names.get_mut(*open) {
+                Some(room) => name.clone_into(room),
+                None => names.push(name.to_owned()),
+            }
+            *open += 1;
+        });
         let tool = tool.filter(|tool| {
             // A name with a zero inside is none: no range.
             let Ok(name) = CString::new(name) else { return false };
@@ -62,7 +68,7 @@ impl Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        OPEN.with_borrow_mut(Vec::pop);
+        OPEN.with_borrow_mut(|(open, _)| *open -= 1);
         if let Some(tool) = self.tool {
             // SAFETY: the tool's own function of this signature; this thread's range is open.
             unsafe { (tool.pop)() };

@@ -17,6 +17,7 @@ use crate::device::bf16::Pairs;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
 /// Tasks a pass is cut into at least, where its shape allows: lane blocks are split over tasks until then.
@@ -31,6 +32,13 @@ const MAX_ROWS: usize = 9;
 /// Length of runs of tiles, long enough to share planes and short enough to keep all threads busy.
 pub fn tiles_a_task(tiles: usize) -> usize {
     tiles.div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()))
+}
+
+/// Every task's tiles and first lane block of `lanes`, `part` of which are one task's.
+pub fn tasks<T: Copy>(tiles: impl ExactSizeIterator<Item = T>, lanes: usize, part: usize) -> Vec<(T, usize)> {
+    let mut tasks = Vec::with_capacity(tiles.len() * lanes.div_ceil(part));
+    tasks.extend(tiles.flat_map(|tiles| (0..lanes).step_by(part).map(move |first| (tiles, first))));
+    tasks
 }
 
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias, and
@@ -64,7 +72,7 @@ pub fn correlate<'a>(
     } else {
         Order::Voxels { pitch: pitch(&blocks, element, map.stride()) }
     };
-    let pack = || pack(map, &classes, &groups, &lanes, element, weights);
+    let pack = || pack(map, classes, &groups, &lanes, element, weights);
     let packed = kept::packed(phase, (map, Layout::Vectors(element)), [&blocks, &lanes], weights, pack);
     let voxel_floats =
         |group: &&[Block]| group.iter().map(|b| order.row_floats(1, element.of(b.len))).sum::<usize>();
@@ -84,7 +92,7 @@ pub fn correlate<'a>(
         map,
         out_space,
         anchors,
-        classes: &classes,
+        classes,
         lanes: &lanes,
         sources,
         outs: &outs,
@@ -92,9 +100,8 @@ pub fn correlate<'a>(
         order,
         element,
     };
-    let tasks: Vec<_> =
-        tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |row, (origins, first)| {
+    let tasks = tasks(tiles.chunks(run), lanes.len(), part);
+    tasks.into_par_iter().for_each_init(Scratch::take, |row, (origins, first)| {
         let part = first..lanes.len().min(first + part);
         // One length for nearly all layers: the arena keeps every length that it was ever asked for. It holds the tile
         // before only where no other group of blocks came after it.

@@ -107,7 +107,7 @@ mod tests {
                 &weights,
                 || {
                     packs += 1;
-                    pack(map, &map.classes(), &[&block], &block, Element::Single, &weights)
+                    pack(map, map.classes(), &[&block], &block, Element::Single, &weights)
                 },
             );
             (packed.of(0, 0)[0], packs)

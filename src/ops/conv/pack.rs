@@ -1,12 +1,13 @@
 //! Weights in the order in which the micro-kernels read them.
 
 use super::Weights;
-use super::plan::{Block, Class, LANES, Map};
+use super::plan::{Block, Class, LANES, MAX_TAPS, Map};
 use super::tile::Element;
 use super::transpose::transpose;
 use crate::device::arena::Buffer;
 use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
 /// Packed weights, `[group][class][lane block]` and what a lane block's layout is.
@@ -47,7 +48,7 @@ impl Packed {
                 }
             }
         }
-        jobs.into_par_iter().for_each_init(Vec::new, |scratch, (out, source, class, lane)| {
+        jobs.into_par_iter().for_each_init(Scratch::take, |scratch, (out, source, class, lane)| {
             write(out, [source, lane], class, scratch);
         });
         Packed { data, starts, classes: classes.len() }
@@ -92,9 +93,6 @@ pub fn pack<'a>(
         }
     })
 }
-
-/// Taps of a class at most.
-const MAX_TAPS: usize = 27;
 
 /// `out` = the weights `w` between a source block and a lane block, `[row][tap along w][channel][16 lanes]`.
 pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], out: &mut [f32]) {

@@ -1,7 +1,7 @@
 //! How the sums of a weight gradient are cut into tasks, and put together again.
 
 use super::Source;
-use super::plan::{Block, LANES, lane_blocks, source_blocks};
+use super::plan::{Block, LANES, MAX_TAPS, lane_blocks, source_blocks};
 use super::transpose::transpose;
 use crate::device::arena::Buffer;
 use rayon::prelude::*;
@@ -103,20 +103,17 @@ impl Partials {
     }
 
     /// The sums of the channel blocks by parts of the lanes: splits are added in their order.
-    pub fn reduce(&self, sums: Vec<Buffer>) -> Vec<Buffer> {
-        let mut sums = sums.into_iter();
-        let mut reduced = Vec::with_capacity(self.channels.len() * self.parts());
-        while let Some(mut sum) = sums.next() {
-            let others: Vec<Buffer> = sums.by_ref().take(self.splits - 1).collect();
+    pub fn reduce(&self, mut sums: Vec<Buffer>) -> Vec<Buffer> {
+        for splits in sums.chunks_exact_mut(self.splits) {
+            let (sum, others) = splits.split_first_mut().expect("at least one");
             sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
-                for other in &others {
+                for other in &*others {
                     let other = &other[i * REDUCE_CHUNK..];
                     sum.iter_mut().zip(other).for_each(|(s, o)| *s += o);
                 }
             });
-            reduced.push(sum);
         }
-        reduced
+        sums.into_iter().step_by(self.splits).collect()
     }
 
     /// One tensor a lane source, from reduced sums of so many taps.
@@ -143,8 +140,8 @@ impl Partials {
             let width = lanes.len() * LANES;
             // The taps of one channel, by tap and by lane, in whole squares.
             let tap_pitch = taps.next_multiple_of(LANES);
-            let mut by_tap = vec![0.0; tap_pitch * LANES];
-            let mut by_lane = by_tap.clone();
+            let mut squares = [[0.0; MAX_TAPS.next_multiple_of(LANES) * LANES]; 2];
+            let [by_tap, by_lane] = squares.each_mut().map(|square| &mut square[..tap_pitch * LANES]);
             for (block_index, &block) in self.channels.iter().enumerate() {
                 let sum = &sums[block_index * self.parts() + part];
                 let tap_floats = self.floats(block, lanes) / self.taps;
@@ -154,7 +151,7 @@ impl Partials {
                     for (tap, by_tap) in by_tap.chunks_exact_mut(LANES).take(taps).enumerate() {
                         by_tap.copy_from_slice(&sum[tap * tap_floats + at..][..LANES]);
                     }
-                    transpose(&by_tap, LANES, &mut by_lane, tap_pitch);
+                    transpose(by_tap, LANES, by_lane, tap_pitch);
                     for l in 0..lane.len {
                         let to = &mut dw[l * source_channels * taps + start + channel * taps..][..taps];
                         to.copy_from_slice(&by_lane[l * tap_pitch..][..taps]);

@@ -1,6 +1,7 @@
 //! How a pass is cut into tiles, tap classes and channel blocks: pure arithmetic on shapes.
 
 use super::Source;
+use std::sync::LazyLock;
 
 /// Output lanes of a block: one [`crate::device::cpu::Lanes`].
 pub const LANES: usize = 16;
@@ -15,6 +16,9 @@ pub const GROUP_ELEMENTS: usize = 32;
 
 /// Blocks that such a tile holds at most, where elements are pairs of channels.
 pub const GROUP: usize = GROUP_ELEMENTS / (CHANNEL_BLOCK / 2);
+
+/// Taps of a pass, or of a class, at most.
+pub const MAX_TAPS: usize = 27;
 
 /// Floats of a tile buffer: 192 KB, a fifth of a 1 MB L2, a third of a 512 KB one.
 pub const TILE_FLOATS: usize = 48 << 10;
@@ -82,7 +86,19 @@ impl Map {
     }
 
     /// The tap classes: one for a gather, one per output parity for a scatter.
-    pub fn classes(self) -> Vec<Class> {
+    pub fn classes(self) -> &'static [Class] {
+        static OF: LazyLock<[Vec<Class>; 3]> = LazyLock::new(|| {
+            let gather = |kernel| Map::Gather { kernel, stride: 1 };
+            [gather(1), gather(3), Map::Scatter].map(Map::make_classes)
+        });
+        match self {
+            Map::Gather { kernel: 1, .. } => &OF[0],
+            Map::Gather { .. } => &OF[1],
+            Map::Scatter => &OF[2],
+        }
+    }
+
+    fn make_classes(self) -> Vec<Class> {
         // (input offset, tap) pairs that feed an output of the given parity along one axis. Scatter: output 2a takes
         // tap 1 of input a; output 2a + 1 takes tap 2 of input a and tap 0 of input a + 1.
         let taps = |parity: usize| -> Vec<(usize, usize)> {
@@ -173,7 +189,7 @@ impl Tile {
 
     /// All tiles of a pass, clipped to the volume. D runs fastest: neighbours in the list share input planes.
     pub fn origins(self, n: usize, anchors: [usize; 3]) -> Vec<Origin> {
-        let mut list = Vec::new();
+        let mut list = Vec::with_capacity(n * anchors[0].div_ceil(self.d) * anchors[1].div_ceil(self.h));
         for n in 0..n {
             for h in (0..anchors[1]).step_by(self.h) {
                 for d in (0..anchors[0]).step_by(self.d) {

@@ -15,6 +15,7 @@ use crate::device::bf16::{Operands, Pairs, narrow};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
 /// Channels of both tensors.
@@ -53,12 +54,13 @@ pub fn wgrad(
     let per_split = tiles.len().div_ceil(SPLITS);
     let block = Block { tensor: 0, first: 0, len: C };
     let (width, extent) = (space[2].next_multiple_of(vector), MAP.extent(space[2]));
-    let partials: Vec<Vec<f32>> = tiles
+    let partials: Vec<Buffer> = tiles
         .par_chunks(per_split)
         .map(|tiles| {
-            let mut sum = vec![0.0; 9 * ROW_SUMS];
+            let mut sum = Buffer::zeroed(9 * ROW_SUMS);
             let [mut x, mut dy, mut x_halves, mut dy_halves] = [(); 4].map(|()| Buffer::default());
-            let (mut row, mut rows) = (Vec::new(), Vec::new());
+            let mut scratch = Scratch::<(Vec<f32>, Vec<(usize, usize)>)>::take();
+            let (row, rows) = &mut *scratch;
             let place = |i: usize| Place {
                 map: MAP,
                 space,
@@ -71,13 +73,13 @@ pub fn wgrad(
                 let rows_of = |planes: usize| planes * MAP.extent(size.h) * C * extent;
                 // Room for the tile before, whose last planes may be this one's first.
                 let x = x.first(rows_of(MAP.extent(largest.d)) + vector + 2);
-                load(source, block, &place(i), (Order::ChannelRows, Element::Single), x, &mut row);
+                load(source, block, &place(i), (Order::ChannelRows, Element::Single), x, row);
                 // Vectors past a row's end meet zeros of dy: what they read must be numbers.
                 let end = rows_of(MAP.extent(size.d));
                 let x = &mut x[..end + vector + 2];
                 x[end..].fill(0.0);
                 let dy = dy.first(size.d * size.h * C * width);
-                load_lanes(lane_source, (space, width), origin, dy, &mut row);
+                load_lanes(lane_source, (space, width), origin, dy, row);
                 let pairs = (operands == Operands::Bf16)
                     .then(|| (narrowed(x, &mut x_halves), narrowed(dy, &mut dy_halves)));
                 for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
@@ -90,7 +92,7 @@ pub fn wgrad(
                         let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
                         ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
                     }));
-                    let job = Job { extent, width, rows: &rows };
+                    let job = Job { extent, width, rows };
                     match pairs {
                         None => job.run(x, dy, sum),
                         Some((x, dy)) => job.run_pairs(x, dy, sum),

@@ -16,6 +16,7 @@ use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::scratch::Scratch;
 use crate::tensor::Values;
 use rayon::prelude::*;
 
@@ -59,67 +60,65 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let mut sums: Vec<Buffer> = Vec::new();
     (0..partials.tasks())
         .into_par_iter()
-        .map_init(
-            || (Buffer::default(), Buffer::default(), Vec::new(), Vec::new()),
-            |(tile, lane_tile, row, pairs), task| {
-                let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
-                let width = lanes.len() * LANES;
-                let mut sum = Buffer::dirty(floats);
-                let tiles = &tiles[of_split];
-                let place = |i: usize| Place {
-                    map,
-                    space,
-                    anchors_w: anchors[2],
-                    origin: &tiles[i],
-                    before: i.checked_sub(1).map(|before| &tiles[before]),
-                };
-                for (i, origin) in tiles.iter().enumerate() {
-                    let size = origin.size;
-                    let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
-                    let tile = tile.first(map.extent(largest.d) * eh * ew * block.len);
-                    let order = Order::Voxels { pitch: block.len };
-                    load(&sources[block.tensor], block, &place(i), (order, element), tile, row);
-                    let lane_tile = lane_tile.first(size.d * size.h * steps * width);
-                    load_lanes(lane_sources, lanes, (anchors, element), origin, lane_tile, row);
-                    // Rows too short to fill registers are taken three at a time: all kh of a kd.
-                    let floats = class.taps_w.len() * block.len;
-                    let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
-                    let parts = class.rows.len() / groups;
-                    for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
-                        if i + 1 < tiles.len() {
-                            let next = place(i + 1);
-                            next.prefetch(&sources[block.tensor], block, (index, parts));
-                            for &lane in lanes {
-                                let source = &lane_sources[lane.tensor];
-                                next.of_anchors(anchors).prefetch(source, lane, (index, parts));
-                            }
+        .map_init(Scratch::take, |scratch: &mut Scratch<(Buffer, Buffer, Vec<_>, Vec<_>)>, task| {
+            let (tile, lane_tile, row, pairs) = &mut **scratch;
+            let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
+            let width = lanes.len() * LANES;
+            let mut sum = Buffer::dirty(floats);
+            let tiles = &tiles[of_split];
+            let place = |i: usize| Place {
+                map,
+                space,
+                anchors_w: anchors[2],
+                origin: &tiles[i],
+                before: i.checked_sub(1).map(|before| &tiles[before]),
+            };
+            for (i, origin) in tiles.iter().enumerate() {
+                let size = origin.size;
+                let (eh, ew) = (map.extent(size.h), map.extent(anchors[2]));
+                let tile = tile.first(map.extent(largest.d) * eh * ew * block.len);
+                let order = Order::Voxels { pitch: block.len };
+                load(&sources[block.tensor], block, &place(i), (order, element), tile, row);
+                let lane_tile = lane_tile.first(size.d * size.h * steps * width);
+                load_lanes(lane_sources, lanes, (anchors, element), origin, lane_tile, row);
+                // Rows too short to fill registers are taken three at a time: all kh of a kd.
+                let floats = class.taps_w.len() * block.len;
+                let groups = if floats == 3 && class.rows.len().is_multiple_of(3) { 3 } else { 1 };
+                let parts = class.rows.len() / groups;
+                for (index, rows) in class.rows.chunks_exact(groups).enumerate() {
+                    if i + 1 < tiles.len() {
+                        let next = place(i + 1);
+                        next.prefetch(&sources[block.tensor], block, (index, parts));
+                        for &lane in lanes {
+                            let source = &lane_sources[lane.tensor];
+                            next.of_anchors(anchors).prefetch(source, lane, (index, parts));
                         }
-                        let (dd, hh, _, _) = rows[0];
-                        pairs.clear();
-                        pairs.extend((0..size.d * size.h).map(|i| (i / size.h, i % size.h)).map(|(d, h)| {
-                            let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
-                            (row * ew * block.len, (d * size.h + h) * steps * width)
-                        }));
-                        let job = Job {
-                            x: tile,
-                            x_pitch: voxels * map.stride() * block.len,
-                            group: ew * block.len,
-                            dy: lane_tile,
-                            width,
-                            pairs,
-                            steps,
-                            element,
-                            rows: floats,
-                            groups,
-                            first: i == 0,
-                        };
-                        let floats = groups * floats * width;
-                        job.run(&mut sum[index * floats..][..floats]);
                     }
+                    let (dd, hh, _, _) = rows[0];
+                    pairs.clear();
+                    pairs.extend((0..size.d * size.h).map(|i| (i / size.h, i % size.h)).map(|(d, h)| {
+                        let row = (d * map.stride() + dd) * eh + h * map.stride() + hh;
+                        (row * ew * block.len, (d * size.h + h) * steps * width)
+                    }));
+                    let job = Job {
+                        x: tile,
+                        x_pitch: voxels * map.stride() * block.len,
+                        group: ew * block.len,
+                        dy: lane_tile,
+                        width,
+                        pairs,
+                        steps,
+                        element,
+                        rows: floats,
+                        groups,
+                        first: i == 0,
+                    };
+                    let floats = groups * floats * width;
+                    job.run(&mut sum[index * floats..][..floats]);
                 }
-                sum
-            },
-        )
+            }
+            sum
+        })
         .collect_into_vec(&mut sums);
     partials.finish(sums, sources, lane_sources)
 }

@@ -21,6 +21,7 @@ use crate::device::arena::Buffer;
 use crate::device::cpu::vectorised;
 use crate::device::cuda::{Buf, Compared, Cuda, SelfTest, agree};
 use crate::device::nvtx::range;
+use crate::device::scratch::Scratch;
 use crate::error::{Error, Result};
 use crate::ops::residual::give;
 use crate::ops::self_test::{SUMS, stored, uniform, upload};
@@ -237,10 +238,13 @@ pub fn loss(tape: &mut Tape, logits: &Tensor, labels: &[u8], p: &Loss) -> Result
     check(shape, labels.len())?;
     let forward = dice_ce(logits.data(), labels, shape.n, p);
     if tape.is_recording() {
-        let (forward, logits, labels, p) = (forward.clone(), logits.clone(), labels.to_vec(), *p);
+        let mut kept = Scratch::<Vec<u8>>::take();
+        kept.clear();
+        kept.extend_from_slice(labels);
+        let (forward, logits, p) = (forward.clone(), logits.clone(), *p);
         tape.record(move |grads| {
             let mut dlogits = Buffer::dirty(shape.len());
-            dice_ce_backward(&forward, logits.data(), &labels, &p, &mut dlogits);
+            dice_ce_backward(&forward, logits.data(), &kept, &p, &mut dlogits);
             give(grads, logits.id(), Tensor::new(shape, dlogits))
         });
     }

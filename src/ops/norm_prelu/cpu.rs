@@ -1,8 +1,10 @@
 //! Statistics and the backward pass on the CPU: fixed chunks in parallel, merged in chunk order.
 
 use super::{Affine, EPS, HostMoments, Running, Statistics};
+use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, narrow};
 use crate::device::cpu::vectorised;
+use crate::device::scratch::Scratch;
 use crate::tensor::{Activation, Param, Pending, Tensor, ValuesMut};
 use rayon::prelude::*;
 
@@ -60,11 +62,12 @@ fn moments(x: &Tensor, samples: usize) -> HostMoments {
         .data()
         .par_chunks(group)
         .map(|x| {
-            let mut moments = vec![(0.0, 0.0); x.len().div_ceil(chunk) * c];
+            let mut moments = Scratch::<Vec<_>>::take();
+            moments.resize(x.len().div_ceil(chunk) * c, (0.0, 0.0));
             moments
                 .par_chunks_exact_mut(c)
                 .zip(x.par_chunks(chunk))
-                .for_each_init(Default::default, |scratch, (moments, x)| {
+                .for_each_init(Scratch::take, |scratch, (moments, x)| {
                     chunk_moments(x, moments, period, scratch)
                 });
             let mut count = 0.0;
@@ -180,24 +183,22 @@ pub fn backward(
         let lane = lane_of(g);
         let range = g * group..(g + 1) * group;
         let (x, dy) = (&x[range.clone()], &dy.data()[range.clone()]);
-        let partials: Vec<Sums<f32>> = x
-            .par_chunks(chunk)
-            .zip(dy.par_chunks(chunk))
-            .map(|(x, dy)| {
-                let mut sums =
-                    Sums { dz: vec![0.0; period], dz_xhat: vec![0.0; period], slope: vec![0.0; period] };
-                chunk_sums(x, dy, &lane, &mut sums.dz, &mut sums.dz_xhat, &mut sums.slope);
-                sums
-            })
-            .collect();
-        let fold = |pick: fn(&Sums<f32>) -> &Vec<f32>| -> Vec<f64> {
+        // dz, dz xhat and slope of every chunk, one a lane of the period.
+        let mut partials = Buffer::zeroed(x.len().div_ceil(chunk) * 3 * period);
+        let of_chunks = partials.par_chunks_exact_mut(3 * period);
+        of_chunks.zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk)).for_each(|((sums, x), dy)| {
+            let (dz, sums) = sums.split_at_mut(period);
+            let (dz_xhat, slope) = sums.split_at_mut(period);
+            chunk_sums(x, dy, &lane, dz, dz_xhat, slope);
+        });
+        let fold = |which: usize| -> Vec<f64> {
             let mut sums = vec![0.0; c];
-            for partial in &partials {
-                pick(partial).iter().enumerate().for_each(|(i, &v)| sums[i % c] += f64::from(v));
+            for partial in partials.chunks_exact(period).skip(which).step_by(3) {
+                partial.iter().enumerate().for_each(|(i, &v)| sums[i % c] += f64::from(v));
             }
             sums
         };
-        let (dz, dz_xhat) = (fold(|s| &s.dz), fold(|s| &s.dz_xhat));
+        let (dz, dz_xhat) = (fold(0), fold(1));
         let mean_of = |v: &[f64]| -> Vec<f32> {
             (0..period).map(|i| count.map_or(0.0, |m| (v[i % c] / m) as f32)).collect()
         };
@@ -209,14 +210,15 @@ pub fn backward(
                 .zip(chunks)
                 .for_each(|(dx, (x, dy))| chunk_dx(dx, x, dy, &lane, &mean_dz, &mean_dz_xhat)),
             ValuesMut::Bf16(dx) => {
-                dx[range].par_chunks_mut(chunk).zip(chunks).for_each_init(Vec::new, |wide, (dx, (x, dy))| {
+                let dx = dx[range].par_chunks_mut(chunk);
+                dx.zip(chunks).for_each_init(Scratch::take, |wide: &mut Scratch<Vec<_>>, (dx, (x, dy))| {
                     wide.resize(dx.len(), 0.0);
                     chunk_dx(wide, x, dy, &lane, &mean_dz, &mean_dz_xhat);
                     narrow(wide, dx);
                 })
             }
         }
-        all.slope.extend(fold(|s| &s.slope));
+        all.slope.extend(fold(2));
         all.dz.extend(dz);
         all.dz_xhat.extend(dz_xhat);
     }

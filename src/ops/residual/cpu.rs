@@ -197,20 +197,15 @@ pub fn channel_sums(x: &Tensor) -> Vec<f32> {
     let x = single(x);
     let c = x.shape().c;
     let chunk = (CHUNK / c).max(1) * c;
-    let partials: Vec<Vec<f64>> = x
-        .data()
-        .par_chunks(chunk)
-        .map(|x| {
-            let mut sum = vec![0.0; c];
-            if LANES.is_multiple_of(c) {
-                lane_sums(x).iter().enumerate().for_each(|(i, s)| sum[i % c] += s);
-            } else {
-                x.chunks_exact(c).for_each(|v| sum.iter_mut().zip(v).for_each(|(s, v)| *s += f64::from(*v)));
-            }
-            sum
-        })
-        .collect();
-    (0..c).map(|c| partials.iter().map(|p| p[c]).sum::<f64>() as f32).collect()
+    let mut partials = vec![0.0; x.data().len().div_ceil(chunk) * c];
+    partials.par_chunks_exact_mut(c).zip(x.data().par_chunks(chunk)).for_each(|(sum, x)| {
+        if LANES.is_multiple_of(c) {
+            lane_sums(x).iter().enumerate().for_each(|(i, s)| sum[i % c] += s);
+        } else {
+            x.chunks_exact(c).for_each(|v| sum.iter_mut().zip(v).for_each(|(s, v)| *s += f64::from(*v)));
+        }
+    });
+    (0..c).map(|i| partials.iter().skip(i).step_by(c).sum::<f64>() as f32).collect()
 }
 
 vectorised! {

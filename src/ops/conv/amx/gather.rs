@@ -12,7 +12,7 @@ use crate::device::arena::Buffer;
 use crate::device::bf16::Pairs;
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd_of_pairs};
-use crate::ops::conv::correlate::{Next, tiles_a_task};
+use crate::ops::conv::correlate::{Next, tasks, tiles_a_task};
 use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
@@ -66,8 +66,7 @@ pub fn correlate<'a>(
     let maps: Vec<_> = lanes.iter().map(lane_map).collect();
     let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, maps: &maps };
     let run = tiles_a_task(tiles.len());
-    let tasks: Vec<_> =
-        tiles.chunks(run).flat_map(|t| (0..lanes.len()).step_by(part).map(move |first| (t, first))).collect();
+    let tasks = tasks(tiles.chunks(run), lanes.len(), part);
     tasks.into_par_iter().for_each_init(Task::default, |task, (origins, first)| {
         let lanes = first..lanes.len().min(first + part);
         // Planes of the tile before are there where it has the same layout and no other group of blocks came after it.

@@ -47,9 +47,12 @@ fn on(problem: &Problem) -> bool {
 
 /// The scheme by which [`correlate`] computes this pass, `None` where it does not.
 pub fn scheme(problem: &Problem, sources: &[Source], heads: &[Head]) -> Option<Scheme> {
+    if !on(problem) {
+        return None;
+    }
     let sources: Vec<usize> = sources.iter().map(|s| s.channels).collect();
     let heads: Vec<usize> = heads.iter().map(|h| h.channels).collect();
-    on(problem).then(|| Scheme::of(problem.map, &sources, &heads, problem.out_space))?
+    Scheme::of(problem.map, &sources, &heads, problem.out_space)
 }
 
 /// Whether [`wgrad()`] computes this pass.

@@ -42,7 +42,7 @@ impl Scheme {
     /// The scheme of a pass from sources to heads of these channels, `None` where the vector units are to be preferred.
     pub fn of(map: Map, sources: &[usize], heads: &[usize], out_space: [usize; 3]) -> Option<Self> {
         let wide = heads.iter().any(|&c| c > THIN_CHANNELS);
-        let classes = map.classes();
+        let classes = map.classes().to_vec();
         match (map, sources, heads) {
             (Map::Gather { kernel: 3, .. }, &[channels @ (1 | 2)], _) if wide => {
                 Some(Scheme { depth: Depth::Records { channels }, fold: None, classes })
@@ -188,7 +188,7 @@ mod tests {
                 }
                 let classes = map.classes();
                 assert_eq!(classes.iter().map(|c| depth.places(c).len()).sum::<usize>(), taps);
-                for class in &classes {
+                for class in classes {
                     let mut rows: Vec<usize> = depth.places(class).iter().map(|p| p.1).collect();
                     assert!(rows.iter().all(|&r| r < 32 * depth.steps(class)), "{depth:?} {map:?}");
                     rows.sort();

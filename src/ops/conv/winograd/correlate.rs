@@ -1,5 +1,6 @@
 //! Fprop and dgrad.
 
+use super::super::correlate::tasks;
 use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
 use super::super::micro::{Reduction, broadcast_voxels};
@@ -7,7 +8,7 @@ use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, lane_blocks, source_blocks};
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
-use super::slab::{Products, Run, Scratch, Side, Slab};
+use super::slab::{Lines, Products, Run, Side, Slab};
 use super::transform::{self, PRODUCTS};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, spread, tiles};
 use crate::device::arena::Buffer;
@@ -15,6 +16,7 @@ use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -56,15 +58,18 @@ pub fn correlate<'a>(
     let packed = packed.of(0, 0);
     let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, maps: &maps, packed };
     let floats = PRODUCTS * spread((largest.d + 2) * largest.h * tiles[2] * tile_floats);
-    let tasks: Vec<_> =
-        origins.iter().flat_map(|o| (0..lanes.len()).step_by(part).map(move |first| (o, first))).collect();
-    tasks.into_par_iter().for_each_init(Default::default, |scratch, (origin, first)| {
-        // One length for nearly all layers: the arena keeps every length that it was ever asked for.
-        let v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
-        let m = Buffer::dirty(PRODUCTS * spread(CHUNK * ACCUMULATORS * LANES));
-        let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
-        pass.run(&slab, first..lanes.len().min(first + part), &mut Room { v, m, scratch });
-    });
+    let tasks = tasks(origins.iter(), lanes.len(), part);
+    tasks.into_par_iter().for_each_init(
+        Scratch::take,
+        |scratch: &mut Scratch<(Lines, Vec<_>)>, (origin, first)| {
+            // One length for nearly all layers: the arena keeps every length that it was ever asked for.
+            let v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
+            let m = Buffer::dirty(PRODUCTS * spread(CHUNK * ACCUMULATORS * LANES));
+            let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
+            let (lines, rows) = &mut **scratch;
+            pass.run(&slab, first..lanes.len().min(first + part), &mut Room { v, m, lines, rows });
+        },
+    );
 }
 
 /// Packs to lane blocks of `[product][source block][plane][channel or pair of them][16 lanes]`.
@@ -80,7 +85,8 @@ fn pack<'a>(
     let pitch = floats(blocks, element);
     let mut data = Buffer::dirty(lanes.len() * PRODUCTS * pitch);
     let of_lanes = data.par_chunks_exact_mut(PRODUCTS * pitch).zip(lanes);
-    of_lanes.for_each_init(Default::default, |(taps, products): &mut (Vec<_>, Vec<_>), (mut out, lane)| {
+    of_lanes.for_each_init(Scratch::take, |scratch: &mut Scratch<(Vec<_>, Vec<_>)>, (mut out, lane)| {
+        let (taps, products) = &mut **scratch;
         for block in blocks {
             let single = floats(&[*block], Element::Single);
             taps.resize(9 * single, 0.0);
@@ -108,7 +114,9 @@ struct Room<'a> {
     v: Buffer,
     /// Products of a chunk of register tiles.
     m: Buffer,
-    scratch: &'a mut Scratch,
+    lines: &'a mut Lines,
+    /// (first float, operands) of every source block and plane.
+    rows: &'a mut Vec<(usize, usize)>,
 }
 
 /// What all tasks of a pass share.
@@ -170,17 +178,17 @@ impl Pass<'_> {
     /// V's vector unit must exist.
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, lanes: Range<usize>, room: &mut Room) {
-        let Room { v, m, scratch } = room;
+        let Room { v, m, lines, rows } = room;
         let (plane, block_floats) = (slab.plane_tiles() * V::OPERANDS, slab.input_tiles() * V::OPERANDS);
         let pitch = spread(self.blocks.len() * block_floats);
         let element = Element::of_voxels(slab.problem.operands);
         debug_assert_eq!(V::OPERANDS, element.of(LANES));
-        let mut rows = Vec::with_capacity(3 * self.blocks.len());
+        rows.clear();
         for (index, &block) in self.blocks.iter().enumerate() {
             let start = index * block_floats;
             let to = Products { floats: &mut v[start..], pitch, step: V::OPERANDS };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], block, to, scratch) };
+            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], block, to, lines) };
             rows.extend((0..3).map(|kd| (start + kd * plane, element.of(block.len))));
         }
         let mut lane = lanes.start;
@@ -188,11 +196,11 @@ impl Pass<'_> {
             // SAFETY: V's unit exists, and the slab's input is transformed.
             lane += unsafe {
                 match lanes.end - lane {
-                    4.. if N >= 24 => self.lane_blocks::<V, 6, 4>(slab, lane, (v, pitch), m, &rows),
-                    2.. if N >= 24 => self.lane_blocks::<V, 12, 2>(slab, lane, (v, pitch), m, &rows),
-                    _ if N >= 24 => self.lane_blocks::<V, 24, 1>(slab, lane, (v, pitch), m, &rows),
-                    _ if N >= 6 => self.lane_blocks::<V, 6, 1>(slab, lane, (v, pitch), m, &rows),
-                    _ => self.lane_blocks::<V, 2, 1>(slab, lane, (v, pitch), m, &rows),
+                    4.. if N >= 24 => self.lane_blocks::<V, 6, 4>(slab, lane, (v, pitch), m, rows),
+                    2.. if N >= 24 => self.lane_blocks::<V, 12, 2>(slab, lane, (v, pitch), m, rows),
+                    _ if N >= 24 => self.lane_blocks::<V, 24, 1>(slab, lane, (v, pitch), m, rows),
+                    _ if N >= 6 => self.lane_blocks::<V, 6, 1>(slab, lane, (v, pitch), m, rows),
+                    _ => self.lane_blocks::<V, 2, 1>(slab, lane, (v, pitch), m, rows),
                 }
             };
         }

@@ -51,9 +51,9 @@ pub struct Products<'a> {
     pub step: usize,
 }
 
-/// What tasks of a thread use one after the other.
+/// What tasks use one after the other.
 #[derive(Default)]
-pub struct Scratch {
+pub struct Lines {
     /// A mapped row.
     row: Vec<f32>,
     /// The mapped rows of one plane of the slab, halo included.
@@ -112,7 +112,7 @@ impl Slab<'_> {
         source: &Source,
         block: Block,
         to: Products,
-        scratch: &mut Scratch,
+        lines: &mut Lines,
     ) {
         let Products { floats, pitch, step } = to;
         let (size, kernel) = (self.origin.size, if side == Side::Inputs { 3 } else { 1 });
@@ -161,7 +161,7 @@ impl Slab<'_> {
             }
             return;
         }
-        let Scratch { row, plane } = scratch;
+        let Lines { row, plane } = lines;
         plane.resize(rows * row_floats, 0.0);
         let layout = (Order::Voxels { pitch: V::OPERANDS }, Element::of_voxels(self.problem.operands));
         for d in 0..planes {

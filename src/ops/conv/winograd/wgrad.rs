@@ -2,15 +2,16 @@
 
 use super::super::micro::outer_product;
 use super::super::partials::{Partials, Task};
-use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile, blocks};
+use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
 use super::super::{Problem, Source};
-use super::slab::{Products, Scratch, Side, Slab};
+use super::slab::{Lines, Products, Side, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
 /// Taps of a sum: a product's three planes.
@@ -32,10 +33,10 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let mut sums: Vec<Buffer> = Vec::new();
     (0..partials.tasks())
         .into_par_iter()
-        .map_init(Default::default, |scratch, number| {
+        .map_init(Scratch::take, |lines, number| {
             let task = partials.task(number);
             let pass = Pass { problem: &problem, tiles_w: tiles[2], sources, lane_sources, task: &task };
-            pass.sum(largest, &origins[task.tiles.clone()], scratch)
+            pass.sum(largest, &origins[task.tiles.clone()], lines)
         })
         .collect_into_vec(&mut sums);
     let mut sums = partials.reduce(sums);
@@ -57,7 +58,7 @@ struct Room<'a> {
     sum: Buffer,
     /// Whether no slab was added yet: it writes, the others add.
     first: bool,
-    scratch: &'a mut Scratch,
+    lines: &'a mut Lines,
 }
 
 /// A task of a pass.
@@ -71,7 +72,7 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// The sum of these slabs, `[product][plane][channel][lane]`; channels beyond the block's are unspecified.
-    fn sum(&self, largest: Tile, origins: &[Origin], scratch: &mut Scratch) -> Buffer {
+    fn sum(&self, largest: Tile, origins: &[Origin], lines: &mut Lines) -> Buffer {
         let plane = largest.h * self.tiles_w;
         let blocks = self.task.block.len.div_ceil(CHANNEL_BLOCK);
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
@@ -80,7 +81,7 @@ impl Pass<'_> {
         };
         let v = buffer((largest.d + 2) * plane, blocks);
         let dm = buffer(largest.d * plane, self.task.lanes.len());
-        let mut room = Room { v, dm, sum: Buffer::dirty(self.task.floats), first: true, scratch };
+        let mut room = Room { v, dm, sum: Buffer::dirty(self.task.floats), first: true, lines };
         for origin in origins {
             self.run(&Slab { problem: self.problem, origin, tiles_w: self.tiles_w }, &mut room);
             room.first = false;
@@ -120,26 +121,26 @@ impl Pass<'_> {
     /// V's vector unit must exist.
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, room: &mut Room) {
-        let Room { v, dm, sum, first, scratch } = room;
+        let Room { v, dm, sum, first, lines } = room;
         let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
         let block_floats = slab.input_tiles() * CHANNEL_BLOCK;
-        let channel_blocks = blocks([block.len], CHANNEL_BLOCK);
         // Not `spread`: it gains nothing here.
-        let v_pitch = channel_blocks.len() * block_floats;
-        for (index, part) in channel_blocks.iter().enumerate() {
+        let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
+        for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
             let to = Products { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
-            let part = Block { first: block.first + part.first, ..*part };
+            let len = CHANNEL_BLOCK.min(block.len - first);
+            let part = Block { first: block.first + first, len, ..*block };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, scratch) };
+            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, lines) };
         }
         let dm_pitch = slab.tiles() * width;
         for (index, &lane) in lanes.iter().enumerate() {
             let to = Products { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<V>(Side::Gradients, source, lane, to, scratch) };
+            unsafe { slab.transform::<V>(Side::Gradients, source, lane, to, lines) };
         }
         let channels = block.len.next_multiple_of(CHANNELS);
         for product in 0..PRODUCTS {
