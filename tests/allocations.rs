@@ -1,8 +1,10 @@
 //! What a training step takes from the allocator: lists of what is to be done, as many whatever the size of the patches.
-//! Activations, gradients, packed weights and scratch are those of the step before.
+//! Activations, gradients, packed weights and scratch are those of the step before. (AMX, turned off here, has scratch of a
+//! task's own.)
 
 use spleen_hpc::config::{Config, Net, Recipe};
 use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::train::trainer::Trainer;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -73,6 +75,7 @@ fn of_a_step(operands: Operands, n: usize, side: usize) -> (usize, usize) {
 
 #[test]
 fn a_step_allocates_lists_and_no_values() {
+    use_simd(Simd::Avx512);
     for operands in [Operands::Single, Operands::Bf16] {
         let (small, _) = of_a_step(operands, 1, 32);
         let (large, bytes) = of_a_step(operands, 2, 64);

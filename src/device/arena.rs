@@ -53,9 +53,8 @@ impl Pool {
         if bytes < OWN_PAGES {
             return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
         }
-        let fits = self.spare.iter().enumerate().filter(|(_, pages)| pages.len() >= bytes);
-        if let Some((smallest, _)) = fits.min_by_key(|(_, pages)| pages.len()) {
-            return Memory::Pages(self.spare.remove(smallest));
+        if let Some(memory) = self.take_spare(len) {
+            return memory;
         }
         let Ok(pages) = MmapMut::map_anon(bytes) else {
             return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
@@ -66,24 +65,31 @@ impl Pool {
         Memory::Pages(pages)
     }
 
+    /// The smallest that is spare of at least this length. Not twice as much or more: it may be kept for this length.
+    fn take_spare(&mut self, len: usize) -> Option<Memory> {
+        let bytes = len * size_of::<f32>();
+        let fits = |pages: &MmapMut| (bytes..2 * bytes).contains(&pages.len());
+        let fitting = self.spare.iter().enumerate().filter(|(_, pages)| fits(pages));
+        let (smallest, _) = fitting.min_by_key(|(_, pages)| pages.len())?;
+        Some(Memory::Pages(self.spare.remove(smallest)))
+    }
+
     /// Keeps memory for buffers of this length.
     fn keep(&mut self, len: usize, memory: Memory) {
         self.of_length.get_or_insert_default().entry(len).or_default().push(memory);
     }
 
-    /// Keeps memory for whatever fits, if it is large, instead of what has been spare for longest.
-    fn keep_spare(&mut self, memory: Memory) {
-        if let Memory::Pages(pages) = memory {
-            if self.spare.len() == SPARES {
-                self.spare.remove(0);
-            }
-            self.spare.push(pages);
-        }
+    /// Keeps memory for whatever fits, if it is large; what has been spare for longest, if there is too much now.
+    fn keep_spare(&mut self, memory: Memory) -> Option<MmapMut> {
+        let Memory::Pages(pages) = memory else { return None };
+        self.spare.push(pages);
+        (self.spare.len() > SPARES).then(|| self.spare.remove(0))
     }
 
-    fn release(&mut self, len: usize) {
+    /// Makes what is kept for this length spare; what there is too much of.
+    fn release(&mut self, len: usize) -> Vec<MmapMut> {
         let free = self.of_length.get_or_insert_default().remove(&len);
-        free.into_iter().flatten().for_each(|memory| self.keep_spare(memory));
+        free.into_iter().flatten().filter_map(|memory| self.keep_spare(memory)).collect()
     }
 }
 
@@ -104,7 +110,10 @@ impl Buffer {
 
     /// The same for a length that may never come again, a scan's.
     pub fn once(len: usize) -> Self {
-        Buffer { memory: pool().take(len), len, kept: false }
+        let mut pool = pool();
+        // What is kept for this length is others', who ask for it again and again.
+        let memory = pool.take_spare(len).unwrap_or_else(|| pool.take(len));
+        Buffer { memory, len, kept: false }
     }
 
     /// A buffer of zeros.
@@ -162,19 +171,29 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = std::mem::replace(&mut self.memory, Memory::Lines(Vec::new()));
-        if self.kept { pool().keep(self.len, memory) } else { pool().keep_spare(memory) }
+        if self.kept {
+            pool().keep(self.len, memory);
+            return;
+        }
+        // Unmapped without the lock.
+        let evicted = pool().keep_spare(memory);
+        drop(evicted);
     }
 }
 
 /// No longer keeps free buffers of this length for others of it: a scan's, which may never come again.
 pub fn release(len: usize) {
-    pool().release(len);
+    // Unmapped without the lock.
+    let evicted = pool().release(len);
+    drop(evicted);
 }
 
 /// Gives every free buffer, and tasks' scratch, back to the system, for example between training and whole-volume inference.
 pub fn trim() {
     super::scratch::trim();
-    *pool() = Pool { of_length: None, spare: Vec::new() };
+    let free = std::mem::replace(&mut *pool(), Pool { of_length: None, spare: Vec::new() });
+    // Unmapped without the lock.
+    drop(free);
 }
 
 fn pool() -> std::sync::MutexGuard<'static, Pool> {
@@ -217,7 +236,7 @@ mod tests {
         assert_eq!(address(&memory), first);
 
         // The smallest that fits.
-        let larger = pool.take(2 * large);
+        let larger = pool.take(large + 100);
         pool.keep_spare(larger);
         pool.keep_spare(memory);
         assert_eq!(address(&pool.take(large)), first);
@@ -227,8 +246,9 @@ mod tests {
         assert_eq!(pool.spare.len(), 1, "small buffers are not worth it");
         for i in 1..2 * SPARES {
             let memory = Memory::Pages(MmapMut::map_anon(OWN_PAGES * i).unwrap());
-            pool.keep_spare(memory);
+            assert_eq!(pool.keep_spare(memory).is_some(), i >= SPARES);
         }
+        assert!(pool.take_spare(large).is_none(), "all are much larger");
         let kept: Vec<_> = pool.spare.iter().map(|pages| pages.len() / OWN_PAGES).collect();
         assert_eq!(kept, (SPARES..2 * SPARES).collect::<Vec<_>>(), "the last ones");
     }

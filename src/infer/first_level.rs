@@ -14,7 +14,8 @@
 //! else comes from the shared part. A window that begins an odd number of voxels after the first one has other features:
 //! it has them to itself, behind `0 0`.
 //!
-//! Along D a row takes over what it shares with the one before.
+//! Along D a row takes over what it shares with the one before. The maps of two rows, and what lies between the two
+//! convolutions, are in memory at once: of 270 x 270 voxels some 80 MB each in f32, half of that in bfloat16.
 //!
 //! Where windows overlap by half, what is computed is a quarter to a half of what they compute by themselves. Other levels
 //! gain nothing: the more a level sees around a voxel, the more of a window feels its edge.
@@ -39,7 +40,7 @@ use crate::tensor::{Shape, Tensor, Values, ValuesMut};
 /// Features that transforms pair.
 const PAIR: usize = 2;
 
-/// Features of a window's side at least: its two edges are apart.
+/// Features of a window's side at least: what feels one edge is apart from what feels the other.
 const FEWEST: usize = 4 * PAIR;
 
 /// Features of the map at most, of all that the windows have: less is not worth the copies.
@@ -73,7 +74,7 @@ impl Axis {
         let paired: Vec<isize> = starts.iter().copied().filter(|&start| even(start)).collect();
         axis.voxels(base..paired[paired.len() - 1] + length);
         axis.guards(axis.features() % PAIR);
-        // Of each edge, the second h.
+        // The last feature of every window but the last.
         let highs: Vec<usize> = paired
             .windows(2)
             .map(|pair| {
@@ -125,20 +126,22 @@ impl Axis {
     }
 }
 
-/// How the windows of a volume share the first level.
-pub struct Shared {
+/// How the windows of volumes of one shape share the first level.
+pub struct Shared<'a> {
+    net: &'a UNet,
+    /// (D, H, W) of a volume.
+    shape: [usize; 3],
+    config: &'a Window,
     /// The first planes of windows: each is a row of windows, which has a map.
     planes: Vec<isize>,
     /// The map's, along H and W.
     axes: [Axis; 2],
-    /// Planes of a window.
-    depth: usize,
 }
 
-impl Shared {
-    /// `None` where windows have too few features, or an odd number along an axis, and where the network has no first level
-    /// that is a function of the image.
-    pub fn new(net: &UNet, shape: [usize; 3], config: &Window) -> Option<Self> {
+impl<'a> Shared<'a> {
+    /// `None` where the network has no first level that is a function of the image, and where windows have no whole pairs of
+    /// features or too few: H and W must be multiples of 4 voxels from 16 on, D even.
+    pub fn new(net: &'a UNet, shape: [usize; 3], config: &'a Window) -> Option<Self> {
         let [depth, height, width] = config.roi;
         let fits = |side: usize| side.is_multiple_of(2 * PAIR) && side >= 2 * FEWEST;
         if !(net.has_first_level() && depth.is_multiple_of(2) && fits(height) && fits(width)) {
@@ -146,7 +149,7 @@ impl Shared {
         }
         let [planes, along_h, along_w] = axis_starts(shape, config);
         let axes = [Axis::shared(&along_h, height), Axis::shared(&along_w, width)];
-        Some(Shared { planes, axes, depth })
+        Some(Shared { net, shape, config, planes, axes })
     }
 
     /// Whether so much less is computed that it is worth the copies.
@@ -157,8 +160,8 @@ impl Shared {
         (together_h * together_w) as f64 <= WORTH * (alone_h * alone_w) as f64
     }
 
-    /// Blended logits of the volume (D,H,W) as (D,H,W,C), those of [`sliding_window`]. `told` hears how many windows of every
-    /// batch have been predicted, and may end it all.
+    /// Blended logits of a volume (D,H,W) as (D,H,W,C), those of [`sliding_window`]. A batch ends with its row. `told` hears
+    /// before each how many windows it has, and may end it all.
     ///
     /// [`sliding_window`]: super::sliding_window::sliding_window
     ///
@@ -166,25 +169,26 @@ impl Shared {
     /// Those of `told` and of the network, and [`crate::Error::Shape`] when the volume does not have the size it should.
     pub fn sliding_window(
         &self,
-        net: &UNet,
-        (volume, shape): (&[f32], [usize; 3]),
-        config: &Window,
+        volume: &[f32],
         out_channels: usize,
         told: &dyn Fn(usize) -> Result<()>,
     ) -> Result<Buffer> {
+        let Shared { net, shape, config, .. } = *self;
         let windows = Windows::new(shape, config);
         let mut blend = Blend::new(&windows, &[volume], config, out_channels)?;
         let [along_h, along_w] = &self.axes;
         let of_row = |h| along_w.windows.iter().map(move |w: &Vec<Run>| [h, w]);
         let row: Vec<[&Vec<Run>; 2]> = along_h.windows.iter().flat_map(of_row).collect();
-        let mut maps = Maps { shared: self, net, volume, shape, lengths: BTreeSet::new() };
+        // As even as rows allow.
+        let batch = row.len().div_ceil(row.len().div_ceil(config.batch));
+        let mut maps = Maps { shared: self, volume, lengths: BTreeSet::new() };
         let mut before = None;
         for (number, &plane) in self.planes.iter().enumerate() {
             let map = maps.next(plane, before)?;
-            for (batch, places) in row.chunks(config.batch).enumerate() {
-                let logits = net.infer_from_first_level(gather(&map, places, config.roi))?;
-                let first = number * row.len() + batch * config.batch;
+            for (index, places) in row.chunks(batch).enumerate() {
                 told(places.len())?;
+                let logits = net.infer_from_first_level(gather(&map, places, config.roi))?;
+                let first = number * row.len() + index * batch;
                 blend.add(first..first + places.len(), logits.data())?;
             }
             before = Some((plane, map));
@@ -195,10 +199,8 @@ impl Shared {
 
 /// Makes the maps of a volume.
 struct Maps<'a> {
-    shared: &'a Shared,
-    net: &'a UNet,
+    shared: &'a Shared<'a>,
     volume: &'a [f32],
-    shape: [usize; 3],
     /// Lengths of its buffers.
     lengths: BTreeSet<usize>,
 }
@@ -207,7 +209,8 @@ impl Maps<'_> {
     /// Features (1, D/2, H, W, C) of the windows that begin at `plane`. In the planes that the row `before` has too they are
     /// that row's, but for those that feel an edge of either.
     fn next(&mut self, plane: isize, before: Option<(isize, Tensor)>) -> Result<Tensor> {
-        let (depth, half) = (self.shared.depth as isize, self.shared.depth / 2);
+        let depth = self.shared.config.roi[0];
+        let (depth, half) = (depth as isize, depth / 2);
         if let Some((first, map)) = before
             && (plane - first) % 2 == 0
         {
@@ -227,7 +230,7 @@ impl Maps<'_> {
 
     /// The first level's output over these planes, beyond which there is 0.
     fn features(&mut self, planes: Range<isize>) -> Result<Tensor> {
-        let Maps { shared: Shared { axes: [along_h, along_w], .. }, volume, shape, .. } = *self;
+        let Maps { shared: &Shared { net, shape, axes: [ref along_h, ref along_w], .. }, volume, .. } = *self;
         let image_shape = Shape::new(1, [planes.len(), along_h.image.len(), along_w.image.len()], 1);
         let mut image = Buffer::dirty(image_shape.len());
         let inside = |at: isize, len: usize| usize::try_from(at).ok().filter(|&at| at < len);
@@ -245,7 +248,7 @@ impl Maps<'_> {
             }
         });
         let image = Tensor::new(image_shape, image);
-        let map = self.net.first_level(image, [&along_h.guards, &along_w.guards])?;
+        let map = net.first_level(image, [&along_h.guards, &along_w.guards])?;
         self.lengths.extend([image_shape.len(), map.floats()]);
         Ok(map)
     }

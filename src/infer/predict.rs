@@ -32,7 +32,7 @@ pub enum Predictor<'a> {
 /// A network in inference mode in host memory.
 #[derive(Clone, Copy)]
 pub enum Network<'a> {
-    /// MONAI's U-Net. The function hears how many windows of every batch have been predicted, and may end it all.
+    /// MONAI's U-Net. The function hears before every batch how many windows it has, and may end it all.
     UNet(&'a UNet, &'a (dyn Fn(usize) -> Result<()> + Sync)),
     /// Any other.
     Function(&'a Function<'a>),
@@ -50,16 +50,15 @@ impl Network<'_> {
         let [d, h, w] = window.roi;
         let predict = |windows: &[f32], n: usize| match self {
             Network::UNet(net, told) => {
-                let logits = net.infer(windows, [n, d, h, w])?;
                 told(n)?;
-                Ok(logits)
+                net.infer(windows, [n, d, h, w])
             }
             Network::Function(function) => function(windows, [n, d, h, w]),
         };
         if let Network::UNet(net, told) = self
             && let Some(shared) = Shared::new(net, shape, window).filter(Shared::is_worth_it)
         {
-            return shared.sliding_window(net, (image, shape), window, CLASSES, told);
+            return shared.sliding_window(image, CLASSES, told);
         }
         sliding_window(image, shape, window, CLASSES, &mut |windows, n, _| predict(windows, n))
     }

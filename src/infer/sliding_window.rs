@@ -186,7 +186,7 @@ impl<'a> Blend<'a> {
             });
         }
         let mut sums: Vec<_> = volumes.iter().map(|_| Buffer::once(voxels * channels)).collect();
-        // Pages that are written before they are read are faulted in once, not once for each.
+        // Its content is the last scan's, or pages that are written before they are read, and faulted in once.
         sums.iter_mut().for_each(|sum| sum.par_chunks_mut(PAGES).for_each(|pages| pages.fill(0.0)));
         Ok(Blend { windows, weights: importance_map(config.roi, config.blend), channels, sums })
     }

@@ -1,15 +1,16 @@
 //! Windows that share the network's first level: the logits of windows by themselves.
 
 use crate::{UNIT, uniform};
+use spleen_hpc::Error;
 use spleen_hpc::config::{Blend, Net, Norm, Window};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::infer::first_level::Shared;
-use spleen_hpc::infer::predict::CLASSES;
+use spleen_hpc::infer::predict::{CLASSES, Network};
 use spleen_hpc::infer::sliding_window::sliding_window;
 use spleen_hpc::nn::UNet;
 use spleen_hpc::rng::Philox;
-use spleen_hpc::{Error, Result};
+use std::sync::Mutex;
 
 /// Volume, window, overlap, windows a batch.
 type Case = ([usize; 3], [usize; 3], f64, usize);
@@ -49,7 +50,7 @@ fn both(channels: &[usize], operands: Operands, (shape, roi, overlap, batch): Ca
     let mut alone = |x: &[f32], n: usize, _: usize| net.infer(x, [n, d, h, w]);
     let alone = sliding_window(&volume, shape, &config, CLASSES, &mut alone).expect("fits");
     let shared = Shared::new(&net, shape, &config).expect("fits");
-    let shared = shared.sliding_window(&net, (&volume, shape), &config, CLASSES, &|_| Ok(())).expect("fits");
+    let shared = shared.sliding_window(&volume, CLASSES, &|_| Ok(())).expect("fits");
     [alone.to_vec(), shared.to_vec()]
 }
 
@@ -117,24 +118,28 @@ fn a_shared_first_level_is_as_near_to_f32_on_amx() {
     }
 }
 
+/// Asked for a volume's logits, a network with known norms shares its first level: batches end with the rows of windows.
 #[test]
 fn whoever_hears_of_windows_hears_of_all_and_may_end_them() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
-    let net = net(&[4, 4], Operands::Single);
-    let (shape, config) = ([20, 48, 72], config([16, 16, 24], 0.5, 4));
-    let shared = Shared::new(&net, shape, &config).expect("fits");
+    let (shape, config) = ([12, 80, 80], config([8, 32, 32], 0.75, 4));
     let volume = vec![0.5; shape.iter().product()];
-    let logits = |told: &dyn Fn(usize) -> Result<()>| {
-        shared.sliding_window(&net, (&volume, shape), &config, CLASSES, told)
+    let heard = |norm| {
+        let net = UNet::new(&Net { norm, channels: vec![2, 2] }, 3).expect("a valid network");
+        let heard = Mutex::new(Vec::new());
+        let listen = |n| {
+            heard.lock().expect("nobody panicked").push(n);
+            Ok(())
+        };
+        Network::UNet(&net, &listen).logits(&volume, shape, &config).expect("fits");
+        let ended = Network::UNet(&net, &|_| Err(Error::Interrupted)).logits(&volume, shape, &config);
+        assert!(matches!(ended, Err(Error::Interrupted)));
+        heard.into_inner().expect("nobody panicked")
     };
-    let heard = std::cell::Cell::new(0);
-    let count = |n| {
-        heard.set(heard.get() + n);
-        Ok(())
-    };
-    logits(&count).expect("fits");
-    assert_eq!(heard.get(), 2 * 5 * 5);
-    assert!(matches!(logits(&|_| Err(Error::Interrupted)), Err(Error::Interrupted)));
+    // 3 rows of 7 x 7 windows.
+    let row = [[4; 12].as_slice(), &[1]].concat();
+    assert_eq!(heard(Norm::Batch), row.repeat(3));
+    assert_eq!(heard(Norm::Instance), [[4; 36].as_slice(), &[3]].concat());
 }
 
 #[test]

@@ -104,8 +104,8 @@ impl UNet {
         })
     }
 
-    /// Logits (N, D, H, W, 2) of windows whose first level made `skip` (N, D/2, H/2, W/2, C), with the bits that
-    /// [`UNet::infer`] would give.
+    /// Logits (N, D, H, W, 2) of windows whose first level made `skip` (N, D/2, H/2, W/2, C): what [`UNet::infer`] does after
+    /// that level.
     ///
     /// # Errors
     /// As [`UNet::first_level`], and [`Error::Shape`] when sides are not half of a multiple of [`UNet::side_multiple`].
@@ -125,7 +125,8 @@ impl UNet {
     /// A forward pass that can be done in pieces, and its first level.
     fn pieces<'a>(&'a self, tape: &'a mut Tape) -> Result<(Run<'a, 'a>, &'a Down)> {
         let down = self.downs.first().filter(|_| self.has_first_level());
-        let down = down.ok_or_else(|| Error::Internal("unet: its norms are not known beforehand".into()))?;
+        let down = down
+            .ok_or_else(|| Error::Internal("unet: no first level that is a function of the image".into()))?;
         tape.operands = self.operands;
         let stored = self.operands;
         let run = Run {

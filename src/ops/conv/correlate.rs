@@ -34,6 +34,11 @@ pub fn tiles_a_task(tiles: usize) -> usize {
     tiles.div_ceil(MIN_TASKS.max(TASKS_A_THREAD * rayon::current_num_threads()))
 }
 
+/// `usual`, or a power of two where that is too short: the arena keeps every length that it was ever asked for.
+pub fn few_lengths(floats: usize, usual: usize) -> usize {
+    if floats <= usual { usual } else { floats.next_power_of_two() }
+}
+
 /// Every task's tiles and first lane block of `lanes`, `part` of which are one task's.
 pub fn tasks<T: Copy>(tiles: impl ExactSizeIterator<Item = T>, lanes: usize, part: usize) -> Vec<(T, usize)> {
     let mut tasks = Vec::with_capacity(tiles.len() * lanes.div_ceil(part));
@@ -103,9 +108,8 @@ pub fn correlate<'a>(
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
     tasks.into_par_iter().for_each_init(Scratch::take, |row, (origins, first)| {
         let part = first..lanes.len().min(first + part);
-        // One length for nearly all layers: the arena keeps every length that it was ever asked for. It holds the tile
-        // before only where no other group of blocks came after it.
-        let mut tile = Buffer::dirty((voxels * widest).max(TILE_FLOATS) + run::SLACK);
+        // It holds the tile before only where no other group of blocks came after it.
+        let mut tile = Buffer::dirty(few_lengths(voxels * widest, TILE_FLOATS) + run::SLACK);
         let keeps = groups.len() == 1;
         let place = |i: usize| Place {
             map,

@@ -1,6 +1,6 @@
 //! Fprop and dgrad.
 
-use super::super::correlate::tasks;
+use super::super::correlate::{few_lengths, tasks};
 use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
 use super::super::micro::{Reduction, broadcast_voxels};
@@ -62,8 +62,7 @@ pub fn correlate<'a>(
     tasks.into_par_iter().for_each_init(
         Scratch::take,
         |scratch: &mut Scratch<(Lines, Vec<_>)>, (origin, first)| {
-            // One length for nearly all layers: the arena keeps every length that it was ever asked for.
-            let v = Buffer::dirty(floats.max(SLAB_FLOATS) + ACCUMULATORS * LANES);
+            let v = Buffer::dirty(few_lengths(floats, SLAB_FLOATS) + ACCUMULATORS * LANES);
             let m = Buffer::dirty(PRODUCTS * spread(CHUNK * ACCUMULATORS * LANES));
             let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
             let (lines, rows) = &mut **scratch;
