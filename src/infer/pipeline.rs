@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use rayon::prelude::*;
 use serde::Serialize;
 
 use super::jobs::{Job, Style};
@@ -20,6 +21,9 @@ use crate::data::scan::{self, Scan};
 use crate::data::{nifti_write, publish};
 use crate::device::arena::Buffer;
 use crate::metrics::overlap::voxel_ml;
+
+/// Voxels that a task counts.
+const PART: usize = 1 << 16;
 
 /// What was found in one scan.
 #[derive(Clone, Debug, Serialize)]
@@ -128,7 +132,7 @@ pub(super) fn publish_mask(job: &Job, style: Style, case: Segmented, start: Inst
         Style::Mask => nifti_write::write_mask(&job.output, &header, &mask)?,
         Style::Bundle => nifti_write::write_bundle(&job.output, &header, &mask)?,
     }
-    let voxels = mask.iter().filter(|&&v| v != 0).count();
+    let voxels = mask.par_chunks(PART).map(|part| part.iter().filter(|&&v| v != 0).count()).sum();
     Ok(Statistics {
         input: job.input.clone(),
         output: job.output.clone(),
