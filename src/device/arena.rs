@@ -35,6 +35,22 @@ enum Memory {
     Pages(MmapMut),
 }
 
+impl Memory {
+    /// Not from the pool, and so without its lock.
+    fn new(len: usize) -> Self {
+        let bytes = len * size_of::<f32>();
+        if bytes >= OWN_PAGES
+            && let Ok(pages) = MmapMut::map_anon(bytes)
+        {
+            // A hint: a kernel without huge pages gives small ones.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(Advice::HugePage);
+            return Memory::Pages(pages);
+        }
+        Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)])
+    }
+}
+
 /// Free memory.
 struct Pool {
     /// For buffers of the same length.
@@ -44,25 +60,9 @@ struct Pool {
 }
 
 impl Pool {
-    /// Memory for a buffer of this length, of unspecified content.
-    fn take(&mut self, len: usize) -> Memory {
-        if let Some(memory) = self.of_length.get_or_insert_default().get_mut(&len).and_then(Vec::pop) {
-            return memory;
-        }
-        let bytes = len * size_of::<f32>();
-        if bytes < OWN_PAGES {
-            return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
-        }
-        if let Some(memory) = self.take_spare(len) {
-            return memory;
-        }
-        let Ok(pages) = MmapMut::map_anon(bytes) else {
-            return Memory::Lines(vec![Line::zeroed(); len.div_ceil(16)]);
-        };
-        // A hint: a kernel without huge pages gives small ones.
-        #[cfg(target_os = "linux")]
-        let _ = pages.advise(Advice::HugePage);
-        Memory::Pages(pages)
+    /// What is kept for this length.
+    fn take(&mut self, len: usize) -> Option<Memory> {
+        self.of_length.get_or_insert_default().get_mut(&len).and_then(Vec::pop)
     }
 
     /// The smallest that is spare of at least this length. Not twice as much or more: it may be kept for this length.
@@ -105,15 +105,17 @@ pub struct Buffer {
 impl Buffer {
     /// A buffer whose content is unspecified (the last tenant's): its writer must fill it.
     pub fn dirty(len: usize) -> Self {
-        Buffer { memory: pool().take(len), len, kept: true }
+        let mut pool = pool();
+        let free = pool.take(len).or_else(|| pool.take_spare(len));
+        drop(pool);
+        Buffer { memory: free.unwrap_or_else(|| Memory::new(len)), len, kept: true }
     }
 
     /// The same for a length that may never come again, a scan's.
     pub fn once(len: usize) -> Self {
-        let mut pool = pool();
         // What is kept for this length is others', who ask for it again and again.
-        let memory = pool.take_spare(len).unwrap_or_else(|| pool.take(len));
-        Buffer { memory, len, kept: false }
+        let spare = pool().take_spare(len);
+        Buffer { memory: spare.unwrap_or_else(|| Memory::new(len)), len, kept: false }
     }
 
     /// A buffer of zeros.
@@ -226,27 +228,25 @@ mod tests {
     fn spare_memory_is_for_whatever_fits() {
         let mut pool = Pool { of_length: None, spare: Vec::new() };
         let large = OWN_PAGES / size_of::<f32>();
-        let memory = pool.take(large + 10);
+        let memory = Memory::new(large + 10);
         let first = address(&memory);
         pool.keep(large + 10, memory);
-        assert_ne!(address(&pool.take(large + 9)), first, "it is kept for its own length");
+        assert!(pool.take_spare(large + 9).is_none(), "it is kept for its own length");
         pool.release(large + 10);
-        assert_ne!(address(&pool.take(large + 11)), first, "it is too short");
-        let memory = pool.take(large + 9);
+        assert!(pool.take(large + 10).is_none(), "and no longer is");
+        assert!(pool.take_spare(large + 11).is_none(), "it is too short");
+        let memory = pool.take_spare(large + 9).unwrap();
         assert_eq!(address(&memory), first);
 
         // The smallest that fits.
-        let larger = pool.take(large + 100);
-        pool.keep_spare(larger);
+        pool.keep_spare(Memory::new(large + 100));
         pool.keep_spare(memory);
-        assert_eq!(address(&pool.take(large)), first);
+        assert_eq!(address(&pool.take_spare(large).unwrap()), first);
 
-        let small = pool.take(100);
-        pool.keep_spare(small);
+        pool.keep_spare(Memory::new(100));
         assert_eq!(pool.spare.len(), 1, "small buffers are not worth it");
         for i in 1..2 * SPARES {
-            let memory = Memory::Pages(MmapMut::map_anon(OWN_PAGES * i).unwrap());
-            assert_eq!(pool.keep_spare(memory).is_some(), i >= SPARES);
+            assert_eq!(pool.keep_spare(Memory::new(large * i)).is_some(), i >= SPARES);
         }
         assert!(pool.take_spare(large).is_none(), "all are much larger");
         let kept: Vec<_> = pool.spare.iter().map(|pages| pages.len() / OWN_PAGES).collect();
