@@ -171,9 +171,9 @@ macro_rules! vectorised {
 
                 match $crate::device::cpu::simd() {
                     // SAFETY: `simd()` found the features.
-                    $crate::device::cpu::Simd::Avx512 => return unsafe { avx512($($argument),*) },
+                    $crate::device::cpu::Simd::Avx512 => return unsafe { avx512$(::<$generic>)?($($argument),*) },
                     // SAFETY: `simd()` found the features.
-                    $crate::device::cpu::Simd::Avx2 => return unsafe { avx2($($argument),*) },
+                    $crate::device::cpu::Simd::Avx2 => return unsafe { avx2$(::<$generic>)?($($argument),*) },
                     $crate::device::cpu::Simd::Portable => {}
                 }
             }

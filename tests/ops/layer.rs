@@ -1,6 +1,7 @@
 //! A layer of a convolution, by the library and by its definition in f64.
 
-use crate::{lazy, param, uniform, winograd};
+use crate::winograd::{self, Filtering};
+use crate::{lazy, param, uniform};
 use spleen_hpc::device::arena::Buffer;
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::amx;
@@ -41,15 +42,17 @@ impl Case {
         Case { n: 1, ..self }
     }
 
-    /// Whether vector units multiply transforms of bfloat16: from 16 channels on both sides, where tiles of 2 x 2 voxels save a
-    /// third of 27 products a voxel. AMX, if it is on, does not.
-    fn transforms(&self) -> bool {
-        let [_, h, w] = self.space;
+    /// (D, H, W) of an output.
+    fn out_space(&self) -> [usize; 3] {
+        self.space.map(|s| if self.transposed { 2 * s } else { s.div_ceil(self.stride) })
+    }
+
+    /// How vector units multiply transforms of bfloat16 in inference, `None` where they do not. AMX, if it is on, does not, and of
+    /// others than stride 1 a training step does not.
+    fn filtering(&self) -> Option<Filtering> {
         let [inputs, outputs] = [self.inputs, self.outputs].map(|c| c.iter().sum::<usize>());
-        (self.kernel, self.stride, self.transposed) == (3, 1, false)
-            && inputs.min(outputs) >= 16
-            && 3 * 16 * h.div_ceil(2) * w.div_ceil(2) <= 2 * 9 * h * w
-            && !amx()
+        let filtering = Filtering::of(self.stride, self.transposed);
+        (self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs)).then_some(filtering)
     }
 }
 
@@ -89,6 +92,18 @@ pub const CASES: &[Case] = &[
     conv([1, 3, 9], &[23], &[16, 3, 13], 3, 1),
     conv([1, 2, 2], &[16], &[16], 3, 1),
     conv([14, 9, 10], &[16], &[16], 3, 1).alone(),
+    // Of stride 2, one way or the other: odd and even sizes, siblings, concats, channels that fill no block, more than 64 lanes,
+    // one tile, a second slab of planes.
+    conv([7, 8, 9], &[16], &[16, 20], 3, 2),
+    conv([4, 11, 8], &[18], &[33], 3, 2),
+    conv([3, 4, 4], &[35], &[70], 3, 2).alone(),
+    conv([27, 16, 15], &[16], &[16], 3, 2).alone(),
+    conv([5, 12, 11], &[9], &[8], 3, 2),
+    transposed([3, 4, 6], &[16, 20], &[16]),
+    transposed([2, 3, 4], &[17], &[23]),
+    transposed([1, 2, 2], &[16], &[70]),
+    transposed([14, 6, 8], &[16], &[16]).alone(),
+    transposed([2, 4, 5], &[8], &[12]),
     // More tiles than tasks, the last ones clipped: neighbours share planes.
     conv([68, 37, 3], &[20], &[18], 3, 1),
     conv([68, 37, 17], &[3], &[2], 3, 1),
@@ -104,6 +119,10 @@ pub const CASES: &[Case] = &[
     transposed([1, 3, 37], &[40], &[1]).alone(),
     transposed([1, 3, 37], &[40], &[4]).alone(),
     conv([2, 3, 1], &[3], &[5], 3, 2),
+    // One channel of stride 2: pairs of taps; rows of one, of an odd and of an even number of voxels.
+    conv([3, 4, 1], &[1], &[3], 3, 2),
+    conv([2, 5, 51], &[1], &[40], 3, 2),
+    conv([5, 3, 32], &[1], &[4, 16], 3, 2),
 ];
 
 /// Index of voxel (n, d, h, w), channel c; `None` outside.
@@ -165,6 +184,15 @@ pub struct Results {
     pub db: Vec<Vec<f32>>,
 }
 
+/// [`Results`] in f64.
+pub struct Reference {
+    pub y: Vec<Vec<f64>>,
+    pub inferred: Vec<Vec<f64>>,
+    pub dx: Vec<Vec<f64>>,
+    pub dw: Vec<Vec<f64>>,
+    pub db: Vec<Vec<f64>>,
+}
+
 pub struct Layer {
     inputs: Vec<Activation>,
     weights: Vec<Param>,
@@ -185,8 +213,7 @@ impl Layer {
             let shape = if case.transposed { [cin, o, k, k, k] } else { [o, cin, k, k, k] };
             layer.weights.push(param(2 * i, &shape, &mut rng));
             layer.biases.push(param(2 * i + 1, &[o], &mut rng));
-            let space = case.space.map(|s| if case.transposed { 2 * s } else { s.div_ceil(case.stride) });
-            let shape = Shape::new(case.n, space, o);
+            let shape = Shape::new(case.n, case.out_space(), o);
             layer.dy.push(Tensor::from_slice(shape, &uniform(&mut rng, shape.len())));
             layer.maps.push(Pending { scale: uniform(&mut rng, o), shift: uniform(&mut rng, o), slope: 0.3 });
         }
@@ -279,13 +306,8 @@ impl Layer {
         }
     }
 
-    /// The same from the definition, in f64: (y of each filter, dx of each input, dw and db of each filter).
-    #[allow(clippy::type_complexity)]
-    pub fn reference(
-        &self,
-        case: &Case,
-        operands: Operands,
-    ) -> (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) {
+    /// The same from the definition, in f64.
+    pub fn reference(&self, case: &Case, operands: Operands) -> Reference {
         // Every factor as it is multiplied.
         let factor = |v: f32| match operands {
             Operands::Single => f64::from(v),
@@ -336,36 +358,53 @@ impl Layer {
             dws.push(dw);
             dbs.push(db);
         }
-        if operands == Operands::Bf16 && case.transforms() {
-            // The same sums of other products.
-            let value = |o: usize, c: usize, tap: usize| {
-                let (mut filter, mut o) = (0, o);
-                while o >= case.outputs[filter] {
-                    o -= case.outputs[filter];
-                    filter += 1;
-                }
-                self.weights[filter].value[(o * cin + c) * taps + tap]
-            };
-            let outputs = case.outputs.iter().sum();
-            let y = winograd::correlate(case.n, case.space, (&x[0], cin), outputs, value);
-            let mut first = 0;
-            for ((ys, b), dy) in ys.iter_mut().zip(&self.biases).zip(&self.dy) {
-                let c = dy.shape().c;
-                for (i, to) in ys.iter_mut().enumerate() {
-                    *to = y[i / c * outputs + first + i % c] + f64::from(b.value[i % c]);
-                }
-                first += c;
+        let mut result = Reference { inferred: ys.clone(), y: ys, dx, dw: dws, db: dbs };
+        let Some(filtering) = case.filtering().filter(|_| operands == Operands::Bf16) else { return result };
+        // The same sums of other products.
+        let outputs: usize = case.outputs.iter().sum();
+        let value = |o: usize, c: usize, tap: usize| {
+            let (mut filter, mut o) = (0, o);
+            while o >= case.outputs[filter] {
+                o -= case.outputs[filter];
+                filter += 1;
             }
-            let voxels = case.n * case.space.iter().product::<usize>();
-            let dy: Vec<f64> = (0..voxels)
-                .flat_map(|v| {
-                    self.dy.iter().flat_map(move |dy| &dy.data()[v * dy.shape().c..][..dy.shape().c])
-                })
-                .map(|&v| factor(v))
-                .collect();
-            let mirrored = |c: usize, o: usize, tap: usize| value(o, c, 26 - tap);
-            dx[0] = winograd::correlate(case.n, case.space, (&dy, outputs), cin, mirrored);
+            let pair = if case.transposed { c * case.outputs[filter] + o } else { o * cin + c };
+            self.weights[filter].value[pair * taps + tap]
+        };
+        let spaces = [case.space, case.out_space()];
+        let x = side_by_side(x.iter().zip(case.inputs).map(|(x, &c)| (&x[..], c)));
+        let y = winograd::correlate(filtering, case.n, spaces, (&x, cin), outputs, value);
+        result.inferred = apart(&y, case.outputs);
+        for (y, b) in result.inferred.iter_mut().zip(&self.biases) {
+            y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b.value[i % b.value.len()]));
         }
-        (ys, dx, dws, dbs)
+        if filtering == Filtering::Dense {
+            result.y = result.inferred.clone();
+            let dys: Vec<Vec<f64>> =
+                self.dy.iter().map(|dy| dy.data().iter().map(|&v| factor(v)).collect()).collect();
+            let dy = side_by_side(dys.iter().zip(case.outputs).map(|(dy, &c)| (&dy[..], c)));
+            let mirrored = |c: usize, o: usize, tap: usize| value(o, c, 26 - tap);
+            result.dx[0] = winograd::correlate(filtering, case.n, spaces, (&dy, outputs), cin, mirrored);
+        }
+        result
     }
+}
+
+/// Tensors of so many channels each, side by side in one.
+fn side_by_side<'a>(tensors: impl Iterator<Item = (&'a [f64], usize)> + Clone) -> Vec<f64> {
+    let voxels = tensors.clone().next().map_or(0, |(x, c)| x.len() / c);
+    (0..voxels)
+        .flat_map(|v| tensors.clone().flat_map(move |(x, c)| x[v * c..][..c].iter().copied()))
+        .collect()
+}
+
+/// Tensors of so many channels each out of one.
+fn apart(all: &[f64], channels: &[usize]) -> Vec<Vec<f64>> {
+    let mut first = 0;
+    let of = |&c: &usize| {
+        let part = first..first + c;
+        first += c;
+        all.chunks_exact(channels.iter().sum()).flat_map(|v| v[part.clone()].iter().copied()).collect()
+    };
+    channels.iter().map(of).collect()
 }

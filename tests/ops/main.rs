@@ -66,16 +66,16 @@ fn convolutions_match_their_definition() {
 fn compare(i: usize, case: &Case, operands: Operands) {
     let layer = Layer::new(case, i as u64);
     let got = layer.run(case, operands);
-    let (y, dx, dw, db) = layer.reference(case, operands);
+    let want = layer.reference(case, operands);
     let check = |what: &str, got: &[f32], want: &[f64]| {
         let error = relative_error(got, want);
         assert!(error < CONV_TOLERANCE, "case {i}, {operands:?}, {what}: relative error {error:.2e}");
     };
-    got.y.iter().zip(&y).for_each(|(g, w)| check("y", g.data(), w));
-    got.inferred.iter().zip(&y).for_each(|(g, w)| check("y of inference", g.data(), w));
-    got.dx.iter().zip(&dx).for_each(|(g, w)| check("dx", g.data(), w));
-    got.dw.iter().zip(&dw).for_each(|(g, w)| check("dw", g, w));
-    got.db.iter().zip(&db).for_each(|(g, w)| check("db", g, w));
+    got.y.iter().zip(&want.y).for_each(|(g, w)| check("y", g.data(), w));
+    got.inferred.iter().zip(&want.inferred).for_each(|(g, w)| check("y of inference", g.data(), w));
+    got.dx.iter().zip(&want.dx).for_each(|(g, w)| check("dx", g.data(), w));
+    got.dw.iter().zip(&want.dw).for_each(|(g, w)| check("dw", g, w));
+    got.db.iter().zip(&want.db).for_each(|(g, w)| check("db", g, w));
 }
 
 /// Layers that fill tiles of AMX: whole and broken blocks of channels, rows shorter and longer than 16 voxels, both

@@ -1,70 +1,154 @@
-//! A convolution of kernel 3 and stride 1 by F(2 x 2, 3 x 3) in its planes, whose transformed operands are rounded to
-//! bfloat16, from the formulas of Lavin and Gray (CVPR 2016): sums in f64.
+//! Convolutions of kernel 3 by minimal filtering in their planes, whose transformed operands are rounded to bfloat16: sums in
+//! f64. F(2, 3) is that of Lavin and Gray (CVPR 2016); of stride 2, one way or the other, every other tap is filtered by F(2, 2):
+//! three products (d0 - d1) g0, d1 (g0 + g1), (d2 - d1) g1 for d0 g0 + d1 g1 and d1 g0 + d2 g1.
 
 use half::bf16;
 
-/// Four inputs of one axis, to be multiplied: B^T d, in f32 as the library rounds it.
-fn input([d0, d1, d2, d3]: [f32; 4]) -> [f32; 4] {
-    [d0 - d2, d1 + d2, d2 - d1, d3 - d1]
+/// How two neighbouring anchors of an axis are made of products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filtering {
+    /// Stride 1: two outputs of four inputs.
+    Dense,
+    /// Stride 2: two outputs of five inputs.
+    Strided,
+    /// Its transpose: four outputs of three inputs.
+    Scattered,
 }
 
-/// Three taps of one axis, to be multiplied: G g, in f32 likewise.
-fn filter([g0, g1, g2]: [f32; 3]) -> [f32; 4] {
-    [g0, 0.5 * ((g0 + g2) + g1), 0.5 * ((g0 + g2) - g1), g2]
+impl Filtering {
+    /// That of a convolution.
+    pub fn of(stride: usize, transposed: bool) -> Self {
+        match (stride, transposed) {
+            (1, _) => Filtering::Dense,
+            (_, false) => Filtering::Strided,
+            (_, true) => Filtering::Scattered,
+        }
+    }
+
+    /// Products of two anchors.
+    fn products(self) -> usize {
+        if self == Filtering::Dense { 4 } else { 5 }
+    }
+
+    /// Outputs of two anchors.
+    fn outputs(self) -> usize {
+        if self == Filtering::Scattered { 4 } else { 2 }
+    }
+
+    /// What is multiplied of the inputs, in f32 as the library rounds it.
+    fn input(self, d: &[f32]) -> Vec<f32> {
+        match self {
+            Filtering::Dense => vec![d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]],
+            Filtering::Strided => vec![d[0] - d[2], d[2], d[4] - d[2], d[1], d[3]],
+            Filtering::Scattered => vec![d[0] - d[1], d[1], d[2] - d[1], d[0], d[1]],
+        }
+    }
+
+    /// What it is multiplied by, in f32 likewise.
+    fn filter(self, g: &[f32]) -> Vec<f32> {
+        match self {
+            Filtering::Dense => {
+                vec![g[0], 0.5 * ((g[0] + g[2]) + g[1]), 0.5 * ((g[0] + g[2]) - g[1]), g[2]]
+            }
+            Filtering::Strided => vec![g[0], g[0] + g[2], g[2], g[1], g[1]],
+            Filtering::Scattered => vec![g[2], g[0] + g[2], g[0], g[1], g[1]],
+        }
+    }
+
+    /// The outputs of the products.
+    fn output(self, m: &[f64]) -> Vec<f64> {
+        match self {
+            Filtering::Dense => vec![m[0] + m[1] + m[2], m[1] - m[2] + m[3]],
+            Filtering::Strided => vec![m[0] + m[1] + m[3], m[1] + m[2] + m[4]],
+            Filtering::Scattered => vec![m[3], m[0] + m[1], m[4], m[1] + m[2]],
+        }
+    }
+
+    /// The first input of tile `t` and how many it reads.
+    fn inputs(self, t: usize) -> (isize, usize) {
+        let t = t as isize;
+        match self {
+            Filtering::Dense => (2 * t - 1, 4),
+            Filtering::Strided => (4 * t - 1, 5),
+            Filtering::Scattered => (2 * t, 3),
+        }
+    }
+
+    /// (Input, tap) of the products of output `o` along the axis that is not filtered.
+    fn direct(self, o: usize) -> Vec<(isize, usize)> {
+        let i = o as isize;
+        match self {
+            Filtering::Dense => (0..3).map(|k| (i - 1 + k as isize, k)).collect(),
+            Filtering::Strided => (0..3).map(|k| (2 * i - 1 + k as isize, k)).collect(),
+            Filtering::Scattered if o.is_multiple_of(2) => vec![(i / 2, 1)],
+            Filtering::Scattered => vec![(i / 2, 2), (i / 2 + 1, 0)],
+        }
+    }
+
+    /// Whether the library multiplies transforms of bfloat16: from 16 channels on both sides, where a quarter at least of 9 products an
+    /// anchor of a plane is saved.
+    pub fn pays(self, out_space: [usize; 3], inputs: usize, outputs: usize) -> bool {
+        let [_, h, w] = out_space.map(|s| s.div_ceil(self.outputs() / 2));
+        let products = self.products().pow(2) * h.div_ceil(2) * w.div_ceil(2);
+        inputs.min(outputs) >= 16 && 4 * products <= 3 * 9 * h * w
+    }
 }
 
-/// Two outputs of one axis: A^T m.
-fn output([m0, m1, m2, m3]: [f64; 4]) -> [f64; 2] {
-    [m0 + m1 + m2, m1 - m2 + m3]
-}
-
-/// Both axes of a square, columns first.
-fn both<T: Copy + Default, const A: usize, const B: usize>(
-    x: [[T; A]; A],
-    axis: impl Fn([T; A]) -> [T; B],
-) -> [[T; B]; B] {
-    let columns: [[T; B]; A] = std::array::from_fn(|w| axis(std::array::from_fn(|h| x[h][w])));
-    std::array::from_fn(|i| axis(std::array::from_fn(|w| columns[w][i])))
+/// Both axes of a square of `rows` by `rows`, columns first.
+fn both<T: Copy>(x: &[T], rows: usize, axis: impl Fn(&[T]) -> Vec<T>) -> Vec<T> {
+    let columns: Vec<Vec<T>> =
+        (0..rows).map(|w| axis(&(0..rows).map(|h| x[h * rows + w]).collect::<Vec<_>>())).collect();
+    (0..columns[0].len()).flat_map(|i| axis(&columns.iter().map(|c| c[i]).collect::<Vec<_>>())).collect()
 }
 
 /// `y[o] = sum over c and taps of x[c] * weight(o, c, tap)`, NDHWC, 27 taps with w the fastest. The x are values of bfloat16.
 pub fn correlate(
+    filtering: Filtering,
     n: usize,
-    [d, h, w]: [usize; 3],
+    [space, out_space]: [[usize; 3]; 2],
     (x, channels): (&[f64], usize),
     outputs: usize,
     weight: impl Fn(usize, usize, usize) -> f32,
 ) -> Vec<f64> {
-    let value = |n: usize, [z, y, x_]: [usize; 3], c: usize| {
-        // Coordinates are one too large, so that those before the volume are 0.
-        let inside = (1..=d).contains(&z) && (1..=h).contains(&y) && (1..=w).contains(&x_);
-        if inside { x[(((n * d + z - 1) * h + y - 1) * w + x_ - 1) * channels + c] as f32 } else { 0.0 }
+    let [d, h, w] = space.map(|s| s as isize);
+    let rounded = |v: Vec<f32>| -> Vec<f64> { v.iter().map(|&v| bf16::from_f32(v).to_f64()).collect() };
+    let value = |n: usize, [z, y, x_]: [isize; 3], c: usize| {
+        let inside = (0..d).contains(&z) && (0..h).contains(&y) && (0..w).contains(&x_);
+        let voxel = ((n as isize * d + z) * h + y) * w + x_;
+        if inside { x[voxel as usize * channels + c] as f32 } else { 0.0 }
     };
     let mut filters = Vec::with_capacity(outputs * channels * 3);
     for (o, c, kd) in triples([outputs, channels, 3]) {
-        let taps = std::array::from_fn(|kh| std::array::from_fn(|kw| weight(o, c, 9 * kd + 3 * kh + kw)));
-        filters.push(both(taps, filter).map(|row| row.map(|v| bf16::from_f32(v).to_f64())));
+        let taps: Vec<f32> = (0..9).map(|tap| weight(o, c, 9 * kd + tap)).collect();
+        filters.push(rounded(both(&taps, 3, |g| filtering.filter(g))));
     }
-    let mut y = vec![0.0; n * d * h * w * outputs];
+    let [out_d, out_h, out_w] = out_space;
+    let size = filtering.outputs();
+    let mut y = vec![0.0; n * out_d * out_h * out_w * outputs];
     for (n, (z, th, tw)) in
-        (0..n).flat_map(|n| triples([d, h.div_ceil(2), w.div_ceil(2)]).map(move |t| (n, t)))
+        (0..n).flat_map(|n| triples([out_d, out_h.div_ceil(size), out_w.div_ceil(size)]).map(move |t| (n, t)))
     {
-        let (h0, w0) = (2 * th, 2 * tw);
-        let tile = |c: usize, kd: usize| {
-            let voxel = |i: usize, j: usize| value(n, [z + kd, h0 + i, w0 + j], c);
-            let x = std::array::from_fn(|i| std::array::from_fn(|j| voxel(i, j)));
-            both(x, input).map(|row| row.map(|v| bf16::from_f32(v).to_f64()))
+        let ((h0, reads), (w0, _)) = (filtering.inputs(th), filtering.inputs(tw));
+        let depth = filtering.direct(z);
+        let tile = |c: usize, z: isize| {
+            let voxel = |i: usize| value(n, [z, h0 + (i / reads) as isize, w0 + (i % reads) as isize], c);
+            let x: Vec<f32> = (0..reads * reads).map(voxel).collect();
+            rounded(both(&x, reads, |d| filtering.input(d)))
         };
-        let tiles: Vec<[[f64; 4]; 4]> =
-            (0..channels).flat_map(|c| (0..3).map(move |kd| (c, kd))).map(|(c, kd)| tile(c, kd)).collect();
+        let tiles: Vec<(usize, Vec<f64>)> = (0..channels)
+            .flat_map(|c| depth.iter().map(move |&(z, kd)| (c, z, kd)))
+            .map(|(c, z, kd)| (3 * c + kd, tile(c, z)))
+            .collect();
         for (o, filters) in filters.chunks(3 * channels).enumerate() {
-            let product = |i: usize, j: usize| {
-                tiles.iter().zip(filters).map(|(v, u): (_, &[[f64; 4]; 4])| v[i][j] * u[i][j]).sum::<f64>()
-            };
-            let m = std::array::from_fn(|i| std::array::from_fn(|j| product(i, j)));
-            let tile = both(m, output);
-            for (a, b) in (0..2.min(h - h0)).flat_map(|a| (0..2.min(w - w0)).map(move |b| (a, b))) {
-                y[(((n * d + z) * h + h0 + a) * w + w0 + b) * outputs + o] = tile[a][b];
+            let product = |i: usize| tiles.iter().map(|(filter, v)| v[i] * filters[*filter][i]).sum::<f64>();
+            let m: Vec<f64> = (0..filtering.products().pow(2)).map(product).collect();
+            let tile = both(&m, filtering.products(), |m| filtering.output(m));
+            let (h0, w0) = (size * th, size * tw);
+            for (a, b) in
+                (0..size.min(out_h - h0)).flat_map(|a| (0..size.min(out_w - w0)).map(move |b| (a, b)))
+            {
+                let voxel = ((n * out_d + z) * out_h + h0 + a) * out_w + w0 + b;
+                y[voxel * outputs + o] = tile[size * a + b];
             }
         }
     }

@@ -13,7 +13,7 @@ use super::plan::{
 use super::tile::{Element, Order, Place, load};
 use super::{Problem, Source, Weights, run, winograd};
 use crate::device::arena::Buffer;
-use crate::device::bf16::Pairs;
+use crate::device::bf16::{Operands, Pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
@@ -58,8 +58,8 @@ pub fn correlate<'a>(
     if let Some(scheme) = amx::scheme(&problem, sources, heads) {
         return amx::correlate(&scheme, problem, sources, heads, weights);
     }
-    if winograd::correlates(&problem, sources, heads) {
-        return winograd::correlate(problem, sources, heads, weights);
+    if winograd::correlate(problem, sources, heads, weights) {
+        return;
     }
     let Problem { map, operands, phase, n, space, out_space } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
@@ -70,7 +70,10 @@ pub fn correlate<'a>(
         && out_space[2].is_multiple_of(map.outputs())
         && anchors[2] >= LANES
         && lanes.iter().all(|l| l.len <= run::THIN_CHANNELS);
-    let element = Element::of_voxels(operands);
+    let element = match (operands, map, sources) {
+        (Operands::Bf16, Map::Gather { kernel: 3, stride: 2 }, [Source { channels: 1, .. }]) => Element::Taps,
+        _ => Element::of_voxels(operands),
+    };
     let groups: Vec<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
     let order = if thin {
         Order::ChannelRows
@@ -202,7 +205,7 @@ impl Pass<'_> {
     fn run(&self, step: &Step) {
         let between = self.between();
         match (simd(), self.element) {
-            (_, Element::Channels) => self.run_pairs(step),
+            (_, Element::Channels | Element::Taps) => self.run_pairs(step),
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
             (Simd::Avx512, _) => unsafe {
@@ -236,6 +239,7 @@ impl Pass<'_> {
             Simd::Avx512 => unsafe {
                 match between {
                     0 => self.run_avx512_bf16::<0>(step),
+                    1 => self.run_avx512_bf16::<1>(step),
                     2 => self.run_avx512_bf16::<2>(step),
                     8 => self.run_avx512_bf16::<8>(step),
                     _ => self.run_avx512_bf16::<16>(step),
@@ -257,7 +261,7 @@ impl Pass<'_> {
     /// Elements between the inputs of neighbouring anchors; 0 stands for channel rows.
     fn between(&self) -> usize {
         match self.order {
-            Order::Voxels { pitch } => pitch * self.map.stride(),
+            Order::Voxels { pitch } => self.element.of_taps(pitch * self.map.stride()),
             Order::ChannelRows => 0,
         }
     }
@@ -356,7 +360,7 @@ impl Pass<'_> {
                         q_stride,
                         reduction: Reduction {
                             rows: &moved[..number],
-                            taps: class.taps_w.len(),
+                            taps: self.element.of_taps(class.taps_w.len()),
                             tap_pitch: self.order.row_floats(1, 1),
                             channel_pitch: extent_w,
                             step: self.between(),

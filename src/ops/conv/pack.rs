@@ -68,10 +68,11 @@ impl Packed {
 
 /// Floats of one lane block of one class.
 pub fn lane_block_floats(class: &Class, group: &[Block], element: Element) -> usize {
-    class.rows.len() * class.taps_w.len() * group.iter().map(|b| element.of(b.len)).sum::<usize>() * LANES
+    let taps = class.rows.len() * element.of_taps(class.taps_w.len());
+    taps * group.iter().map(|b| element.of(b.len)).sum::<usize>() * LANES
 }
 
-/// Packs to lane blocks of `[block of the group][row][tap along w][channel or pair of them][16 lanes]`;
+/// Packs to lane blocks of `[block of the group][row][tap along w][channel or pair of them][16 lanes]`, or pairs of taps;
 /// `weights(source, head)` says where the weights of a pair lie. Lanes beyond a block's channels are 0.
 pub fn pack<'a>(
     map: Map,
@@ -84,13 +85,13 @@ pub fn pack<'a>(
     let floats = |class: &Class, group: &[Block]| lane_block_floats(class, group, element);
     Packed::fill(groups, lanes, classes, floats, |out, [source, lane], class, floats| {
         let w = weights(source.tensor, lane.tensor);
-        if element == Element::Channels {
-            floats.resize(lane_block_floats(class, &[*source], Element::Single), 0.0);
-            gather(map, class, w, [source, lane], floats);
-            pair_rows(floats, source.len * LANES, out);
-        } else {
-            gather(map, class, w, [source, lane], out);
+        if element == Element::Single {
+            return gather(map, class, w, [source, lane], out);
         }
+        floats.resize(lane_block_floats(class, &[*source], Element::Single), 0.0);
+        gather(map, class, w, [source, lane], floats);
+        let paired = if element == Element::Taps { class.taps_w.len() } else { source.len };
+        pair_rows(floats, paired * LANES, out);
     })
 }
 
@@ -142,9 +143,10 @@ pub fn gather(map: Map, class: &Class, w: Weights, [source, lane]: [&Block; 2], 
 }
 
 vectorised! {
-    /// Pairs of channels of every tap: `x` is `[tap][channel][16]` with `tap_floats` floats a tap, `out` `[tap][pair][16]`.
-    pub fn pair_rows(x: &[f32], tap_floats: usize, out: &mut [f32]) {
-        let pairs = x.chunks_exact(tap_floats).flat_map(|tap| tap.chunks(2 * LANES));
+    /// Pairs of the vectors that follow each other in every `run_floats` of `x`, the last one of an odd number with 0: of the
+    /// channels of a tap, or of taps.
+    pub fn pair_rows(x: &[f32], run_floats: usize, out: &mut [f32]) {
+        let pairs = x.chunks_exact(run_floats).flat_map(|run| run.chunks(2 * LANES));
         for (out, x) in out.chunks_exact_mut(LANES).zip(pairs) {
             let (even, odd) = x.split_at(LANES);
             match odd.len() {

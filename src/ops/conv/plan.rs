@@ -80,6 +80,16 @@ impl Map {
         (anchors - 1) * self.stride() + reach
     }
 
+    /// (Input voxels from an anchor's first one, tap) of what feeds its output of this parity along an axis. Scatter: output 2a
+    /// takes tap 1 of input a; output 2a + 1 takes tap 2 of input a and tap 0 of input a + 1.
+    pub fn taps(self, parity: usize) -> &'static [(usize, usize)] {
+        match (self, parity) {
+            (Map::Gather { kernel, .. }, _) => &[(0, 0), (1, 1), (2, 2)][..kernel],
+            (Map::Scatter, 0) => &[(0, 1)],
+            (Map::Scatter, _) => &[(0, 2), (1, 0)],
+        }
+    }
+
     /// (D, H, W) of a class's outputs among `out_space`.
     pub fn class_space(self, class: &Class, out_space: [usize; 3]) -> [usize; 3] {
         std::array::from_fn(|a| (out_space[a] - class.parity[a]).div_ceil(self.outputs()))
@@ -99,23 +109,12 @@ impl Map {
     }
 
     fn make_classes(self) -> Vec<Class> {
-        // (input offset, tap) pairs that feed an output of the given parity along one axis. Scatter: output 2a takes
-        // tap 1 of input a; output 2a + 1 takes tap 2 of input a and tap 0 of input a + 1.
-        let taps = |parity: usize| -> Vec<(usize, usize)> {
-            match (self, parity) {
-                (Map::Gather { kernel, .. }, _) => (0..kernel).map(|t| (t, t)).collect(),
-                (Map::Scatter, 0) => vec![(0, 1)],
-                (Map::Scatter, _) => vec![(0, 2), (1, 0)],
-            }
-        };
         let p = self.outputs();
         let mut classes = Vec::with_capacity(p * p * p);
         for parity in (0..p * p * p).map(|i| [i / (p * p), i / p % p, i % p]) {
-            let rows = taps(parity[0])
-                .iter()
-                .flat_map(|&(dd, kd)| taps(parity[1]).into_iter().map(move |(hh, kh)| (dd, hh, kd, kh)))
-                .collect();
-            classes.push(Class { parity, rows, taps_w: taps(parity[2]).iter().map(|t| t.1).collect() });
+            let [of_d, of_h, of_w] = parity.map(|parity| self.taps(parity));
+            let rows = of_d.iter().flat_map(|&(dd, kd)| of_h.iter().map(move |&(hh, kh)| (dd, hh, kd, kh)));
+            classes.push(Class { parity, rows: rows.collect(), taps_w: of_w.iter().map(|t| t.1).collect() });
         }
         classes
     }

@@ -5,7 +5,7 @@ use super::plan::{Block, Map, Origin};
 use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
 use super::{Source, halves};
-use crate::device::bf16::{Operands, pair, widen};
+use crate::device::bf16::{Operands, narrow, pair, widen};
 use crate::device::cpu::vectorised;
 use crate::tensor::Values;
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +44,9 @@ pub enum Element {
     Channels,
     /// One channel of two voxels that neighbouring anchors read, the second 0 where the row has ended.
     Voxels,
+    /// The only channel of two neighbouring voxels, which an anchor of stride 2 multiplies by two of its three taps: as they lie in
+    /// a row. The third tap shares an element with a 0.
+    Taps,
 }
 
 impl Element {
@@ -59,8 +62,13 @@ impl Element {
     pub fn of(self, channels: usize) -> usize {
         match self {
             Element::Channels => channels.div_ceil(2),
-            Element::Single | Element::Voxels => channels,
+            Element::Single | Element::Voxels | Element::Taps => channels,
         }
+    }
+
+    /// Elements of `taps` neighbouring taps along w of a channel.
+    pub fn of_taps(self, taps: usize) -> usize {
+        if self == Element::Taps { taps.div_ceil(2) } else { taps }
     }
 }
 
@@ -222,6 +230,15 @@ pub fn load_rows(
                 let out = &mut out[pad * pitch..inside.end * pitch];
                 transform_pairs((out, pitch), (x, c), len, pending, row);
             }
+            (Order::Voxels { .. }, Element::Taps) => {
+                row[..pad].fill(0.0);
+                row[inside.end..].fill(0.0);
+                transform_row(&mut row[pad..inside.end], 1, x, c, 1, pending);
+                let out: &mut [u16] = bytemuck::cast_slice_mut(out);
+                narrow(row, &mut out[..ew]);
+                // The last element's second voxel.
+                out[ew] = 0;
+            }
             (Order::Voxels { .. }, Element::Voxels) => {
                 row[..pad * len].fill(0.0);
                 row[inside.end * len..].fill(0.0);
@@ -266,6 +283,12 @@ fn place_halves(
         row[inside.end * len..].fill(0);
         copy_voxels(&mut row[inside.start * len..inside.end * len], len, x, x_pitch, len);
         return halves::pair_rows(row, &row[(stride * len).min(row.len())..], out);
+    }
+    if element == Element::Taps {
+        let out: &mut [u16] = bytemuck::cast_slice_mut(out);
+        out[..inside.start].fill(0);
+        out[inside.end..row.len() + 1].fill(0);
+        return copy_voxels(&mut out[inside], 1, x, x_pitch, 1);
     }
     out[..inside.start * pitch].fill(0.0);
     out[inside.end * pitch..].fill(0.0);

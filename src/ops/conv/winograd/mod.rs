@@ -1,11 +1,16 @@
-//! Convolutions of kernel 3 and stride 1 with fewer products: Winograd's minimal filtering F(2 x 2, 3 x 3) in every plane
-//! (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016), direct along D.
+//! Convolutions of kernel 3 with fewer products: minimal filtering ([`filtering`]; Winograd, "Arithmetic Complexity of Computations",
+//! 1980; Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) in every plane, direct along D.
 //!
-//! The volume is cut into tiles of 2 x 2 output voxels of a plane. A task takes a slab of them and transforms its input
-//! once, with the pending norm and PReLU applied. Then each of a tile's 16 products is a sum over three planes and all
-//! input channels, which stays in registers, and the outputs are sums of products. An output voxel costs 12 multiply-adds
-//! a channel pair instead of 27. A gradient of weights is the same sum the other way round: the gradients of 16 products,
-//! summed over all tiles, each the product of a transformed input and a transformed gradient of outputs.
+//! | map | filtering of a tile of 2 x 2 anchors | sums of products | multiply-adds a channel pair |
+//! |---|---|---|---|
+//! | stride 1 | F(2 x 2, 3 x 3): 4 x 4 inputs, 2 x 2 outputs | 16 of 1 | 12 an output, not 27 |
+//! | stride 2 | F(2 x 2, 2 x 2) of every other voxel: 5 x 5 inputs, 2 x 2 outputs | 9 of 1 to 4 | 18.75 an output, not 27 |
+//! | scatter | its transpose: 3 x 3 inputs, 4 x 4 outputs, in two planes | 25 of 1 | 18.75 eight outputs, not 27 |
+//!
+//! A task takes a slab of tiles and transforms its input once, with the pending norm and PReLU applied. Then each of a tile's
+//! sums is over the taps along D and all input channels, and stays in registers, and the outputs are sums of sums. A gradient of
+//! weights of stride 1 is the same the other way round: the gradients of 16 products, summed over all tiles, each the product of
+//! a transformed input and a transformed gradient of outputs. Stride 2 and scatters are filtered in inference alone.
 //!
 //! In f32 rounding errors are no larger on average than those of a direct sum, whose every product is one of 27 instead of 3 a
 //! channel: activations of the bundle's network lie 17 % closer to float64's. With bfloat16 operands transforms are computed in
@@ -15,17 +20,17 @@
 //! outputs of the tiles that read it.
 
 mod correlate;
+mod filtering;
 mod slab;
 mod transform;
 mod wgrad;
 
-pub use correlate::correlate;
 pub use wgrad::wgrad;
 
 use super::plan::{LANES, Map, Tile};
-use super::{Head, Phase, Problem, Source};
+use super::{Head, Phase, Problem, Source, Weights};
 use crate::device::bf16::Operands;
-use transform::PRODUCTS;
+use filtering::{Dense, Elements, Filtering, Scattered, Strided};
 
 /// Input and output channels from which the products that are saved outweigh the transforms.
 const MIN_CHANNELS: usize = 8;
@@ -45,29 +50,54 @@ const MIN_TILES: usize = 48;
 /// Output planes of a slab at most.
 const PLANES: usize = 12;
 
-/// Whether [`correlate()`] computes this pass.
-pub fn correlates(problem: &Problem, sources: &[Source], heads: &[Head]) -> bool {
+/// [`super::correlate()`] by fewer products, if this pass is one that they pay in.
+pub fn correlate<'a>(
+    problem: Problem,
+    sources: &[Source],
+    heads: &mut [Head],
+    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
+) -> bool {
+    let lanes = heads.iter().map(|h| h.channels).sum();
     // A training step in f32 sums by the definition: `super` says why.
-    let applies = problem.phase != Phase::Forward || problem.operands == Operands::Bf16;
-    applies && pays(problem, sources, heads.iter().map(|h| h.channels).sum())
+    let dense = problem.phase != Phase::Forward || problem.operands == Operands::Bf16;
+    // Only inference keeps transformed filters: to a step they cost what they save.
+    let other = problem.phase == Phase::Inference;
+    let pays = |products| pays(&problem, products, sources, lanes);
+    match problem.map {
+        Dense::MAP if dense && pays(Dense::PRODUCTS) => {
+            correlate::run::<Dense>(problem, sources, heads, weights);
+        }
+        Strided::MAP if other && pays(Strided::PRODUCTS) => {
+            correlate::run::<Strided>(problem, sources, heads, weights);
+        }
+        Scattered::MAP if other && pays(Scattered::PRODUCTS) => {
+            correlate::run::<Scattered>(problem, sources, heads, weights);
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// Whether [`wgrad()`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
-    problem.operands == Operands::Single
-        && pays(problem, sources, lane_sources.iter().map(|s| s.channels).sum())
+    (problem.operands, problem.map) == (Operands::Single, Dense::MAP)
+        && pays(problem, Dense::PRODUCTS, sources, lane_sources.iter().map(|s| s.channels).sum())
 }
 
-fn pays(problem: &Problem, sources: &[Source], lanes: usize) -> bool {
-    let [_, h, w] = problem.out_space;
+fn pays(problem: &Problem, axis: &[(usize, usize)], sources: &[Source], lanes: usize) -> bool {
     let least = match problem.operands {
         Operands::Single => MIN_CHANNELS,
         Operands::Bf16 => MIN_CHANNELS_OF_PAIRS,
     };
-    problem.map == Map::Gather { kernel: 3, stride: 1 }
-        && sources.iter().map(|s| s.channels).sum::<usize>().min(lanes) >= least
-        // Tiles reach beyond volumes of odd size: a third of the direct products at least is to be saved.
-        && 3 * PRODUCTS * h.div_ceil(2) * w.div_ceil(2) <= 2 * 9 * h * w
+    let [_, h, w] = anchors(problem.map, problem.out_space);
+    sources.iter().map(|s| s.channels).sum::<usize>().min(lanes) >= least
+        // Tiles reach beyond volumes of odd size: a quarter of the direct products at least is to be saved.
+        && 4 * axis.len().pow(2) * h.div_ceil(2) * w.div_ceil(2) <= 3 * 9 * h * w
+}
+
+/// (D, H, W) in anchors.
+fn anchors(map: Map, out_space: [usize; 3]) -> [usize; 3] {
+    out_space.map(|o| o.div_ceil(map.outputs()))
 }
 
 /// So many floats or a few more: what lies this far apart is in different sets of a cache.
@@ -76,15 +106,16 @@ fn spread(floats: usize) -> usize {
 }
 
 /// (D, H, W) in tiles.
-fn tiles([d, h, w]: [usize; 3]) -> [usize; 3] {
+fn tiles(map: Map, out_space: [usize; 3]) -> [usize; 3] {
+    let [d, h, w] = anchors(map, out_space);
     [d, h.div_ceil(2), w.div_ceil(2)]
 }
 
 /// Planes and tile rows of the largest slab out of so many tiles, with so many floats of operands a tile to transform.
-fn choose([d, h, w]: [usize; 3], tile_floats: usize) -> Tile {
+fn choose<E: Elements>([d, h, w]: [usize; 3], tile_floats: usize) -> Tile {
     let even = |of: usize, at_most: usize| of.div_ceil(of.div_ceil(at_most));
     let planes = even(d, PLANES);
-    let floats = PRODUCTS * (planes + 2) * w * tile_floats;
+    let floats = E::ELEMENTS.pow(2) * E::MAP.extent(planes) * w * tile_floats;
     let rows = (SLAB_FLOATS / floats).max(MIN_TILES.div_ceil(planes * w)).clamp(1, h);
     Tile { d: planes, h: even(h, rows) }
 }
@@ -95,6 +126,12 @@ mod tests {
 
     #[test]
     fn every_tile_lies_in_one_slab_of_the_size_that_is_wanted() {
+        check_slabs::<Dense>();
+        check_slabs::<Strided>();
+        check_slabs::<Scattered>();
+    }
+
+    fn check_slabs<E: Elements>() {
         for (tiles, tile_floats) in [
             ([48, 24, 24], 8),
             ([48, 24, 24], 16),
@@ -104,7 +141,7 @@ mod tests {
             ([1, 1, 4], 16),
             ([80, 40, 40], 48),
         ] {
-            let slab = choose(tiles, tile_floats);
+            let slab = choose::<E>(tiles, tile_floats);
             let mut seen = vec![0; 2 * tiles[0] * tiles[1]];
             for origin in slab.origins(2, tiles) {
                 for d in origin.d..origin.d + origin.size.d {
@@ -113,7 +150,7 @@ mod tests {
                 }
             }
             assert!(seen.iter().all(|&s| s == 1), "{tiles:?} {tile_floats}: {slab:?}");
-            let floats = PRODUCTS * (slab.d + 2) * slab.h * tiles[2] * tile_floats;
+            let floats = E::ELEMENTS.pow(2) * E::MAP.extent(slab.d) * slab.h * tiles[2] * tile_floats;
             // One row of tiles less would be fewer than a task should have.
             let least = slab.h == 1 || slab.d * (slab.h - 1) * tiles[2] < MIN_TILES;
             assert!(floats <= SLAB_FLOATS || least, "{tiles:?} {tile_floats}: {slab:?}");

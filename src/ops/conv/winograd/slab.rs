@@ -3,7 +3,8 @@
 use super::super::plan::{Block, LANES, Map, Origin, Tile};
 use super::super::tile::{Element, Order, Place, load_rows};
 use super::super::{Problem, Source};
-use super::transform::{Halves, PRODUCTS, Plane, gradients, inputs};
+use super::filtering::{Elements, Filtering, MOST};
+use super::transform::{Halves, Plane, inputs};
 use crate::device::cpu::Lanes;
 use crate::tensor::Values;
 
@@ -32,20 +33,11 @@ pub struct Run {
     pub width: usize,
 }
 
-/// What is transformed: voxels with a halo to the products' inputs, or gradients of outputs to the products' gradients.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// What the layer reads.
-    Inputs,
-    /// Gradients of what it writes.
-    Gradients,
-}
-
-/// Where one channel block of it goes: `[product][plane][tile row][tile][operands of 16 channels]`.
-pub struct Products<'a> {
-    /// All products', from the block's first float on.
+/// Where the transforms of one channel block go: `[element][plane][tile row][tile][operands of 16 channels]`.
+pub struct Room<'a> {
+    /// All elements', from the block's first float on.
     pub floats: &'a mut [f32],
-    /// Floats between products.
+    /// Floats between elements.
     pub pitch: usize,
     /// Floats between tiles.
     pub step: usize,
@@ -71,33 +63,45 @@ impl Slab<'_> {
         self.origin.size.h * self.tiles_w
     }
 
-    /// Tiles of all planes and of the halo's.
-    pub fn input_tiles(&self) -> usize {
-        (self.origin.size.d + 2) * self.plane_tiles()
+    /// Tiles of all planes that `map` reads.
+    pub fn input_tiles(&self, map: Map) -> usize {
+        map.extent(self.origin.size.d) * self.plane_tiles()
     }
 
-    /// `count` tiles from tile `first` on, row by row.
-    pub fn runs(&self, first: usize, count: usize) -> impl Iterator<Item = Run> {
+    /// Where among the transformed planes those begin that are `offset` planes behind each anchor's first one. Of stride 2 the
+    /// even ones come first, then the odd ones: planes of neighbouring anchors are neighbours.
+    pub fn plane(&self, map: Map, offset: usize) -> usize {
+        match map.stride() {
+            2 if offset % 2 == 1 => self.origin.size.d + 1 + offset / 2,
+            stride => offset / stride,
+        }
+    }
+
+    /// `count` tiles from tile `first` on, row by row, as outputs of this parity along d; those behind the volume are left out.
+    pub fn runs<F: Filtering>(&self, parity: usize, first: usize, count: usize) -> impl Iterator<Item = Run> {
         let Slab { problem, origin, tiles_w } = *self;
         let [space_d, space_h, space_w] = problem.out_space;
         let mut tile = first;
         std::iter::from_fn(move || {
-            let left = first + count - tile;
-            if left == 0 {
-                return None;
+            while tile < first + count {
+                let left = first + count - tile;
+                let (line, tile_w) = (tile / tiles_w, tile % tiles_w);
+                let tiles = left.min(tiles_w - tile_w);
+                let d = (origin.d + line / origin.size.h) * F::MAP.outputs() + parity;
+                let h = (origin.h + line % origin.size.h) * F::OUTPUTS;
+                let w = tile_w * F::OUTPUTS;
+                tile += tiles;
+                if d < space_d {
+                    return Some(Run {
+                        first: tile - tiles,
+                        tiles,
+                        voxel: ((origin.n * space_d + d) * space_h + h) * space_w + w,
+                        height: (space_h - h).min(F::OUTPUTS),
+                        width: (space_w - w).min(F::OUTPUTS * tiles),
+                    });
+                }
             }
-            let (line, tile_w) = (tile / tiles_w, tile % tiles_w);
-            let tiles = left.min(tiles_w - tile_w);
-            let (d, h) = (origin.d + line / origin.size.h, 2 * (origin.h + line % origin.size.h));
-            let run = Run {
-                first: tile,
-                tiles,
-                voxel: ((origin.n * space_d + d) * space_h + h) * space_w + 2 * tile_w,
-                height: (space_h - h).min(2),
-                width: (space_w - 2 * tile_w).min(2 * tiles),
-            };
-            tile += tiles;
-            Some(run)
+            None
         })
     }
 
@@ -106,31 +110,33 @@ impl Slab<'_> {
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    pub unsafe fn transform<V: Lanes>(
+    pub unsafe fn transform<E: Elements, V: Lanes>(
         &self,
-        side: Side,
         source: &Source,
         block: Block,
-        to: Products,
+        to: Room,
         lines: &mut Lines,
     ) {
-        let Products { floats, pitch, step } = to;
-        let (size, kernel) = (self.origin.size, if side == Side::Inputs { 3 } else { 1 });
+        let Room { floats, pitch, step } = to;
+        let (size, map) = (self.origin.size, E::MAP);
         let size = Tile { d: size.d, h: 2 * size.h };
         let origin = Origin { h: 2 * self.origin.h, size, ..*self.origin };
+        // Gradients of outputs lie on the space of what a map of stride 1 reads.
         let place = Place {
-            map: Map::Gather { kernel, stride: 1 },
-            // Stride 1: both sides lie on one space.
+            map,
             space: self.problem.space,
             anchors_w: 2 * self.tiles_w,
             origin: &origin,
             before: None,
         };
-        let (planes, rows) = (size.d + kernel - 1, size.h + kernel - 1);
-        let row_floats = (2 * self.tiles_w + kernel - 1) * V::OPERANDS;
+        let (planes, rows) = (map.extent(size.d), map.extent(size.h));
+        let row_floats = map.extent(2 * self.tiles_w) * V::OPERANDS;
+        let rows_of_tile = 2 * map.stride();
         let last = (planes * self.plane_tiles() - 1) * step + V::OPERANDS;
-        assert!((PRODUCTS - 1) * pitch + last <= floats.len(), "all products of all tiles fit");
-        assert!(side == Side::Inputs || V::OPERANDS == LANES, "gradients are transformed to f32");
+        let elements = E::ELEMENTS * E::ELEMENTS;
+        assert!((elements - 1) * pitch + last <= floats.len(), "all elements of all tiles fit");
+        let tile_row =
+            |d: usize, h: usize| (self.plane(map, d) * self.origin.size.h + h) * self.tiles_w * step;
         // A plane before it is read.
         let prefetch = |d: usize, h: usize| {
             if d + 1 < planes {
@@ -139,7 +145,7 @@ impl Slab<'_> {
             }
         };
         // What is stored is what is multiplied: no copy of it is needed.
-        let as_stored = V::OPERANDS < LANES && side == Side::Inputs && block.len == LANES;
+        let as_stored = V::OPERANDS < LANES && block.len == LANES;
         if let (Values::Bf16(x), true) = (source.data, as_stored) {
             debug_assert!(source.pending.is_none(), "values of bfloat16 have no map");
             let (zeros, width) = ([0; LANES], self.problem.space[2]);
@@ -152,12 +158,13 @@ impl Slab<'_> {
             };
             for (d, h) in (0..planes).flat_map(|d| (0..self.origin.size.h).map(move |h| (d, h))) {
                 prefetch(d, h);
-                let first = d * rows + 2 * h;
-                let halves =
-                    Halves { rows: [row(first), row(first + 1), row(first + 2), row(first + 3)], width };
-                let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
-                // SAFETY: rows are as long as was checked, or of zeros; products as was asserted.
-                unsafe { inputs::<V>(&halves, self.tiles_w, to, (pitch, step)) };
+                let mut halves = Halves { rows: [(zeros.as_ptr(), 0); MOST], pad: map.pad(), width };
+                for i in 0..E::READS {
+                    halves.rows[i] = row(d * rows + rows_of_tile * h + i);
+                }
+                let to = floats[tile_row(d, h)..].as_mut_ptr();
+                // SAFETY: rows are as long as was checked, or of zeros; elements as was asserted.
+                unsafe { inputs::<E, V>(&halves, self.tiles_w, to, (pitch, step)) };
             }
             return;
         }
@@ -168,17 +175,12 @@ impl Slab<'_> {
             load_rows(source, block, &place, layout, d * rows..(d + 1) * rows, plane, row);
             for h in 0..self.origin.size.h {
                 prefetch(d, h);
-                let x = plane[2 * h * row_floats..].as_ptr();
-                let to = floats[(d * self.origin.size.h + h) * self.tiles_w * step..].as_mut_ptr();
-                // SAFETY: the rows of a tile are in the plane, `2 tiles_w` voxels and the kernel's halo long, and every
-                // product of a row of tiles is in `floats`, as was asserted.
+                let x = plane[rows_of_tile * h * row_floats..].as_ptr();
+                let to = floats[tile_row(d, h)..].as_mut_ptr();
+                // SAFETY: the rows of a tile are in the plane, as long as the map reads, and every element of a row of tiles is in
+                // `floats`, as was asserted.
                 unsafe {
-                    match side {
-                        Side::Inputs => {
-                            inputs::<V>(&Plane { x, row: row_floats }, self.tiles_w, to, (pitch, step));
-                        }
-                        Side::Gradients => gradients::<V>(x, row_floats, self.tiles_w, to, (pitch, step)),
-                    }
+                    inputs::<E, V>(&Plane { x, row: row_floats }, self.tiles_w, to, (pitch, step));
                 }
             }
         }

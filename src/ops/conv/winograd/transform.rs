@@ -1,44 +1,13 @@
-//! The transforms of F(2 x 2, 3 x 3): of inputs, filters and outputs, and their transposes for gradients.
-//!
-//! Along one axis two neighbouring outputs of a correlation with three taps, `y0 = d0 g0 + d1 g1 + d2 g2` and
-//! `y1 = d1 g0 + d2 g1 + d3 g2`, are
-//!
-//! ```text
-//! m0 = (d0 - d2) g0        m1 = (d1 + d2) (g0 + g1 + g2) / 2
-//! m3 = (d3 - d1) g2        m2 = (d2 - d1) (g0 - g1 + g2) / 2
-//! y0 = m0 + m1 + m2        y1 = m1 - m2 + m3
-//! ```
-//!
-//! four products instead of six. In a plane it is done along h, then along w: 16 products instead of 36. Product number
-//! `4 i + j` is number i along h and j along w. The gradient of a product is what the transposed transform makes of the
-//! outputs' gradients; those of the filters follow from it by the chain rule.
+//! Transforms of tiles of a plane, along h, then along w: of inputs, filters and outputs, and their transposes for gradients.
 
 use super::super::plan::LANES;
+use super::filtering::{Elements, Filtering, MOST};
 use crate::device::cpu::{Lanes, vectorised};
 
-/// Products of an output tile.
+/// Products of a tile of [`super::filtering::Dense`].
 pub const PRODUCTS: usize = 16;
 
-/// Four inputs of one axis, ready to be multiplied.
-#[inline(always)]
-fn input<V: Lanes>([d0, d1, d2, d3]: [V; 4]) -> [V; 4] {
-    [d0.sub(d2), d1.add(d2), d2.sub(d1), d3.sub(d1)]
-}
-
-/// Three taps of one axis, ready to be multiplied, lane by lane.
-#[inline(always)]
-fn filter([g0, g1, g2]: [[f32; LANES]; 3]) -> [[f32; LANES]; 4] {
-    let half = |sign: f32| std::array::from_fn(|l| 0.5 * ((g0[l] + g2[l]) + sign * g1[l]));
-    [g0, half(1.0), half(-1.0), g2]
-}
-
-/// The gradients of the four products of one axis, from those of its two outputs.
-#[inline(always)]
-fn gradient<V: Lanes>([y0, y1]: [V; 2]) -> [V; 4] {
-    [y0, y0.add(y1), y0.sub(y1), y1]
-}
-
-/// The gradients of the three taps of one axis, from those of the transformed ones, lane by lane.
+/// The gradients of the three taps of one axis of [`super::filtering::Dense`], from those of the transformed ones, lane by lane.
 #[inline(always)]
 fn filter_gradient([u0, u1, u2, u3]: [[f32; LANES]; 4]) -> [[f32; LANES]; 3] {
     [
@@ -48,19 +17,13 @@ fn filter_gradient([u0, u1, u2, u3]: [[f32; LANES]; 4]) -> [[f32; LANES]; 3] {
     ]
 }
 
-/// The two outputs of one axis.
-#[inline(always)]
-fn output<V: Lanes>([m0, m1, m2, m3]: [V; 4]) -> [V; 2] {
-    [m0.add(m1).add(m2), m1.sub(m2).add(m3)]
-}
-
-/// Four rows of voxels, one below the other, of which tiles are transformed: sixteen values each of a voxel.
+/// Rows of voxels, one below the other, of which tiles are transformed: sixteen values each of a voxel.
 pub trait Rows {
     /// Voxel `w`, transformed along h.
     ///
     /// # Safety
-    /// The rows must have voxel `w`, and V's vector unit must exist.
-    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4];
+    /// The rows must be as many as E reads and have voxel `w`, and V's vector unit must exist.
+    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST];
 }
 
 /// Rows of operands in one buffer, voxels side by side.
@@ -73,133 +36,126 @@ pub struct Plane {
 
 impl Rows for Plane {
     #[inline(always)]
-    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4] {
-        // SAFETY: by the caller's promise.
-        unsafe {
-            let x = self.x.add(w * V::OPERANDS);
-            let row = self.row;
-            input([
-                V::load_operands(x),
-                V::load_operands(x.add(row)),
-                V::load_operands(x.add(2 * row)),
-                V::load_operands(x.add(3 * row)),
-            ])
+    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
+        let mut inputs = [V::zero(); MOST];
+        for h in 0..E::READS {
+            // SAFETY: by the caller's promise.
+            inputs[h] = unsafe { V::load_operands(self.x.add(h * self.row + w * V::OPERANDS)) };
         }
+        E::elements(inputs)
     }
 }
 
-/// Rows of bfloat16 where a tensor has them, from the voxel before the first one on, which is 0.
+/// Rows of bfloat16 where a tensor has them. Voxels before and behind are 0.
 pub struct Halves {
     /// The first voxel of each row, and values between voxels: 0 where a row of zeros is a single voxel.
-    pub rows: [(*const u16, usize); 4],
-    /// Voxels of a row. Those behind are 0.
+    pub rows: [(*const u16, usize); MOST],
+    /// Voxels before the first one.
+    pub pad: usize,
+    /// Voxels of a row.
     pub width: usize,
 }
 
 impl Rows for Halves {
     #[inline(always)]
-    unsafe fn column<V: Lanes>(&self, w: usize) -> [V; 4] {
-        let w = w.wrapping_sub(1);
+    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
+        let w = w.wrapping_sub(self.pad);
         if w >= self.width {
-            return [V::zero(); 4];
+            return [V::zero(); MOST];
         }
-        let [a, b, c, d] = self.rows;
-        // SAFETY: by the caller's promise.
-        unsafe {
-            input([
-                V::load_bf16(a.0.add(w * a.1)),
-                V::load_bf16(b.0.add(w * b.1)),
-                V::load_bf16(c.0.add(w * c.1)),
-                V::load_bf16(d.0.add(w * d.1)),
-            ])
+        let mut inputs = [V::zero(); MOST];
+        for h in 0..E::READS {
+            let (x, pitch) = self.rows[h];
+            // SAFETY: by the caller's promise.
+            inputs[h] = unsafe { V::load_bf16(x.add(w * pitch)) };
         }
+        E::elements(inputs)
     }
 }
 
-/// Transforms a row of `tiles` tiles along w of one channel block, `2 tiles + 2` voxels of four rows, to 16 operands each in
-/// `v[product * pitch + tile * step..]`.
+/// Transforms a row of `tiles` tiles along w of one channel block to sixteen operands of each element in
+/// `v[element * pitch + tile * step..]`; element `ELEMENTS i + j` of a tile is number i along h and j along w.
 ///
 /// # Safety
-/// All of these must be readable and writable, and V's vector unit must exist.
+/// All voxels of the tiles must be readable and all of these writable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn inputs<V: Lanes>(x: &impl Rows, tiles: usize, v: *mut f32, (pitch, step): (usize, usize)) {
-    // SAFETY: inside both by the caller's promise.
-    unsafe {
-        let (mut first, mut second) = (x.column::<V>(0), x.column::<V>(1));
-        for tile in 0..tiles {
-            let (third, fourth) = (x.column::<V>(2 * tile + 2), x.column::<V>(2 * tile + 3));
-            let v = v.add(tile * step);
-            for i in 0..4 {
-                let products = input([first[i], second[i], third[i], fourth[i]]);
-                for j in 0..4 {
-                    products[j].store_operands(v.add((4 * i + j) * pitch));
-                }
-            }
-            (first, second) = (third, fourth);
-        }
-    }
-}
-
-/// The same for gradients of outputs: two rows of `2 tiles` voxels.
-///
-/// # Safety
-/// As [`inputs`].
-#[inline(always)]
-pub unsafe fn gradients<V: Lanes>(
-    dy: *const f32,
-    row: usize,
+pub unsafe fn inputs<E: Elements, V: Lanes>(
+    x: &impl Rows,
     tiles: usize,
-    to: *mut f32,
+    v: *mut f32,
     (pitch, step): (usize, usize),
 ) {
-    for tile in 0..tiles {
-        // SAFETY: inside both by the caller's promise.
-        unsafe {
-            let column = |w: usize| {
-                let dy = dy.add(w * LANES);
-                gradient([V::load(dy), V::load(dy.add(row))])
-            };
-            let (first, second) = (column(2 * tile), column(2 * tile + 1));
-            let to = to.add(tile * step);
-            for i in 0..4 {
-                let products = gradient([first[i], second[i]]);
-                for j in 0..4 {
-                    products[j].store(to.add((4 * i + j) * pitch));
+    let stride = 2 * E::MAP.stride();
+    let halo = E::READS - stride;
+    let mut columns = [[V::zero(); MOST]; MOST];
+    // SAFETY: inside both by the caller's promise.
+    unsafe {
+        for w in 0..halo {
+            columns[w] = x.column::<E, V>(w);
+        }
+        for tile in 0..tiles {
+            for w in halo..E::READS {
+                columns[w] = x.column::<E, V>(stride * tile + w);
+            }
+            let v = v.add(tile * step);
+            for i in 0..E::ELEMENTS {
+                let mut line = [V::zero(); MOST];
+                for w in 0..E::READS {
+                    line[w] = columns[w][i];
                 }
+                let elements = E::elements(line);
+                for j in 0..E::ELEMENTS {
+                    elements[j].store_operands(v.add((E::ELEMENTS * i + j) * pitch));
+                }
+            }
+            for w in 0..halo {
+                columns[w] = columns[stride + w];
             }
         }
     }
 }
 
-/// The 2 x 2 outputs, `[h][w]`, of one tile's products, which lie every `pitch` floats from `m` on.
+/// The outputs, `[h][w]`, of one tile's sums, which lie every `pitch` floats from `m` on.
 ///
 /// # Safety
-/// The products must be readable, and V's vector unit must exist.
+/// The sums must be readable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn outputs<V: Lanes>(m: *const f32, pitch: usize) -> [[V; 2]; 2] {
-    let mut columns = [[V::zero(); 4]; 2];
-    for j in 0..4 {
-        // SAFETY: readable by the caller's promise.
-        let product = |i: usize| unsafe { V::load(m.add((4 * i + j) * pitch)) };
-        [columns[0][j], columns[1][j]] = output([product(0), product(1), product(2), product(3)]);
+pub unsafe fn outputs<F: Filtering, V: Lanes>(m: *const f32, pitch: usize) -> [[V; MOST]; MOST] {
+    let mut columns = [[V::zero(); MOST]; MOST];
+    for j in 0..F::SUMS {
+        let mut sums = [V::zero(); MOST];
+        for i in 0..F::SUMS {
+            // SAFETY: readable by the caller's promise.
+            sums[i] = unsafe { V::load(m.add((F::SUMS * i + j) * pitch)) };
+        }
+        let outputs = F::outputs(sums);
+        for h in 0..F::OUTPUTS {
+            columns[h][j] = outputs[h];
+        }
     }
-    [output(columns[0]), output(columns[1])]
+    let mut tile = [[V::zero(); MOST]; MOST];
+    for h in 0..F::OUTPUTS {
+        tile[h] = F::outputs(columns[h]);
+    }
+    tile
 }
 
 vectorised! {
-    /// Transforms the taps in `x`, `[kd][kh][kw][channel][lane]`, to `out[product * pitch..]`, `[kd][channel][lane]` each.
-    pub fn filters(x: &[f32], channels: usize, out: &mut [f32], pitch: usize) {
+    /// Transforms the taps in `x`, `[kd][kh][kw][channel][lane]`: channel c of plane kd of product `n i + j`, number i of n along h
+    /// and j along w, goes to `out[places[product][kd] + c * 16..]`.
+    pub fn filters<F: Filtering>(x: &[f32], channels: usize, out: &mut [f32], places: &[[usize; 3]]) {
+        let n = F::PRODUCTS.len();
         let (x, _) = x.as_chunks::<LANES>();
         for (plane, x) in x.chunks_exact(9 * channels).enumerate() {
             for channel in 0..channels {
                 let tap = |kh: usize, kw: usize| x[(3 * kh + kw) * channels + channel];
-                let columns: [[[f32; LANES]; 4]; 3] =
-                    std::array::from_fn(|kw| filter([tap(0, kw), tap(1, kw), tap(2, kw)]));
+                let columns: [[[f32; LANES]; MOST]; 3] =
+                    std::array::from_fn(|kw| F::filters([tap(0, kw), tap(1, kw), tap(2, kw)]));
                 let [first, second, third] = columns;
-                let out = &mut out[(plane * channels + channel) * LANES..];
-                for i in 0..4 {
-                    for (j, product) in filter([first[i], second[i], third[i]]).into_iter().enumerate() {
-                        out[(4 * i + j) * pitch..][..LANES].copy_from_slice(&product);
+                for i in 0..n {
+                    let filters = F::filters([first[i], second[i], third[i]]);
+                    for (filter, places) in filters[..n].iter().zip(&places[n * i..]) {
+                        out[places[plane] + channel * LANES..][..LANES].copy_from_slice(filter);
                     }
                 }
             }
@@ -229,71 +185,105 @@ vectorised! {
 
 #[cfg(test)]
 mod tests {
+    use super::super::filtering::{Dense, DenseGradients, Scattered, Strided, of_sums};
     use super::*;
     use crate::device::cpu::Plain;
+    use crate::ops::conv::plan::Map;
     use crate::rng::Philox;
 
-    fn uniform<const N: usize>(rng: &mut Philox) -> [f32; N] {
-        std::array::from_fn(|_| rng.range(-1.0, 1.0) as f32)
+    fn uniform(rng: &mut Philox, voxels: usize) -> Vec<f32> {
+        (0..voxels * LANES).map(|_| rng.range(-1.0, 1.0) as f32).collect()
     }
 
-    /// Lanes of voxels or taps.
-    const VOXELS: usize = 16 * LANES;
-    const TAPS: usize = 9 * LANES;
-
-    fn transformed(x: &[f32; VOXELS]) -> [f32; VOXELS] {
-        let mut v = [0.0; VOXELS];
-        // SAFETY: four rows of four voxels make one tile of 16 products; plain Rust needs no feature.
-        unsafe {
-            inputs::<Plain>(&Plane { x: x.as_ptr(), row: 4 * LANES }, 1, v.as_mut_ptr(), (LANES, LANES))
-        };
+    /// All elements of one tile.
+    fn elements<E: Elements>(x: &[f32]) -> Vec<f32> {
+        let mut v = vec![0.0; E::ELEMENTS * E::ELEMENTS * LANES];
+        let plane = Plane { x: x.as_ptr(), row: E::READS * LANES };
+        // SAFETY: as many rows and voxels as are read, and room for all elements; plain Rust needs no feature.
+        unsafe { inputs::<E, Plain>(&plane, 1, v.as_mut_ptr(), (LANES, LANES)) };
         v
     }
 
-    fn transformed_taps(g: &[f32; TAPS]) -> [f32; VOXELS] {
+    /// All products' filters.
+    fn transformed_taps<F: Filtering>(g: &[f32]) -> Vec<f32> {
         // `filters` takes three planes.
-        let (planes, mut u) = ([*g; 3], [0.0; 3 * VOXELS]);
-        filters(planes.as_flattened(), 1, &mut u, 3 * LANES);
-        std::array::from_fn(|i| u[i / LANES * 3 * LANES + i % LANES])
+        let products = F::PRODUCTS.len() * F::PRODUCTS.len();
+        let mut u = vec![0.0; 3 * products * LANES];
+        let places: Vec<[usize; 3]> =
+            (0..products).map(|p| [0, 1, 2].map(|kd| (kd * products + p) * LANES)).collect();
+        filters::<F>(&[g, g, g].concat(), 1, &mut u, &places);
+        u.truncate(products * LANES);
+        u
     }
 
     /// Sums of a few dozen terms of at most 4: some roundings of 6e-8 each.
     const TOLERANCE: f64 = 1e-6;
 
-    #[test]
-    fn sixteen_products_make_the_outputs_of_a_tile() {
+    /// One tile, from one axis's (output, input, tap) of all its products by definition.
+    fn check<F: Filtering>(axis: &[(usize, usize, usize)]) {
         let mut rng = Philox::new(7, 0);
-        let (x, g): ([f32; VOXELS], [f32; TAPS]) = (uniform(&mut rng), uniform(&mut rng));
-        let (v, u) = (transformed(&x), transformed_taps(&g));
-        let m: [f32; VOXELS] = std::array::from_fn(|i| v[i] * u[i]);
-        // SAFETY: 16 products; plain Rust needs no feature.
-        let y = unsafe { outputs::<Plain>(m.as_ptr(), LANES) };
-        for (h, w, lane) in (0..4).flat_map(|i| (0..LANES).map(move |lane| (i / 2, i % 2, lane))) {
-            let mut lanes = [0.0; LANES];
+        let (x, g) = (uniform(&mut rng, F::READS * F::READS), uniform(&mut rng, 9));
+        let (v, u) = (elements::<F>(&x), transformed_taps::<F>(&g));
+        let lanes = |of: &[f32], i: usize| -> [f32; LANES] { of[i * LANES..][..LANES].try_into().unwrap() };
+        let m: Vec<f32> = of_sums::<F>()
+            .flat_map(|products| {
+                let mut sum = [0.0; LANES];
+                for p in products {
+                    let [h, w] = [p.h, p.w].map(|p| F::PRODUCTS[p].0);
+                    let element = lanes(&v, F::ELEMENTS * h + w);
+                    let filter = lanes(&u, F::PRODUCTS.len() * p.h + p.w);
+                    (0..LANES).for_each(|l| sum[l] += element[l] * filter[l]);
+                }
+                sum
+            })
+            .collect();
+        // SAFETY: all sums; plain Rust needs no feature.
+        let y = unsafe { outputs::<F, Plain>(m.as_ptr(), LANES) };
+        for (h, w) in (0..F::OUTPUTS).flat_map(|h| (0..F::OUTPUTS).map(move |w| (h, w))) {
+            let mut got = [0.0; LANES];
             // SAFETY: 16 floats.
-            unsafe { y[h][w].store(lanes.as_mut_ptr()) };
-            let direct: f64 = (0..9)
-                .map(|tap| {
-                    let voxel = (h + tap / 3) * 4 + w + tap % 3;
-                    f64::from(x[voxel * LANES + lane]) * f64::from(g[tap * LANES + lane])
-                })
-                .sum();
-            assert!((f64::from(lanes[lane]) - direct).abs() < TOLERANCE, "{h} {w} {lane}");
+            unsafe { y[h][w].store(got.as_mut_ptr()) };
+            let mut want = [0.0; LANES];
+            let along = |o: usize| axis.iter().filter(move |p| p.0 == o);
+            for (&(_, ih, kh), &(_, iw, kw)) in along(h).flat_map(|h| along(w).map(move |w| (h, w))) {
+                let (x, g) = (lanes(&x, F::READS * ih + iw), lanes(&g, 3 * kh + kw));
+                (0..LANES).for_each(|l| want[l] += f64::from(x[l]) * f64::from(g[l]));
+            }
+            for (got, want) in got.iter().zip(want) {
+                assert!((f64::from(*got) - want).abs() < TOLERANCE, "{:?} {h} {w}", F::MAP);
+            }
         }
+    }
+
+    #[test]
+    fn sums_of_products_make_the_outputs_of_a_tile() {
+        check::<Dense>(&[(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 1, 0), (1, 2, 1), (1, 3, 2)]);
+        check::<Strided>(&[(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 2, 0), (1, 3, 1), (1, 4, 2)]);
+        check::<Scattered>(&[(0, 0, 1), (1, 0, 2), (1, 1, 0), (2, 1, 1), (3, 1, 2), (3, 2, 0)]);
+    }
+
+    #[test]
+    fn a_tile_is_two_anchors() {
+        fn check<F: Filtering>() {
+            assert_eq!((F::READS, F::OUTPUTS), (F::MAP.extent(2), 2 * F::MAP.outputs()));
+            assert!(F::PRODUCTS.is_sorted_by_key(|p| p.1) && F::PRODUCTS.iter().all(|p| p.0 < F::ELEMENTS));
+        }
+        check::<Dense>();
+        check::<Strided>();
+        check::<Scattered>();
+        let one_tap = Map::Gather { kernel: 1, stride: 1 };
+        assert_eq!((DenseGradients::MAP, DenseGradients::READS), (one_tap, one_tap.extent(2)));
     }
 
     #[test]
     fn sixteen_gradients_make_the_gradients_of_the_taps() {
         let mut rng = Philox::new(8, 0);
-        let (x, dy): ([f32; VOXELS], [f32; 4 * LANES]) = (uniform(&mut rng), uniform(&mut rng));
-        let v = transformed(&x);
-        let mut dm = [0.0; VOXELS];
-        // SAFETY: two rows of two voxels make one tile of 16 products; plain Rust needs no feature.
-        unsafe { gradients::<Plain>(dy.as_ptr(), 2 * LANES, 1, dm.as_mut_ptr(), (LANES, LANES)) };
-        let products: [f32; VOXELS] = std::array::from_fn(|i| v[i] * dm[i]);
+        let (x, dy) = (uniform(&mut rng, 16), uniform(&mut rng, 4));
+        let (v, dm) = (elements::<Dense>(&x), elements::<DenseGradients>(&dy));
+        let products: Vec<f32> = v.iter().zip(&dm).map(|(v, dm)| v * dm).collect();
         // Three equal planes.
         let du: Vec<f32> = products.chunks_exact(LANES).flat_map(|p| [p, p, p]).flatten().copied().collect();
-        let mut dg = [0.0; 3 * TAPS];
+        let mut dg = vec![0.0; 27 * LANES];
         filter_gradients(&du, &mut dg);
         for (i, &value) in dg.iter().enumerate() {
             let (tap, lane) = (i / LANES % 9, i % LANES);

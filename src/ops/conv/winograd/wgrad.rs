@@ -4,7 +4,8 @@ use super::super::micro::outer_product;
 use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
 use super::super::{Problem, Source};
-use super::slab::{Lines, Products, Side, Slab};
+use super::filtering::{Dense, DenseGradients, Elements};
+use super::slab::{self, Lines, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
@@ -22,11 +23,11 @@ const CHANNELS: usize = 8;
 
 /// See [`super::super::wgrad()`].
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
-    let tiles = tiles(problem.out_space);
+    let tiles = tiles(Dense::MAP, problem.out_space);
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
     let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
-        largest = choose(tiles, 2 * channels.next_multiple_of(CHANNEL_BLOCK));
+        largest = choose::<Dense>(tiles, 2 * channels.next_multiple_of(CHANNEL_BLOCK));
         origins = largest.origins(problem.n, tiles);
         origins.len()
     });
@@ -125,22 +126,23 @@ impl Pass<'_> {
         let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
-        let block_floats = slab.input_tiles() * CHANNEL_BLOCK;
+        let block_floats = slab.input_tiles(Dense::MAP) * CHANNEL_BLOCK;
         // Not `spread`: it gains nothing here.
         let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
         for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
-            let to = Products { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
+            let to =
+                slab::Room { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
             let len = CHANNEL_BLOCK.min(block.len - first);
             let part = Block { first: block.first + first, len, ..*block };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<V>(Side::Inputs, &self.sources[block.tensor], part, to, lines) };
+            unsafe { slab.transform::<Dense, V>(&self.sources[block.tensor], part, to, lines) };
         }
         let dm_pitch = slab.tiles() * width;
         for (index, &lane) in lanes.iter().enumerate() {
-            let to = Products { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
+            let to = slab::Room { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<V>(Side::Gradients, source, lane, to, lines) };
+            unsafe { slab.transform::<DenseGradients, V>(source, lane, to, lines) };
         }
         let channels = block.len.next_multiple_of(CHANNELS);
         for product in 0..PRODUCTS {
