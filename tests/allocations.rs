@@ -1,6 +1,8 @@
 //! What a training step takes from the allocator: lists of what is to be done, as many whatever the size of the patches.
-//! Activations, gradients, packed weights and scratch are those of the step before. (AMX, turned off here, has scratch of a
-//! task's own.)
+//! Activations, gradients, packed weights and scratch are those of the step before.
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx_emulator;
 
 use spleen_hpc::config::{Config, Net, Recipe};
 use spleen_hpc::device::bf16::Operands;
@@ -76,16 +78,23 @@ fn of_a_step(operands: Operands, n: usize, side: usize) -> (usize, usize) {
 #[test]
 fn a_step_allocates_lists_and_no_values() {
     use_simd(Simd::Avx512);
-    for operands in [Operands::Single, Operands::Bf16] {
-        let (small, _) = of_a_step(operands, 1, 32);
-        let (large, bytes) = of_a_step(operands, 2, 64);
-        println!("{operands:?}: {small} allocations on 32^3, {large} on two of 64^3, of {bytes} bytes");
-        // Sixteen times the voxels. Nothing that grows with them is allocated; other slabs and splits of sums may be chosen.
-        assert!(
-            large <= small + small / 20,
-            "{operands:?}: {small} allocations on 32^3, {large} on two of 64^3"
-        );
-        // The network's weights alone are 4 MB, the activations of two patches of 64^3 100 MB.
-        assert!(bytes < 1 << 19, "{operands:?}: {bytes} bytes");
+    check("f32", Operands::Single, [(1, 32), (2, 64)]);
+    check("bf16", Operands::Bf16, [(1, 32), (2, 64)]);
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    {
+        amx_emulator::turn_on();
+        // Products in software: fewer of them.
+        check("bf16 on AMX", Operands::Bf16, [(1, 16), (2, 32)]);
     }
+}
+
+/// Steps on one small patch and on larger ones, (number, side).
+fn check(what: &str, operands: Operands, [small, large]: [(usize, usize); 2]) {
+    let (few, _) = of_a_step(operands, small.0, small.1);
+    let (many, bytes) = of_a_step(operands, large.0, large.1);
+    println!("{what}: {few} allocations on {small:?}, {many} on {large:?}, of {bytes} bytes");
+    // Many times the voxels. Nothing that grows with them is allocated; other slabs and splits of sums may be chosen.
+    assert!(many <= few + few / 20, "{what}: {few} allocations on {small:?}, {many} on {large:?}");
+    // The network's weights alone are 4 MB, the activations of two patches of 64^3 100 MB.
+    assert!(bytes < 1 << 19, "{what}: {bytes} bytes");
 }

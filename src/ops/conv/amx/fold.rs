@@ -6,6 +6,7 @@
 use super::scheme::BAND;
 use crate::ops::conv::plan::{Block, Class, LANES, Map};
 use crate::ops::conv::run::THIN_CHANNELS;
+use std::sync::LazyLock;
 
 /// What the lanes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +38,13 @@ impl Fold {
             .then_some(Fold::Outputs { channels })
     }
 
-    /// Its only class: every anchor reads two voxels along each axis. It has no taps of its own.
-    pub fn outputs_class() -> Class {
-        Class {
-            parity: [0; 3],
-            rows: vec![(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)],
-            taps_w: vec![0; 2],
-        }
+    /// Its classes, a single one: every anchor reads two voxels along each axis. It has no taps of its own.
+    pub fn outputs_classes() -> &'static [Class] {
+        static CLASSES: LazyLock<[Class; 1]> = LazyLock::new(|| {
+            let rows = vec![(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)];
+            [Class { parity: [0; 3], rows, taps_w: vec![0; 2] }]
+        });
+        &*CLASSES
     }
 
     /// Channels of the only head.

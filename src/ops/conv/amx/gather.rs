@@ -1,17 +1,18 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
-use super::LANE_BLOCKS;
 use super::cover::{Cover, Run};
 use super::fold::{Fold, parity};
 use super::halo::{Halo, SLACK};
 use super::micro::{Step, multiply_parts, parts_of_a};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
+use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
 use crate::device::arena::Buffer;
 use crate::device::bf16::Pairs;
 use crate::device::cpu::x86::{Avx2, Avx512};
 use crate::device::cpu::{Lanes, Plain, Simd, simd_of_pairs};
+use crate::device::scratch::Scratch;
 use crate::ops::conv::correlate::{Next, tasks, tiles_a_task};
 use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
@@ -30,7 +31,7 @@ const LARGER: usize = 2;
 
 /// The accumulators of a kernel, before they are added to the output.
 #[repr(align(64))]
-struct Scratch([[[f32; LANES]; ROWS]; 4]);
+struct Accumulators([[[f32; LANES]; ROWS]; 4]);
 
 /// Outputs side by side, as many rows of them as a pair along w has values, of every pair that a lane block holds.
 #[repr(align(64))]
@@ -67,7 +68,8 @@ pub fn correlate<'a>(
     let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, maps: &maps };
     let run = tiles_a_task(tiles.len());
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
-    tasks.into_par_iter().for_each_init(Task::default, |task, (origins, first)| {
+    tasks.into_par_iter().for_each_init(Scratch::take, |task: &mut Scratch<Task>, (origins, first)| {
+        let task = &mut **task;
         let lanes = first..lanes.len().min(first + part);
         // Planes of the tile before are there where it has the same layout and no other group of blocks came after it.
         let place = |i: usize| {
@@ -83,7 +85,7 @@ pub fn correlate<'a>(
                 // What the last rows of A read past the tile is multiplied by 0, and must be a number.
                 tile[halo.len() * blocks.len()..].fill(0.0);
                 for (&block, tile) in blocks.iter().zip(tile.chunks_exact_mut(halo.len())) {
-                    halo.load(&sources[block.tensor], block, &place(i), tile, &mut task.row);
+                    halo.load(&sources[block.tensor], block, &place(i), tile, &mut task.lines);
                 }
                 let next = match index + 1 < groups.len() {
                     true => Some(Next { place: place(i), group: groups[index + 1] }),
@@ -99,11 +101,11 @@ pub fn correlate<'a>(
     });
 }
 
-/// What a thread keeps from one task to the next.
+/// What tasks use one after the other.
 #[derive(Default)]
 struct Task {
     tile: Buffer,
-    row: Vec<f32>,
+    lines: Lines,
     cover: Cover,
     steps: Vec<Step>,
 }
@@ -165,7 +167,7 @@ impl Pass<'_> {
     unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
         let Origin { d: d0, h: h0, size, .. } = *group.origin;
         let (depth, between) = (self.scheme.depth, group.halo.between());
-        let mut scratch = Scratch([[[0.0; LANES]; ROWS]; 4]);
+        let mut accumulators = Accumulators([[[0.0; LANES]; ROWS]; 4]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
         let _tiles = unsafe { Tiles::configure(depth.elements()) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
@@ -201,10 +203,10 @@ impl Pass<'_> {
                     for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
                         self.prefetch_outputs(group, class, (cover, first + i), lane + q);
                     }
-                    let sums = scratch.0.as_mut_ptr();
+                    let sums = accumulators.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
                     // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
-                    // block. The scratch has as many sums as a kernel.
+                    // block. There are as many accumulators as a kernel has.
                     unsafe {
                         let sum = |m: usize, q: usize| sums.add(m * n + q).cast::<f32>();
                         multiply_parts(
@@ -216,7 +218,7 @@ impl Pass<'_> {
                         );
                     }
                     for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
-                        let values = &scratch.0[i * n + q];
+                        let values = &accumulators.0[i * n + q];
                         // SAFETY: V's unit exists; this task alone writes these voxels' lanes.
                         unsafe { self.write::<V>(group, class, (cover, first + i), lane + q, values) };
                     }

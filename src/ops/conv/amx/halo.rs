@@ -1,5 +1,6 @@
 //! A halo tile of the gather core in memory.
 
+use super::Lines;
 use super::micro::Step;
 use super::scheme::{BAND, Depth};
 use crate::device::amx::{ROWS, TILE_BYTES};
@@ -84,18 +85,18 @@ impl Halo {
     }
 
     /// Copies a block of a source, mapped, at this place; voxels outside the volume and channels beyond the block are 0.
-    /// Planes of the tile before, if `tile` holds one, are moved, not loaded; records never are. `row` is scratch.
-    pub fn load(&self, source: &Source, block: Block, place: &Place, tile: &mut [f32], row: &mut Vec<f32>) {
+    /// Planes of the tile before, if `tile` holds one, are moved, not loaded; records never are.
+    pub fn load(&self, source: &Source, block: Block, place: &Place, tile: &mut [f32], lines: &mut Lines) {
         if block.len < self.depth.channels() && place.before.is_none() {
             tile.fill(0.0);
         }
         if let Depth::Records { channels } = self.depth {
-            return self.load_records(source, channels, place, tile, row);
+            return self.load_records(source, channels, place, tile, lines);
         }
         // A row in memory that is longer than what is read is loaded as if it were.
         let anchors_w = place.anchors_w + self.row - self.extent[2];
         let layout = (Order::Voxels { pitch: self.depth.pitch() }, Element::Channels);
-        load(source, block, &Place { anchors_w, ..*place }, layout, tile, row);
+        load(source, block, &Place { anchors_w, ..*place }, layout, tile, &mut lines.row);
     }
 
     /// Records: `[plane][anchor along h][w][kh][channel]`.
@@ -105,14 +106,15 @@ impl Halo {
         channels: usize,
         place: &Place,
         tile: &mut [f32],
-        plane: &mut Vec<f32>,
+        lines: &mut Lines,
     ) {
         let Place { space: [sd, sh, sw], origin: &Origin { n, d: d0, h: h0, .. }, .. } = *place;
         let ([ed, eh, ew], stride, pad) = (self.extent, self.map.stride(), self.map.pad());
         let inside_w = sw.min(ew - pad);
         let affine = source.affine(n, Block { tensor: 0, first: 0, len: channels });
         // Rows of a plane with zeros around, and one that was widened.
-        let (row_floats, mut widened) = (self.row * channels, Vec::new());
+        let Lines { row: plane, widened, .. } = lines;
+        let row_floats = self.row * channels;
         plane.clear();
         plane.resize(eh * row_floats, 0.0);
         let record_row = self.row * self.depth.pitch();
@@ -124,7 +126,7 @@ impl Halo {
                 let row = &mut row[pad * channels..][..inside_w * channels];
                 if d < sd && h < sh {
                     let start = ((n * sd + d) * sh + h) * sw * channels;
-                    let x = source.row(start, inside_w * channels, &mut widened);
+                    let x = source.row(start, inside_w * channels, widened);
                     transform_row(row, channels, x, channels, channels, affine);
                 } else {
                     row.fill(0.0);

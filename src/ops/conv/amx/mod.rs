@@ -67,6 +67,17 @@ fn is_thin(map: Map, sources: &[Source]) -> bool {
     map.kernel() == 3 && sources.len() == 1 && sources[0].channels < MIN_CHANNELS
 }
 
+/// Rows of a halo tile on their way into it, of which nothing is kept.
+#[derive(Default)]
+struct Lines {
+    /// Mapped ones.
+    row: Vec<f32>,
+    /// What was widened.
+    widened: Vec<f32>,
+    /// What was narrowed.
+    narrowed: Vec<u16>,
+}
+
 /// A pointer's bytes.
 fn bytes(p: *const f32) -> *const u8 {
     p.cast()

@@ -8,6 +8,7 @@
 //! A thin source would leave most of 16 channels empty. Its taps along h and w become channels instead, each a copy of the
 //! plane with its voxels where the anchors' own are.
 
+use super::Lines;
 use crate::device::amx::ROWS;
 use crate::device::bf16::{narrow, narrowed};
 use crate::device::cpu::vectorised;
@@ -119,7 +120,7 @@ impl Planes {
     }
 
     /// Copies a block's part of the source that begins at anchors (d0, h0) of sample n. `out` has [`Self::source_len`]
-    /// values, 0 or written by this before; voxels outside the volume become 0. `row` is scratch.
+    /// values, 0 or written by this before; voxels outside the volume become 0.
     pub fn load_source(
         &self,
         source: &Source,
@@ -127,15 +128,16 @@ impl Planes {
         space: [usize; 3],
         (n, d0, h0): (usize, usize, usize),
         out: &mut [u16],
-        row: &mut Vec<f32>,
+        lines: &mut Lines,
     ) {
         if let Some(channels) = self.copied {
-            return self.load_copies(source, channels, space, (n, d0, h0), out, row);
+            return self.load_copies(source, channels, space, (n, d0, h0), out, lines);
         }
         let [_, extent_h, extent_w] = self.extent;
         let (stride, pad) = (self.map.stride(), self.map.pad());
         let inside_w = space[2].min(extent_w - pad);
-        let (affine, mut widened) = (source.affine(n, block), Vec::new());
+        let affine = source.affine(n, block);
+        let Lines { row, widened, .. } = lines;
         // Voxels of 16 channels; their channel rows with the halo around them, which stays 0.
         row.clear();
         row.resize(LANES * (inside_w + extent_w), 0.0);
@@ -159,7 +161,7 @@ impl Planes {
                 }
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * source.channels;
                 let span = (inside_w - 1) * source.channels + len;
-                let x = source.row(start + block.first + first, span, &mut widened);
+                let x = source.row(start + block.first + first, span, widened);
                 let affine: Affine = affine.map(|(scale, shift, slope)| {
                     (&scale[first..first + len], &shift[first..first + len], slope)
                 });
@@ -186,26 +188,27 @@ impl Planes {
         space: [usize; 3],
         (n, d0, h0): (usize, usize, usize),
         out: &mut [u16],
-        row: &mut Vec<f32>,
+        lines: &mut Lines,
     ) {
         let ([planes, extent_h, extent_w], [_, anchors_h, width]) = (self.extent, self.anchors);
         let (stride, pad, kernel) = (self.map.stride(), self.map.pad(), self.map.kernel());
         let inside_w = space[2].min(extent_w - pad);
         let affine = source.affine(n, Block { tensor: 0, first: 0, len: channels });
-        let mut widened = Vec::new();
+        let Lines { row, widened, narrowed } = lines;
         row.clear();
         row.resize(channels * (inside_w + extent_w), 0.0);
         let (voxels, rows) = row.split_at_mut(channels * inside_w);
         // A channel's row: voxels of even places, of odd ones; all of them at stride 1.
         let half = extent_w.div_ceil(stride);
-        let mut narrowed = vec![0; stride * half];
+        narrowed.clear();
+        narrowed.resize(stride * half, 0);
         for (plane, line) in (0..planes).flat_map(|d| (0..extent_h).map(move |h| (d, h))) {
             // Wrapping below 0 makes a coordinate huge, which the comparison rejects.
             let d = (d0 * stride + plane).wrapping_sub(pad);
             let h = (h0 * stride + line).wrapping_sub(pad);
             if d < space[0] && h < space[1] {
                 let start = ((n * space[0] + d) * space[1] + h) * space[2] * channels;
-                let x = source.row(start, inside_w * channels, &mut widened);
+                let x = source.row(start, inside_w * channels, widened);
                 let voxels = mapped_row(voxels, x, channels, channels, affine);
                 transpose(voxels, channels, &mut rows[pad..], extent_w);
             } else {
@@ -213,7 +216,7 @@ impl Planes {
             }
             for (c, row) in rows.chunks_exact(extent_w).enumerate() {
                 if stride == 1 {
-                    narrow(row, &mut narrowed);
+                    narrow(row, narrowed);
                 } else {
                     let (even, odd) = narrowed.split_at_mut(half);
                     narrow_parities(row, even, odd);

@@ -35,14 +35,14 @@ pub enum Depth {
 pub struct Scheme {
     pub depth: Depth,
     pub fold: Option<Fold>,
-    pub classes: Vec<Class>,
+    pub classes: &'static [Class],
 }
 
 impl Scheme {
     /// The scheme of a pass from sources to heads of these channels, `None` where the vector units are to be preferred.
     pub fn of(map: Map, sources: &[usize], heads: &[usize], out_space: [usize; 3]) -> Option<Self> {
         let wide = heads.iter().any(|&c| c > THIN_CHANNELS);
-        let classes = map.classes().to_vec();
+        let classes = map.classes();
         match (map, sources, heads) {
             (Map::Gather { kernel: 3, .. }, &[channels @ (1 | 2)], _) if wide => {
                 Some(Scheme { depth: Depth::Records { channels }, fold: None, classes })
@@ -51,11 +51,11 @@ impl Scheme {
                 Some(Scheme { depth: Depth::Band, fold: Some(Fold::Band { channels }), classes })
             }
             _ if sources.iter().all(|&c| c < MIN_CHANNELS) => None,
-            _ if wide => Some(Scheme { depth: Depth::of_channels(sources, &classes), fold: None, classes }),
+            _ if wide => Some(Scheme { depth: Depth::of_channels(sources, classes), fold: None, classes }),
             _ => {
                 let fold = Some(Fold::outputs(map, heads, out_space)?);
-                let classes = vec![Fold::outputs_class()];
-                Some(Scheme { depth: Depth::of_channels(sources, &classes), fold, classes })
+                let classes = Fold::outputs_classes();
+                Some(Scheme { depth: Depth::of_channels(sources, classes), fold, classes })
             }
         }
     }

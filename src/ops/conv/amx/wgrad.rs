@@ -1,10 +1,11 @@
 //! The outer-product core: register tiles of 16 source channels of a tap by 16 lane channels.
 
-use super::LANE_BLOCKS;
 use super::micro::{Step, multiply_parts};
 use super::planes::Planes;
+use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, Tiles};
 use crate::device::arena::Buffer;
+use crate::device::scratch::Scratch;
 use crate::ops::conv::partials::{Partials, Task};
 use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile};
 use crate::ops::conv::{Problem, Source};
@@ -23,15 +24,15 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     let mut sums = Vec::new();
     (0..partials.tasks())
         .into_par_iter()
-        .map_init(Scratch::default, |scratch, task| {
+        .map_init(Room::take, |room, task| {
             let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
             let (tiles, pass) =
                 (&tiles[of_split], Pass { map, thin, space, anchors, sources, lane_sources, lanes });
             match thin {
-                true => pass.thin_sum(block, tiles, floats, scratch),
+                true => pass.thin_sum(block, tiles, floats, room),
                 false => {
                     let mut sum = Buffer::zeroed(floats);
-                    tiles.iter().for_each(|tile| pass.add(block, tile, &mut sum, scratch));
+                    tiles.iter().for_each(|tile| pass.add(block, tile, &mut sum, room));
                     sum
                 }
             }
@@ -40,16 +41,35 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     partials.finish(sums, sources, lane_sources)
 }
 
-/// What a thread keeps from one task to the next.
+/// What tasks use one after the other.
 #[derive(Default)]
-struct Scratch {
-    /// Layout of the tiles and channels in them. What it leaves out is 0.
+struct Room {
+    /// Layout of the tiles and channels in them, of this pass. What it leaves out is 0.
     layout: Option<(Planes, usize)>,
     tile: Buffer,
     lane_tile: Buffer,
-    row: Vec<f32>,
+    lines: Lines,
     steps: Vec<Step>,
+    /// Where the parts of A begin in a tile, in the sums' order.
+    parts: Vec<usize>,
+    starts: Starts,
 }
+
+impl Room {
+    /// For a thread's tasks of a pass.
+    fn take() -> Scratch<Self> {
+        let mut room = Scratch::<Self>::take();
+        room.layout = None;
+        room
+    }
+}
+
+/// Pointers to the parts of A.
+#[derive(Default)]
+struct Starts(Vec<*const u8>);
+
+// SAFETY: pointers are neither kept nor used from one tile to the next.
+unsafe impl Send for Starts {}
 
 /// What all tiles of a task share.
 struct Pass<'a> {
@@ -70,11 +90,11 @@ impl Pass<'_> {
         block: Block,
         &Origin { n, d: d0, h: h0, size }: &Origin,
         sum: &mut [f32],
-        scratch: &mut Scratch,
+        room: &mut Room,
     ) {
         let layout = if self.thin { Planes::of_copies } else { Planes::new };
         let planes = layout(self.map, size, self.anchors[2], block.len, self.lanes.len());
-        let Scratch { layout, tile, lane_tile, row, steps } = scratch;
+        let Room { layout, tile, lane_tile, lines, steps, parts, starts: Starts(starts) } = room;
         let tile: &mut [u16] = bytemuck::cast_slice_mut(tile.first(planes.source_len().div_ceil(2)));
         let lane_tile = lane_tile.first(planes.lane_len());
         if layout.replace((planes, block.len)) != Some((planes, block.len)) {
@@ -82,25 +102,24 @@ impl Pass<'_> {
             lane_tile.fill(0.0);
         }
         let origin = (n, d0, h0);
-        planes.load_source(&self.sources[block.tensor], block, self.space, origin, tile, row);
-        planes.load_lanes(self.lane_sources, self.lanes, self.anchors, origin, lane_tile, row);
+        planes.load_source(&self.sources[block.tensor], block, self.space, origin, tile, lines);
+        planes.load_lanes(self.lane_sources, self.lanes, self.anchors, origin, lane_tile, &mut lines.row);
         steps.clear();
         for (d, i) in (0..size.d).flat_map(|d| (0..planes.steps()).map(move |i| (d, i))) {
             let (a, b) = planes.step(d, i);
             steps.push(Step { a: 2 * a, b: 4 * b });
         }
-        // Where the parts of A begin, in the sums' order.
-        let parts: Vec<usize> = self
-            .taps()
-            .flat_map(|tap| (0..planes.channels()).step_by(LANES).map(move |c| planes.tap(tap, c)))
-            .collect();
+        let of_tap = |tap| (0..planes.channels()).step_by(LANES).map(move |c| planes.tap(tap, c));
+        parts.clear();
+        parts.extend(self.taps().flat_map(of_tap));
         let width = self.lanes.len() * LANES;
         // K = 32 of the last of 16 channels of every part and step.
         let furthest = steps.iter().map(|s| s.a / 2).max().unwrap_or(0) + parts.iter().max().unwrap_or(&0);
         let end = furthest + (LANES - 1) * planes.channel_pitch() + ROW_BYTES / 2;
         assert!(end <= tile.len(), "the last K ends in the slack");
         assert!(parts.len() * LANES * width <= sum.len(), "a sum a part");
-        let a: Vec<*const u8> = parts.iter().map(|&at| tile[at..].as_ptr().cast()).collect();
+        starts.clear();
+        starts.extend(parts.iter().map(|&at| tile[at..].as_ptr().cast::<u8>()));
         let to = sum.as_mut_ptr();
         // SAFETY: AMX is in use, or this would not run; nothing here starts another task.
         let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4) };
@@ -114,7 +133,7 @@ impl Pass<'_> {
             // steps of every lane block.
             unsafe {
                 let part = |m: usize, q: usize| to.add(m * LANES * width + (lane + q) * LANES);
-                let a = (&a[..], 2 * planes.channel_pitch());
+                let a = (&starts[..], 2 * planes.channel_pitch());
                 multiply_parts(a, (&b[..q], ROW_BYTES), steps, part, (4 * width, true));
             }
         }
@@ -128,12 +147,12 @@ impl Pass<'_> {
     }
 
     /// The sum of a thin source's tiles, `floats` floats: there are no channels between a tap's and the next one's.
-    fn thin_sum(&self, block: Block, tiles: &[Origin], floats: usize, scratch: &mut Scratch) -> Buffer {
+    fn thin_sum(&self, block: Block, tiles: &[Origin], floats: usize, room: &mut Room) -> Buffer {
         let kernel = self.map.kernel();
         let (width, copies) = (self.lanes.len() * LANES, kernel * kernel * block.len);
         let padded = copies.next_multiple_of(LANES) * width;
         let mut sum = Buffer::zeroed(kernel * padded);
-        tiles.iter().for_each(|tile| self.add(block, tile, &mut sum, scratch));
+        tiles.iter().for_each(|tile| self.add(block, tile, &mut sum, room));
         let mut dense = Buffer::dirty(floats);
         for (to, from) in dense.chunks_exact_mut(copies * width).zip(sum.chunks_exact(padded)) {
             to.copy_from_slice(&from[..copies * width]);
