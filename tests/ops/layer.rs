@@ -49,7 +49,7 @@ impl Case {
 
     /// How vector units multiply transforms of bfloat16 in inference, `None` where they do not. AMX, if it is on, does not, and of
     /// others than stride 1 a training step does not.
-    fn filtering(&self) -> Option<Filtering> {
+    pub fn filtering(&self) -> Option<Filtering> {
         let [inputs, outputs] = [self.inputs, self.outputs].map(|c| c.iter().sum::<usize>());
         let filtering = Filtering::of(self.stride, self.transposed);
         (self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs)).then_some(filtering)
@@ -92,18 +92,24 @@ pub const CASES: &[Case] = &[
     conv([1, 3, 9], &[23], &[16, 3, 13], 3, 1),
     conv([1, 2, 2], &[16], &[16], 3, 1),
     conv([14, 9, 10], &[16], &[16], 3, 1).alone(),
-    // Of stride 2, one way or the other: odd and even sizes, siblings, concats, channels that fill no block, more than 64 lanes,
-    // one tile, a second slab of planes.
-    conv([7, 8, 9], &[16], &[16, 20], 3, 2),
+    // Of stride 2, one way or the other, in inference: odd and even sizes, siblings, concats, channels that fill no block, more than
+    // 64 lanes, one tile, tiles that end beyond the volume, a second slab of planes and of rows; 8 channels in f32 alone.
+    conv([3, 8, 8], &[16], &[16, 20], 3, 2),
     conv([4, 11, 8], &[18], &[33], 3, 2),
     conv([3, 4, 4], &[35], &[70], 3, 2).alone(),
+    conv([3, 4, 26], &[18], &[33], 3, 2),
+    conv([2, 26, 27], &[16], &[9, 8], 3, 2).alone(),
     conv([27, 16, 15], &[16], &[16], 3, 2).alone(),
+    conv([24, 12, 96], &[16], &[16], 3, 2).alone(),
     conv([5, 12, 11], &[9], &[8], 3, 2),
     transposed([3, 4, 6], &[16, 20], &[16]),
-    transposed([2, 3, 4], &[17], &[23]),
+    transposed([2, 4, 6], &[17], &[23]),
+    transposed([2, 2, 13], &[16], &[16]),
+    transposed([1, 13, 14], &[19], &[16]).alone(),
     transposed([1, 2, 2], &[16], &[70]),
     transposed([14, 6, 8], &[16], &[16]).alone(),
-    transposed([2, 4, 5], &[8], &[12]),
+    transposed([1, 6, 171], &[75], &[16]).alone(),
+    transposed([2, 4, 4], &[8], &[12]),
     // More tiles than tasks, the last ones clipped: neighbours share planes.
     conv([68, 37, 3], &[20], &[18], 3, 1),
     conv([68, 37, 17], &[3], &[2], 3, 1),
@@ -231,6 +237,18 @@ impl Layer {
         self.inputs.iter_mut().enumerate().for_each(|(i, x)| *x = rounded(x.raw(), stored(i)).into());
         self.dy.iter_mut().enumerate().for_each(|(i, dy)| *dy = rounded(dy, stored(i)));
         self
+    }
+
+    /// Leaves NaN in all scratch that a pass like this one will find.
+    pub fn poison(&self, case: &Case, operands: Operands) {
+        let nan = |x: &Activation| {
+            let p = x.pending().expect("inputs are lazy");
+            let pending = Pending { scale: p.scale.clone(), shift: p.shift.clone(), slope: p.slope };
+            Activation::lazy(Tensor::from_slice(x.shape(), &vec![f32::NAN; x.shape().len()]), pending)
+        };
+        let inputs = self.inputs.iter().map(nan).collect();
+        let [weights, biases] = [&self.weights, &self.biases].map(Vec::clone);
+        Layer { inputs, weights, biases, dy: vec![], maps: vec![] }.inferred(case, operands);
     }
 
     /// Outputs in inference.

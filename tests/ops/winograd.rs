@@ -85,12 +85,13 @@ impl Filtering {
         }
     }
 
-    /// Whether the library multiplies transforms of bfloat16: from 16 channels on both sides, where a quarter at least of 9 products an
-    /// anchor of a plane is saved.
+    /// Whether the library multiplies transforms of bfloat16: from 16 channels on both sides, where a third at least (stride 1, or a
+    /// quarter) of 9 products an anchor of a plane is saved.
     pub fn pays(self, out_space: [usize; 3], inputs: usize, outputs: usize) -> bool {
         let [_, h, w] = out_space.map(|s| s.div_ceil(self.outputs() / 2));
         let products = self.products().pow(2) * h.div_ceil(2) * w.div_ceil(2);
-        inputs.min(outputs) >= 16 && 4 * products <= 3 * 9 * h * w
+        let [left, of] = if self == Filtering::Dense { [2, 3] } else { [3, 4] };
+        inputs.min(outputs) >= 16 && of * products <= left * 9 * h * w
     }
 }
 

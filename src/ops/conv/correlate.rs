@@ -145,7 +145,7 @@ pub fn correlate<'a>(
     });
 }
 
-/// Elements between voxels of a tile. Times the stride it is a constant of the micro-kernels: 2, 4, 8, 16 or 32.
+/// Elements between voxels of a tile. Times the stride it is a constant of the micro-kernels: 2, 4, 8, 16 or 32, and 1 where two voxels are one element.
 fn pitch(blocks: &[Block], element: Element, stride: usize) -> usize {
     match blocks.iter().map(|b| element.of(b.len)).max() {
         Some(1) if stride == 2 => 1,
@@ -261,7 +261,9 @@ impl Pass<'_> {
     /// Elements between the inputs of neighbouring anchors; 0 stands for channel rows.
     fn between(&self) -> usize {
         match self.order {
-            Order::Voxels { pitch } => self.element.of_taps(pitch * self.map.stride()),
+            // Both voxels from one anchor to the next.
+            Order::Voxels { .. } if self.element == Element::Taps => 1,
+            Order::Voxels { pitch } => pitch * self.map.stride(),
             Order::ChannelRows => 0,
         }
     }

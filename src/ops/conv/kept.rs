@@ -120,4 +120,25 @@ mod tests {
         let equal = Arc::new(data.to_vec());
         assert_eq!(first_lane(&equal, 0), (5.0, 4), "another tensor");
     }
+
+    #[test]
+    fn a_pack_is_for_one_map_and_layout() {
+        let data = Arc::new(vec![1.0; 27]);
+        let block = [Block { tensor: 0, first: 0, len: 1 }];
+        let weights =
+            |_, _| Weights { data: &data, offset: 0, head_stride: 27, source_stride: 27, mirrored: false };
+        let mut packs = 0;
+        let strides = [1, 2].map(|stride| Map::Gather { kernel: 3, stride });
+        for map in [strides[0], strides[1], Map::Scatter] {
+            for element in [Element::Single, Element::Channels, Element::Taps] {
+                for layout in [Layout::Vectors(element), Layout::Products(element)] {
+                    packed(Phase::Inference, (map, layout), [&block, &block], &weights, || {
+                        packs += 1;
+                        pack(map, map.classes(), &[&block], &block, Element::Single, &weights)
+                    });
+                }
+            }
+        }
+        assert_eq!(packs, 18);
+    }
 }

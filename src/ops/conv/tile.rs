@@ -44,8 +44,9 @@ pub enum Element {
     Channels,
     /// One channel of two voxels that neighbouring anchors read, the second 0 where the row has ended.
     Voxels,
-    /// The only channel of two neighbouring voxels, which an anchor of stride 2 multiplies by two of its three taps: as they lie in
-    /// a row. The third tap shares an element with a 0.
+    /// The only channel of two neighbouring voxels, as they lie in a row, which an anchor of stride 2 multiplies by two of its three
+    /// taps; the third one's element has the next anchor's second voxel, which is multiplied by 0. If that is infinite or no
+    /// number, so is this anchor's sum.
     Taps,
 }
 

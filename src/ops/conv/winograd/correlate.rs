@@ -9,7 +9,7 @@ use super::super::plan::{Block, CHANNEL_BLOCK, LANES, lane_blocks, source_blocks
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
 use super::filtering::{Dense, Elements, Filtering, MOST, of_sums};
-use super::slab::{self, Lines, Run, Slab};
+use super::slab::{Destination, Lines, Run, Slab};
 use super::transform;
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, spread, tiles};
 use crate::device::arena::Buffer;
@@ -231,7 +231,7 @@ impl Pass<'_> {
         let operands_of = |channels| Element::of_voxels(slab.problem.operands).of(channels);
         debug_assert_eq!(V::OPERANDS, operands_of(LANES));
         for (index, &block) in self.blocks.iter().enumerate() {
-            let to = slab::Room { floats: &mut v[index * block_floats..], pitch, step: V::OPERANDS };
+            let to = Destination { floats: &mut v[index * block_floats..], pitch, step: V::OPERANDS };
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<F, V>(&self.sources[block.tensor], block, to, lines) };
         }

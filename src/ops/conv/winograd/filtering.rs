@@ -51,6 +51,8 @@ pub trait Filtering: Elements {
     const SUMS: usize;
     /// Outputs of a tile.
     const OUTPUTS: usize;
+    /// The largest share, as a quotient, of a direct sum's products that may be left: tiles reach beyond volumes of odd size.
+    const LEFT: [usize; 2];
     /// What the elements of the products are multiplied by, lane by lane.
     fn filters(taps: [[f32; LANES]; 3]) -> [[f32; LANES]; MOST];
     /// Outputs.
@@ -88,6 +90,7 @@ impl Filtering for Dense {
     const PRODUCTS: &'static [(usize, usize)] = &[(0, 0), (1, 1), (2, 2), (3, 3)];
     const SUMS: usize = 4;
     const OUTPUTS: usize = 2;
+    const LEFT: [usize; 2] = [2, 3];
     #[inline(always)]
     fn filters([g0, g1, g2]: [[f32; LANES]; 3]) -> [[f32; LANES]; MOST] {
         let half = |sign: f32| std::array::from_fn(|l| 0.5 * ((g0[l] + g2[l]) + sign * g1[l]));
@@ -123,6 +126,7 @@ impl Filtering for Strided {
     const PRODUCTS: &'static [(usize, usize)] = &[(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)];
     const SUMS: usize = 3;
     const OUTPUTS: usize = 2;
+    const LEFT: [usize; 2] = [3, 4];
     #[inline(always)]
     fn filters([g0, g1, g2]: [[f32; LANES]; 3]) -> [[f32; LANES]; MOST] {
         [g1, g0, sum([g0, g2]), g1, g2]
@@ -147,6 +151,7 @@ impl Filtering for Scattered {
     const PRODUCTS: &'static [(usize, usize)] = &[(0, 0), (1, 1), (2, 2), (2, 3), (3, 4)];
     const SUMS: usize = 5;
     const OUTPUTS: usize = 4;
+    const LEFT: [usize; 2] = [3, 4];
     #[inline(always)]
     fn filters([g0, g1, g2]: [[f32; LANES]; 3]) -> [[f32; LANES]; MOST] {
         [g1, g2, sum([g0, g2]), g1, g0]

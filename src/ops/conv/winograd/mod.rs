@@ -16,8 +16,8 @@
 //! channel: with stride 1 filtered, activations of the bundle's network lie 17 % closer to float64's. With bfloat16 operands
 //! transforms are computed in f32, of weights as they are and of rounded inputs or gradients, and are rounded. Logits of the bundle's
 //! network then lie 15 % (batch norm) and 24 % (instance norm) further from float32's on average than with direct sums, at 79 and
-//! 69 % of the deviation of torch's autocast; gradients of a step, 9 % further, at 95 %. A value that is infinite or no number makes
-//! no number of all outputs of the tiles that read it.
+//! 69 % of the deviation of torch's autocast; gradients of a step, 9 % further, at 95 %. A value that is infinite may make no number
+//! of outputs that read it, where a direct sum would be infinite.
 
 mod correlate;
 mod filtering;
@@ -60,17 +60,18 @@ pub fn correlate<'a>(
     let lanes = heads.iter().map(|h| h.channels).sum();
     // A training step in f32 sums by the definition: `super` says why.
     let dense = problem.phase != Phase::Forward || problem.operands == Operands::Bf16;
-    // Only inference keeps transformed filters: to a step they cost what they save.
+    // Only inference keeps transformed filters. A step of two patches of 96^3 would gain 2 % at most, one of 32^3 lose a tenth.
     let other = problem.phase == Phase::Inference;
-    let pays = |products| pays(&problem, products, sources, lanes);
+    // There a scatter's anchors have all their outputs.
+    let whole = problem.out_space.iter().all(|o| o.is_multiple_of(Scattered::MAP.outputs()));
     match problem.map {
-        Dense::MAP if dense && pays(Dense::PRODUCTS) => {
+        Dense::MAP if dense && pays::<Dense>(&problem, sources, lanes) => {
             correlate::run::<Dense>(problem, sources, heads, weights);
         }
-        Strided::MAP if other && pays(Strided::PRODUCTS) => {
+        Strided::MAP if other && pays::<Strided>(&problem, sources, lanes) => {
             correlate::run::<Strided>(problem, sources, heads, weights);
         }
-        Scattered::MAP if other && pays(Scattered::PRODUCTS) => {
+        Scattered::MAP if other && whole && pays::<Scattered>(&problem, sources, lanes) => {
             correlate::run::<Scattered>(problem, sources, heads, weights);
         }
         _ => return false,
@@ -81,18 +82,18 @@ pub fn correlate<'a>(
 /// Whether [`wgrad()`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
     (problem.operands, problem.map) == (Operands::Single, Dense::MAP)
-        && pays(problem, Dense::PRODUCTS, sources, lane_sources.iter().map(|s| s.channels).sum())
+        && pays::<Dense>(problem, sources, lane_sources.iter().map(|s| s.channels).sum())
 }
 
-fn pays(problem: &Problem, axis: &[(usize, usize)], sources: &[Source], lanes: usize) -> bool {
+fn pays<F: Filtering>(problem: &Problem, sources: &[Source], lanes: usize) -> bool {
     let least = match problem.operands {
         Operands::Single => MIN_CHANNELS,
         Operands::Bf16 => MIN_CHANNELS_OF_PAIRS,
     };
     let [_, h, w] = anchors(problem.map, problem.out_space);
-    sources.iter().map(|s| s.channels).sum::<usize>().min(lanes) >= least
-        // Tiles reach beyond volumes of odd size: a quarter of the direct products at least is to be saved.
-        && 4 * axis.len().pow(2) * h.div_ceil(2) * w.div_ceil(2) <= 3 * 9 * h * w
+    let (products, direct) = (F::PRODUCTS.len().pow(2) * h.div_ceil(2) * w.div_ceil(2), 9 * h * w);
+    let [left, of] = F::LEFT;
+    sources.iter().map(|s| s.channels).sum::<usize>().min(lanes) >= least && of * products <= left * direct
 }
 
 /// (D, H, W) in anchors.
@@ -114,9 +115,10 @@ fn tiles(map: Map, out_space: [usize; 3]) -> [usize; 3] {
 /// Planes and tile rows of the largest slab out of so many tiles, with so many floats of operands a tile to transform.
 fn choose<E: Elements>([d, h, w]: [usize; 3], tile_floats: usize) -> Tile {
     let even = |of: usize, at_most: usize| of.div_ceil(of.div_ceil(at_most));
-    let planes = even(d, PLANES);
-    let floats = E::ELEMENTS.pow(2) * E::MAP.extent(planes) * w * tile_floats;
-    let rows = (SLAB_FLOATS / floats).max(MIN_TILES.div_ceil(planes * w)).clamp(1, h);
+    let row_floats = |planes| E::ELEMENTS.pow(2) * E::MAP.extent(planes) * w * tile_floats;
+    let fits = |planes: usize| row_floats(planes) <= SLAB_FLOATS || planes * w <= MIN_TILES;
+    let planes = even(d, (1..=PLANES).rev().find(|&planes| fits(planes)).unwrap_or(1));
+    let rows = (SLAB_FLOATS / row_floats(planes)).max(MIN_TILES.div_ceil(planes * w)).clamp(1, h);
     Tile { d: planes, h: even(h, rows) }
 }
 
@@ -140,6 +142,7 @@ mod tests {
             ([13, 5, 5], 32),
             ([1, 1, 4], 16),
             ([80, 40, 40], 48),
+            ([48, 24, 130], 16),
         ] {
             let slab = choose::<E>(tiles, tile_floats);
             let mut seen = vec![0; 2 * tiles[0] * tiles[1]];
@@ -151,8 +154,9 @@ mod tests {
             }
             assert!(seen.iter().all(|&s| s == 1), "{tiles:?} {tile_floats}: {slab:?}");
             let floats = E::ELEMENTS.pow(2) * E::MAP.extent(slab.d) * slab.h * tiles[2] * tile_floats;
-            // One row of tiles less would be fewer than a task should have.
-            let least = slab.h == 1 || slab.d * (slab.h - 1) * tiles[2] < MIN_TILES;
+            // One row of tiles less, or one plane, would be fewer than a task should have.
+            let fewer = if slab.h > 1 { [slab.d, slab.h - 1] } else { [slab.d - 1, 1] };
+            let least = fewer[0] * fewer[1] * tiles[2] < MIN_TILES;
             assert!(floats <= SLAB_FLOATS || least, "{tiles:?} {tile_floats}: {slab:?}");
         }
     }

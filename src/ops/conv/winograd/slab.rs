@@ -34,7 +34,7 @@ pub struct Run {
 }
 
 /// Where the transforms of one channel block go: `[element][plane][tile row][tile][operands of 16 channels]`.
-pub struct Room<'a> {
+pub struct Destination<'a> {
     /// All elements', from the block's first float on.
     pub floats: &'a mut [f32],
     /// Floats between elements.
@@ -77,31 +77,30 @@ impl Slab<'_> {
         }
     }
 
-    /// `count` tiles from tile `first` on, row by row, as outputs of this parity along d; those behind the volume are left out.
+    /// `count` tiles from tile `first` on, row by row, as outputs of this parity along d.
     pub fn runs<F: Filtering>(&self, parity: usize, first: usize, count: usize) -> impl Iterator<Item = Run> {
         let Slab { problem, origin, tiles_w } = *self;
         let [space_d, space_h, space_w] = problem.out_space;
         let mut tile = first;
         std::iter::from_fn(move || {
-            while tile < first + count {
-                let left = first + count - tile;
-                let (line, tile_w) = (tile / tiles_w, tile % tiles_w);
-                let tiles = left.min(tiles_w - tile_w);
-                let d = (origin.d + line / origin.size.h) * F::MAP.outputs() + parity;
-                let h = (origin.h + line % origin.size.h) * F::OUTPUTS;
-                let w = tile_w * F::OUTPUTS;
-                tile += tiles;
-                if d < space_d {
-                    return Some(Run {
-                        first: tile - tiles,
-                        tiles,
-                        voxel: ((origin.n * space_d + d) * space_h + h) * space_w + w,
-                        height: (space_h - h).min(F::OUTPUTS),
-                        width: (space_w - w).min(F::OUTPUTS * tiles),
-                    });
-                }
+            let left = first + count - tile;
+            if left == 0 {
+                return None;
             }
-            None
+            let (line, tile_w) = (tile / tiles_w, tile % tiles_w);
+            let tiles = left.min(tiles_w - tile_w);
+            let d = (origin.d + line / origin.size.h) * F::MAP.outputs() + parity;
+            let h = (origin.h + line % origin.size.h) * F::OUTPUTS;
+            let w = tile_w * F::OUTPUTS;
+            let run = Run {
+                first: tile,
+                tiles,
+                voxel: ((origin.n * space_d + d) * space_h + h) * space_w + w,
+                height: (space_h - h).min(F::OUTPUTS),
+                width: (space_w - w).min(F::OUTPUTS * tiles),
+            };
+            tile += tiles;
+            Some(run)
         })
     }
 
@@ -114,10 +113,10 @@ impl Slab<'_> {
         &self,
         source: &Source,
         block: Block,
-        to: Room,
+        to: Destination,
         lines: &mut Lines,
     ) {
-        let Room { floats, pitch, step } = to;
+        let Destination { floats, pitch, step } = to;
         let (size, map) = (self.origin.size, E::MAP);
         let size = Tile { d: size.d, h: 2 * size.h };
         let origin = Origin { h: 2 * self.origin.h, size, ..*self.origin };

@@ -5,7 +5,7 @@ use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
 use super::super::{Problem, Source};
 use super::filtering::{Dense, DenseGradients, Elements};
-use super::slab::{self, Lines, Slab};
+use super::slab::{Destination, Lines, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
@@ -131,7 +131,7 @@ impl Pass<'_> {
         let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
         for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
             let to =
-                slab::Room { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
+                Destination { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
             let len = CHANNEL_BLOCK.min(block.len - first);
             let part = Block { first: block.first + first, len, ..*block };
             // SAFETY: V's unit exists.
@@ -139,7 +139,7 @@ impl Pass<'_> {
         }
         let dm_pitch = slab.tiles() * width;
         for (index, &lane) in lanes.iter().enumerate() {
-            let to = slab::Room { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
+            let to = Destination { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
             unsafe { slab.transform::<DenseGradients, V>(source, lane, to, lines) };
