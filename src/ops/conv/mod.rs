@@ -15,12 +15,13 @@
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several
 //! outputs (a convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core) or of voxels (outer products); the micro-kernels are the same code over other lanes.
+//! channels (gather core; of voxels where a stride of 2 meets a single channel) or of voxels (outer products); the micro-kernels
+//! are the same code over other lanes.
 //!
 //! Passes of kernel 3 and stride 1 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input
 //! instead, which takes fewer products (`winograd`). Strided and transposed convolutions do in inference alone. Of stride 1 two
-//! do not: wgrad of bfloat16, whose pairs of voxels are as fast, and the
-//! forward pass of a training step in f32. Its values would be as good, but the slope of a PReLU jumps at 0: in a golden of two
+//! do not: wgrad of bfloat16, whose pairs of voxels are as fast, and the forward pass of a training step in f32. Its values would
+//! be as good, but the slope of a PReLU jumps at 0: in a golden of two
 //! patches of 48^3 rounding gave one value of three million another sign than float64, which moved gradients by 3e-4 to 7e-4
 //! of their largest. The direct sum happens to give all of them the same sign there, and trajectories of training are held
 //! against PyTorch's.

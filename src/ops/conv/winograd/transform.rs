@@ -1,13 +1,13 @@
 //! Transforms of tiles of a plane, along h, then along w: of inputs, filters and outputs, and their transposes for gradients.
 
 use super::super::plan::LANES;
-use super::filtering::{Elements, Filtering, MOST};
+use super::filtering::{Dense, Elements, Filtering, MOST};
 use crate::device::cpu::{Lanes, vectorised};
 
-/// Products of a tile of [`super::filtering::Dense`].
-pub const PRODUCTS: usize = 16;
+/// Products of a tile of [`Dense`].
+pub const PRODUCTS: usize = Dense::PRODUCTS.len() * Dense::PRODUCTS.len();
 
-/// The gradients of the three taps of one axis of [`super::filtering::Dense`], from those of the transformed ones, lane by lane.
+/// The gradients of the three taps of one axis of [`Dense`], from those of the transformed ones, lane by lane.
 #[inline(always)]
 fn filter_gradient([u0, u1, u2, u3]: [[f32; LANES]; 4]) -> [[f32; LANES]; 3] {
     [
@@ -185,7 +185,7 @@ vectorised! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::filtering::{Dense, DenseGradients, Scattered, Strided, of_sums};
+    use super::super::filtering::{DenseGradients, Scattered, Strided, of_sums};
     use super::*;
     use crate::device::cpu::Plain;
     use crate::ops::conv::plan::Map;
