@@ -3,7 +3,7 @@
 use super::cover::{Cover, Run};
 use super::fold::{Fold, parity};
 use super::halo::{Halo, SLACK};
-use super::micro::{Step, multiply_parts, parts_of_a};
+use super::micro::{PLANES, Planes, Step, TAPS, multiply_column, multiply_parts, parts_of_a};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
 use super::{LANE_BLOCKS, Lines};
@@ -135,6 +135,21 @@ struct Group<'a> {
     next: Option<Next<'a>>,
 }
 
+/// A register tile: one of a cover's, some planes further.
+struct Register<'a> {
+    cover: &'a Cover,
+    number: usize,
+    plane: usize,
+}
+
+impl Register<'_> {
+    /// Its anchors.
+    fn runs(&self) -> impl Iterator<Item = Run> {
+        let further = |run: &Run| Run { place: (run.place.0 + self.plane, run.place.1), ..*run };
+        self.cover.runs(self.number).iter().map(further)
+    }
+}
+
 impl Pass<'_> {
     fn run(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
         match simd_of_pairs() {
@@ -167,60 +182,75 @@ impl Pass<'_> {
     unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
         let Origin { d: d0, h: h0, size, .. } = *group.origin;
         let (depth, between) = (self.scheme.depth, group.halo.between());
+        let columns = self.scheme.has_columns(self.map);
         let mut accumulators = Accumulators([[[0.0; LANES]; ROWS]; 4]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
-        let _tiles = unsafe { Tiles::configure(depth.elements()) };
+        let _tiles = unsafe { Tiles::configure(depth.elements(), if columns { TAPS } else { LANE_BLOCKS }) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
             let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
             let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
-            cover.fill((d, h, group.halo.positions(width)), group.halo.pitches());
-            group.halo.steps(class, group.blocks.len(), steps);
+            // A column's register tiles are of as many planes; those of other kernels go from plane to plane.
+            let (planes, covered) = if columns { (d, 1) } else { (1, d) };
+            cover.fill((covered, h, group.halo.positions(width)), group.halo.pitches());
+            group.halo.steps(class, group.blocks.len(), columns, steps);
             let weights = group.packed.of(group.index, class_index);
             let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
-            let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last));
+            let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last) * between);
+            let last = last + planes.saturating_sub(1) * group.halo.plane();
             let furthest = steps.iter().map(|step| step.a / 4).max().unwrap_or(0);
-            let end = (last + ROWS - 1) * between + furthest + depth.elements();
+            let end = last + (ROWS - 1) * between + furthest + depth.elements();
             assert!(end <= group.tile.len(), "the last row of A ends in the slack");
-            for lane in group.lanes.clone().step_by(LANE_BLOCKS) {
-                let n = LANE_BLOCKS.min(group.lanes.end - lane);
+            let most_lanes = if columns { 1 } else { LANE_BLOCKS };
+            for lane in group.lanes.clone().step_by(most_lanes) {
+                let n = most_lanes.min(group.lanes.end - lane);
                 let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|q| {
                     super::bytes(weights[(lane + q.min(n - 1)) * lane_floats..].as_ptr())
                 });
-                let m = parts_of_a(n);
-                for first in (0..cover.len()).step_by(m) {
+                let most = if columns { 1 } else { parts_of_a(n) };
+                let kernels = planes.div_ceil(PLANES) * cover.len().div_ceil(most);
+                let starts = (0..planes).step_by(PLANES);
+                let starts = starts.flat_map(|plane| (0..cover.len()).step_by(most).map(move |i| (plane, i)));
+                for (kernel, (plane, first)) in starts.enumerate() {
                     if let Some(next) = &group.next
                         && class_index == 0
                         && lane == group.lanes.start
                     {
-                        next.prefetch(self.sources, (first / m, cover.len().div_ceil(m)));
+                        next.prefetch(self.sources, (kernel, kernels));
                     }
-                    let m = m.min(cover.len() - first);
+                    let (p, m) = (PLANES.min(planes - plane), most.min(cover.len() - first));
+                    // Parts of A, planes of a column or register tiles of a cover, by lane blocks.
+                    let registers = |i: usize| {
+                        let (further, down) = if columns { (0, i) } else { (i, 0) };
+                        Register { cover, number: first + further, plane: plane + down }
+                    };
+                    let sums = (0..p * m).flat_map(|i| (0..n).map(move |q| (i, q)));
+                    for (i, q) in sums.clone() {
+                        self.prefetch_outputs(group, class, &registers(i), lane + q);
+                    }
                     let a: [*const u8; 4] = std::array::from_fn(|i| {
-                        let position = cover.start(first + i.min(m - 1));
-                        super::bytes(group.tile[position * between..].as_ptr())
+                        let position = cover.start(first + i.min(m - 1)) * between;
+                        super::bytes(group.tile[position + plane * group.halo.plane()..].as_ptr())
                     });
-                    for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
-                        self.prefetch_outputs(group, class, (cover, first + i), lane + q);
-                    }
-                    let sums = accumulators.0.as_mut_ptr();
+                    let to = accumulators.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
                     // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
                     // block. There are as many accumulators as a kernel has.
                     unsafe {
-                        let sum = |m: usize, q: usize| sums.add(m * n + q).cast::<f32>();
-                        multiply_parts(
-                            (&a[..m], 4 * between),
-                            (&b[..n], ROW_BYTES),
-                            steps,
-                            sum,
-                            (ROW_BYTES, false),
-                        );
+                        if columns {
+                            let planes =
+                                Planes { start: a[0], stride: 4 * between, plane: 4 * group.halo.plane() };
+                            multiply_column(p, &planes, b[0], steps.as_chunks().0, to);
+                        } else {
+                            let sum = |m: usize, q: usize| to.add(m * n + q).cast::<f32>();
+                            let a = (&a[..m], 4 * between);
+                            multiply_parts(a, (&b[..n], ROW_BYTES), steps, sum, (ROW_BYTES, false));
+                        }
                     }
-                    for (i, q) in (0..m).flat_map(|i| (0..n).map(move |q| (i, q))) {
+                    for (i, q) in sums {
                         let values = &accumulators.0[i * n + q];
                         // SAFETY: V's unit exists; this task alone writes these voxels' lanes.
-                        unsafe { self.write::<V>(group, class, (cover, first + i), lane + q, values) };
+                        unsafe { self.write::<V>(group, class, &registers(i), lane + q, values) };
                     }
                 }
             }
@@ -236,20 +266,20 @@ impl Pass<'_> {
         &self,
         group: &Group,
         class: &Class,
-        (cover, register): (&Cover, usize),
+        register: &Register,
         lane: usize,
         values: &[[f32; LANES]; ROWS],
     ) {
-        for run in cover.runs(register) {
+        for run in register.runs() {
             let values = &values[run.row..][..run.len];
             // SAFETY: handed on from the caller.
             unsafe {
                 match self.scheme.fold {
-                    None => self.write_run::<V>(group, class, run, lane, values),
+                    None => self.write_run::<V>(group, class, &run, lane, values),
                     Some(Fold::Outputs { channels }) => {
-                        self.write_outputs::<V>(group, channels, run, lane, values);
+                        self.write_outputs::<V>(group, channels, &run, lane, values);
                     }
-                    Some(Fold::Band { channels }) => self.write_band::<V>(group, channels, run, values),
+                    Some(Fold::Band { channels }) => self.write_band::<V>(group, channels, &run, values),
                 }
             }
         }
@@ -266,29 +296,23 @@ impl Pass<'_> {
 
     /// Asks the cache for the lines that [`Self::write`] will write: there is time until the products are done.
     #[inline(always)]
-    fn prefetch_outputs(
-        &self,
-        group: &Group,
-        class: &Class,
-        (cover, register): (&Cover, usize),
-        lane: usize,
-    ) {
+    fn prefetch_outputs(&self, group: &Group, class: &Class, register: &Register, lane: usize) {
         let (block, stage) = (self.lanes[lane], group.stage);
         let out = &self.outs[block.tensor];
-        for run in cover.runs(register) {
+        for run in register.runs() {
             match self.scheme.fold {
                 None => {
-                    let (start, step) = self.voxels(group, class, run, block);
+                    let (start, step) = self.voxels(group, class, &run, block);
                     out.prefetch((start, step), run.len, block.len, stage);
                 }
                 Some(Fold::Outputs { channels }) => {
                     for first in (0..block.len).step_by(2 * channels) {
-                        let voxel = self.voxel(group, run, parity((block.first + first) / channels));
+                        let voxel = self.voxel(group, &run, parity((block.first + first) / channels));
                         out.prefetch((voxel * channels, 0), 1, run.len * 2 * channels, stage);
                     }
                 }
                 Some(Fold::Band { channels }) => {
-                    let (voxel, voxels) = self.band(group, run);
+                    let (voxel, voxels) = self.band(group, &run);
                     out.prefetch((voxel * channels, 0), 1, voxels * channels, stage);
                 }
             }

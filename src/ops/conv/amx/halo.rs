@@ -1,7 +1,7 @@
 //! A halo tile of the gather core in memory.
 
 use super::Lines;
-use super::micro::Step;
+use super::micro::{Step, TAPS};
 use super::scheme::{BAND, Depth};
 use crate::device::amx::{ROWS, TILE_BYTES};
 use crate::device::bf16::pair;
@@ -64,8 +64,15 @@ impl Halo {
         }
     }
 
-    /// Where the A of every product of a class begins, of each of `blocks` blocks.
-    pub fn steps(&self, class: &Class, blocks: usize, steps: &mut Vec<Step>) {
+    /// Elements between planes of positions.
+    pub fn plane(&self) -> usize {
+        let (rows, row) = self.pitches();
+        rows * row * self.between()
+    }
+
+    /// Where the A of every product of a class begins, of each of `blocks` blocks. For columns, products that differ in
+    /// their tap along d only come one after the other.
+    pub fn steps(&self, class: &Class, blocks: usize, columns: bool, steps: &mut Vec<Step>) {
         steps.clear();
         let mut push = |element: usize| steps.push(Step { a: 4 * element, b: steps.len() * TILE_BYTES });
         for block in 0..blocks {
@@ -81,6 +88,17 @@ impl Halo {
                     Depth::Records { .. } | Depth::Band => push(row(hh)),
                 }
             }
+        }
+        if columns {
+            let products = self.depth.steps(class);
+            let plane = products / TAPS;
+            steps.chunks_exact_mut(products).for_each(|block| {
+                let first = block[0].b / TILE_BYTES;
+                block.sort_unstable_by_key(|step| {
+                    let number = step.b / TILE_BYTES - first;
+                    (number % plane, number / plane)
+                });
+            });
         }
     }
 

@@ -1,9 +1,19 @@
 //! The register tiles: up to 2 x 2 or 4 x 1 accumulators of 16 x 16 floats stay in tile registers over a whole reduction.
 //!
+//! Columns are 4 x 1 of neighbouring planes of outputs, of which each reads what the ones before read, too: with three taps
+//! along d, six parts of A and three of B are loaded for twelve products, where 4 x 1 of any outputs loads fifteen.
+//!
 //! A product takes 16 cycles and a load of 16 rows that lie in L1 takes 8. 2 x 2 needs four loads for four products, 4 x 1
 //! five: both leave the multiplier busy. 1 x 1 is bound by the latency of a product, 52 cycles, three times as slow.
 
-use crate::device::amx::{load, multiply, store, zero};
+use crate::device::amx::{ROW_BYTES, ROWS, load, multiply, store, zero};
+use crate::ops::conv::plan::LANES;
+
+/// Planes of outputs of a column at most.
+pub const PLANES: usize = 4;
+
+/// Taps along d of a column.
+pub const TAPS: usize = 3;
 
 /// One step of a reduction: where its A and its B begin, in bytes from the operands' own starts.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +31,16 @@ pub struct Operand<const N: usize> {
     pub starts: [*const u8; N],
     /// Bytes between rows.
     pub stride: usize,
+}
+
+/// What a column reads.
+pub struct Planes {
+    /// First row of A of the first plane, in a step of offset 0.
+    pub start: *const u8,
+    /// Bytes between rows.
+    pub stride: usize,
+    /// Bytes between planes.
+    pub plane: usize,
 }
 
 /// Sums, row by row of the left operand's parts.
@@ -107,5 +127,64 @@ pub unsafe fn multiply_parts(
             (_, 2..) => run!(multiply_2x1, 2, [(0, 0), (1, 0)]),
             _ => run!(multiply_1x1, 1, [(0, 0)]),
         };
+    }
+}
+
+/// `$name`: a column of as many planes as it has sums. What a part of A is multiplied with is listed once: sum and tap.
+macro_rules! column {
+    ($name:ident, [$($sum:literal),+], $(($plane:literal: $($to:literal += $tap:literal),+)),+) => {
+        /// sums = sum over steps of A B, for outputs of neighbouring planes.
+        ///
+        /// # Safety
+        /// As [`multiply_column`].
+        #[inline]
+        unsafe fn $name(a: &Planes, b: *const u8, steps: &[[Step; TAPS]], sums: *mut [[f32; LANES]; ROWS]) {
+            // SAFETY: by the caller's promise.
+            unsafe {
+                $(zero::<$sum>();)+
+                for taps in steps {
+                    load::<5>(b.add(taps[0].b), ROW_BYTES);
+                    load::<6>(b.add(taps[1].b), ROW_BYTES);
+                    load::<7>(b.add(taps[2].b), ROW_BYTES);
+                    $(
+                        load::<4>(a.start.add(taps[0].a + $plane * a.plane), a.stride);
+                        $(multiply::<$to, 4, { 5 + $tap }>();)+
+                    )+
+                }
+                $(store::<$sum>(sums.add($sum).cast(), ROW_BYTES);)+
+            }
+        }
+    };
+}
+
+column!(column_4, [0, 1, 2, 3], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 += 1, 0 += 2),
+    (3: 3 += 0, 2 += 1, 1 += 2), (4: 3 += 1, 2 += 2), (5: 3 += 2));
+column!(column_3, [0, 1, 2], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 += 1, 0 += 2), (3: 2 += 1, 1 += 2),
+    (4: 2 += 2));
+column!(column_2, [0, 1], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 1 += 1, 0 += 2), (3: 1 += 2));
+column!(column_1, [0], (0: 0 += 0), (1: 0 += 1), (2: 0 += 2));
+
+/// Runs the kernel of a column of `planes` planes, 1 to [`PLANES`]: the sums of plane i to `sums[i]`. The steps come in
+/// threes, of the taps along d; the second and third read the first's A one and two planes further.
+///
+/// # Safety
+/// The thread must hold [`crate::device::amx::Tiles`] with three right operands; the rows they are configured for must be
+/// readable at every plane's A in every step, two planes beyond the last output's too, and at every B, and there must be
+/// `planes` sums.
+pub unsafe fn multiply_column(
+    planes: usize,
+    a: &Planes,
+    b: *const u8,
+    steps: &[[Step; TAPS]],
+    sums: *mut [[f32; LANES]; ROWS],
+) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match planes {
+            PLANES => column_4(a, b, steps, sums),
+            3 => column_3(a, b, steps, sums),
+            2 => column_2(a, b, steps, sums),
+            _ => column_1(a, b, steps, sums),
+        }
     }
 }

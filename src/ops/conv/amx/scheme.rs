@@ -65,6 +65,12 @@ impl Scheme {
         self.fold.map_or_else(|| lane_blocks(heads.iter().copied()), Fold::lanes)
     }
 
+    /// Whether register tiles are columns of planes: three taps along d read planes of one distance, which records, that
+    /// hold voxels along h, and strides skip.
+    pub fn has_columns(&self, map: Map) -> bool {
+        map == (Map::Gather { kernel: 3, stride: 1 }) && !matches!(self.depth, Depth::Records { .. })
+    }
+
     /// The head's channel in lane `l` of a row of 16 values that belong to a lane block.
     pub fn channel(&self, lane: Block, l: usize) -> Option<usize> {
         match self.fold {
