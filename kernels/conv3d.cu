@@ -52,6 +52,13 @@ DEVICE void conv3d(const Convolution& args) {
       tap_step[g] = f.tap_step();
       w[g] = f.taps(chunk, K * K * K, group);
     }
+    // The view of the tile that a tap of a plane sees.
+    auto shift_of = [&](u32 tap) {
+      u32 kh = tap / K, kw = tap % K;
+      u32 column = S == 1 ? kw : (kw >> 1) + (kw & 1) * args.halo.odd;
+      return kh * args.halo.pitch + column;
+    };
+#if ELEM == 16
     FragmentB next[K][G];
     auto load_taps = [&](u32 tap) {
 #pragma unroll
@@ -69,9 +76,7 @@ DEVICE void conv3d(const Convolution& args) {
 #pragma unroll
         for (u32 g = 0; g < G; g++) b[kd][g] = next[kd][g];
       if (tap + args.warps_k < K * K) load_taps(tap + args.warps_k);
-      u32 kh = tap / K, kw = tap % K;
-      u32 column = S == 1 ? kw : (kw >> 1) + (kw & 1) * args.halo.odd;
-      u32 shift = kh * args.halo.pitch + column;
+      u32 shift = shift_of(tap);
 #pragma unroll
       for (u32 d = 0; d < PLANES; d++) {
         FragmentA a = rows.load(tile + d * args.halo.plane * VOXEL_BYTES, shift);
@@ -83,6 +88,26 @@ DEVICE void conv3d(const Convolution& args) {
         }
       }
     }
+#else
+    // A warp has registers for the weights of one kd: it walks along d once for each.
+    const u8* tile = pipeline.tile(chunk, [] {});
+#pragma unroll 1
+    for (u32 tap = at.warp_k; tap < K * K; tap += args.warps_k) {
+      u32 shift = shift_of(tap);
+#pragma unroll 1
+      for (u32 kd = 0; kd < K; kd++) {
+        FragmentB b[G];
+#pragma unroll
+        for (u32 g = 0; g < G; g++) b[g] = load_weights(w[g].at((kd * K * K + tap) * tap_step[g]));
+#pragma unroll
+        for (u32 m = 0; m < MT; m++) {
+          FragmentA a = rows.load(tile + (m * S + kd) * args.halo.plane * VOXEL_BYTES, shift);
+#pragma unroll
+          for (u32 g = 0; g < G; g++) multiply(acc[g][m], a, b[g]);
+        }
+      }
+    }
+#endif
   }
   sum_shared_taps(acc, args, at, shared);
 
@@ -93,10 +118,11 @@ DEVICE void conv3d(const Convolution& args) {
   epilogue(acc, args.head, at.groups, args.out.d * args.out.h * args.out.w, at.position(args), voxel, shared);
 }
 
+// With float a thread takes more registers than larger blocks leave it.
 #define CONV3D(name, threads, K, S, MT, G) \
-  KERNEL_RESIDENT(name, Convolution, threads, 1) { conv3d<K, S, MT, G>(args); }
+  KERNEL_RESIDENT(name, Convolution, ELEM == 16 ? threads : 256, 1) { conv3d<K, S, MT, G>(args); }
 
-// src/ops/conv3d/plan.rs has the same list.
+// src/ops/conv3d/plan.rs has the same list, and the limit of float.
 CONV3D(conv3d_k3s1_d8g1, 256, 3, 1, 8, 1)
 CONV3D(conv3d_k3s1_d6g1, 384, 3, 1, 6, 1)
 CONV3D(conv3d_k3s1_d6g2, 256, 3, 1, 6, 2)

@@ -123,15 +123,13 @@ DEVICE void conv3d_flat(const Conv3dNarrow& args) {
 #pragma unroll 1
   for (u32 k = 0; k < 27 * C; k++) {
     const Cell<C>* cell = first + offset(k / C);
-    float weight[G][2][2];
+    Float4 weight[G];
     for (u32 i = 0; i < G; i++)
-      for (u32 e = 0; e < 4; e++)
-        weight[i][e >> 1][e & 1] =
-            w[i][k / CHUNK * step_len[i] + k % CHUNK * GROUP + 8 * (e >> 1) + 2 * t + (e & 1)];
+      weight[i] = w[i].template vector<Float4>(k / CHUNK * step_len[i] + k % CHUNK * GROUP + 4 * t);
     for (u32 m = 0; m < MT; m++)
       for (u32 e = 0; e < 8; e++) {
         float v = cell[m * DEEPER + (e >> 1 & 1) * LOWER].v[k % C];
-        for (u32 i = 0; i < G; i++) acc[i][m].c[e >> 2][e & 3] += v * weight[i][e >> 2][e & 1];
+        for (u32 i = 0; i < G; i++) acc[i][m].c[e >> 2][e & 3] += v * weight[i].v[(e >> 2) * 2 + (e & 1)];
       }
   }
 #endif

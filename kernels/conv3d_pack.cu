@@ -3,7 +3,7 @@
 //
 //   out [chunk][tap][group][BLOCK_WEIGHTS]; a lane's weights of a block are one 16-byte vector:
 //   fp16   lane 4 g + t: for j = 0, 1: k = 2t, 2t + 1, 2t + 8, 2t + 9 of channel n = 8 j + g   (B of mma.m16n8k16)
-//   float  [k][n], read by plain FMA
+//   float  a lane's of a k: [k][t] for n = 2t, 2t + 1, 2t + 8, 2t + 9
 //
 // Four layouts, by what a "tap" and the axes k and n of a block are:
 //   taps      one block a tap (kernels/conv3d.cu, kernels/conv_transpose3d.cu): k input, n output channels. dgrad: their
@@ -52,7 +52,7 @@ DEVICE void pack_weights(const Pack& args, F weight_of) {
   u32 lane = e / 8, j = e / 4 % 2, upper = e / 2 % 2;
   u32 k = 2 * (lane % 4) + 8 * upper + e % 2, n = 8 * j + lane / 4;
 #else
-  u32 k = e / GROUP, n = e % GROUP;
+  u32 k = e / GROUP, t = e / 4 % 4, n = 8 * (e / 2 % 2) + 2 * t + e % 2;
 #endif
   u32 groups = (args.n[0] + GROUP - 1) / GROUP + (args.n[1] + GROUP - 1) / GROUP;
   Weight w = weight_of(block / groups / args.blocks, block / groups % args.blocks, block % groups, k, n);

@@ -96,6 +96,7 @@ DEVICE void conv_transpose3d(const Convolution& args) {
     In<elem> w = filter.taps(chunk, NARROW ? 8 : 27, at.group<1>(0));
     u32 step = filter.tap_step();
     const u8* tile = pipeline.tile(chunk, [] {});
+#if ELEM == 16
 #pragma unroll
     for (u32 b = 0; b < 2; b++)
 #pragma unroll
@@ -127,6 +128,38 @@ DEVICE void conv_transpose3d(const Convolution& args) {
           }
         }
       }
+#else
+    // Beside the sums a thread has registers for the view of one offset and the weights of one tap: offsets stay a loop,
+    // lest the compiler load several at once and spill.
+#pragma unroll 1
+    for (u32 offset = 0; offset < 8; offset++) {
+      u32 b = offset >> 2, c = offset >> 1 & 1, a = offset & 1;
+      if (args.warps_k == 2 && (b ^ c) != at.warp_k) continue;
+      auto view = [&](u32 m) {
+        return rows.load(tile + (m + a) * args.halo.plane * VOXEL_BYTES, b * args.halo.pitch + c);
+      };
+      if constexpr (NARROW) {
+        FragmentB weights = load_weights(w.at((4 * a + 2 * b + c) * step));
+#pragma unroll
+        for (u32 m = 0; m < MT; m++)
+          if (c) multiply_upper(acc[0][m], view(m), weights);
+          else multiply(acc[0][m], view(m), weights);
+      } else {
+        FragmentA views[MT];
+#pragma unroll
+        for (u32 m = 0; m < MT; m++) views[m] = view(m);
+#pragma unroll
+        for (u32 parity = 0; parity < 8; parity++) {
+          u32 pd = parity >> 2, ph = parity >> 1 & 1, pw = parity & 1;
+          if (a > pd || b > ph || c > pw) continue;
+          u32 tap = (tap_of(a, pd) * 3 + tap_of(b, ph)) * 3 + tap_of(c, pw);
+          FragmentB weights = load_weights(w.at(tap * step));
+#pragma unroll
+          for (u32 m = 0; m < MT; m++) multiply(acc[0][m * 8 + parity], views[m], weights);
+        }
+      }
+    }
+#endif
   }
   sum_shared_taps(acc, args, at, shared);
 
@@ -143,4 +176,4 @@ DEVICE void conv_transpose3d(const Convolution& args) {
 }
 
 KERNEL_RESIDENT(conv_transpose3d_general, Convolution, 256, 1) { conv_transpose3d<2, false>(args); }
-KERNEL_RESIDENT(conv_transpose3d_narrow, Convolution, 256, 2) { conv_transpose3d<4, true>(args); }
+KERNEL_RESIDENT(conv_transpose3d_narrow, Convolution, 256, ELEM == 16 ? 2 : 1) { conv_transpose3d<4, true>(args); }

@@ -300,12 +300,13 @@ DEVICE void multiply_upper(Block& block, const FragmentA& a, const FragmentB& b)
   mma_m16n8k16(block.c[1], a.r, b.w.w[2], b.w.w[3]);
 }
 #else
+// Both fragments come to registers in vectors before the first of their 64 products a lane. Loaded channel by channel, a
+// warp would wait for memory eight times a fragment, and nothing else would run where the volume is small.
 struct FragmentA {
-  const u8* row[2];  // g and g + 8
-  u32 flip[2];       // of a row: 1 where its halves are exchanged
+  Float4 row[2][CHUNK / VECTOR];  // voxels g and g + 8
 };
 struct FragmentB {
-  In<elem> w;
+  Float4 k[CHUNK];  // of an input channel: its weights for output channels 2 t, 2 t + 1, 2 t + 8, 2 t + 9
 };
 
 struct Rows {
@@ -317,28 +318,32 @@ struct Rows {
   }
   DEVICE_METHOD FragmentA load(const u8* plane, u32 shift) const {
     FragmentA a;
-    for (u32 r = 0; r < 2; r++) {
-      a.row[r] = plane + (voxel[r] + shift) * VOXEL_BYTES;
-      a.flip[r] = (voxel[r] + shift) >> 2 & 1;
-    }
+    for (u32 r = 0; r < 2; r++)
+      for (u32 half = 0; half < CHUNK / VECTOR; half++)
+        a.row[r][half] = *(const Float4*)(plane + shared_at(voxel[r] + shift, half));
     return a;
   }
 };
 
-DEVICE FragmentB load_weights(In<elem> block) { return FragmentB{block}; }
-
-// Summed apart and then added: thousands of products in one chain would leave twice torch's rounding error.
-DEVICE void multiply(Block& block, const FragmentA& a, const FragmentB& b) {
-  Block sum{};
-#pragma unroll 1
-  for (u32 k = 0; k < CHUNK; k++)
-    for (u32 r = 0; r < 2; r++) {
-      float x = *(const float*)(a.row[r] + ((k >> 2 ^ a.flip[r]) << 4) + (k & 3) * sizeof(float));
-      for (u32 j = 0; j < 2; j++)
-        for (u32 e = 0; e < 2; e++) sum.c[j][2 * r + e] += x * b.w[k * GROUP + 8 * j + 2 * (lane_id() & 3) + e];
-    }
-  for (u32 j = 0; j < 2; j++)
-    for (u32 i = 0; i < 4; i++) block.c[j][i] += sum.c[j][i];
+DEVICE FragmentB load_weights(In<elem> block) {
+  FragmentB b;
+  for (u32 k = 0; k < CHUNK; k++) b.k[k] = block.vector<Float4>(k * GROUP + (lane_id() & 3) * 4);
+  return b;
 }
-DEVICE void multiply_upper(Block& block, const FragmentA& a, const FragmentB& b) { multiply(block, a, b); }
+
+// For output channels from 8 FIRST on. Summed apart and then added: thousands of products in one chain would leave twice
+// torch's rounding error.
+template <u32 FIRST>
+DEVICE void multiply_from(Block& block, const FragmentA& a, const FragmentB& b) {
+  for (u32 r = 0; r < 2; r++) {
+    float sum[2][2] = {};
+    for (u32 k = 0; k < CHUNK; k++)
+      for (u32 j = FIRST; j < 2; j++)
+        for (u32 e = 0; e < 2; e++) sum[j][e] += a.row[r][k / VECTOR].v[k % VECTOR] * b.k[k].v[2 * j + e];
+    for (u32 j = FIRST; j < 2; j++)
+      for (u32 e = 0; e < 2; e++) block.c[j][2 * r + e] += sum[j][e];
+  }
+}
+DEVICE void multiply(Block& block, const FragmentA& a, const FragmentB& b) { multiply_from<0>(block, a, b); }
+DEVICE void multiply_upper(Block& block, const FragmentA& a, const FragmentB& b) { multiply_from<1>(block, a, b); }
 #endif

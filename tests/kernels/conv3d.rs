@@ -55,6 +55,7 @@ const CASES: &[Case] = &[
     case(3, [3, 4, 6], 2, &[2], [3, 1], Some(true)),
     case(1, [4, 5, 3], 1, &[16], [3, 1], Some(false)),
     case(2, [3, 5, 4], 2, &[2, 2], [3, 1], None),
+    case(1, [2, 5, 8], 8, &[128], [1, 1], Some(false)),
 ];
 
 #[test]
@@ -157,26 +158,32 @@ fn cases_run_every_variant() {
     use spleen_hpc::device::cuda::{driver::Driver, emulated::Emulated};
     use spleen_hpc::ops::conv3d::plan::{Problem, VARIANTS, plan};
     let info = Emulated::new(0).info().clone();
-    let plans = CASES.iter().flat_map(|case| {
-        let out = case.space.map(|s| s.div_ceil(case.stride));
-        let chunks = |c: usize| c.div_ceil(16);
-        let groups = case.outputs.iter().map(|&o| chunks(o)).sum();
-        let p = Problem {
-            n: case.n,
-            space: out,
-            window: case.kernel,
-            stride: case.stride,
-            chunks: chunks(case.inputs),
-            groups,
-        };
-        let back = Problem { space: case.space, chunks: groups, groups: chunks(case.inputs), ..p };
-        [Some(p), (case.stride == 1).then_some(back)]
-    });
-    let plans: Vec<_> = plans.flatten().map(|p| plan(&p, &VARIANTS, &info)).collect();
-    for variant in &VARIANTS {
-        assert!(plans.iter().any(|p| p.variant == variant), "{} is not run", variant.name);
-    }
-    for axis in 0..3 {
-        assert!(plans.iter().any(|p| p.warps[axis] > 1), "no case has several warps along axis {axis}");
+    for precision in [Precision::Half, Precision::Single] {
+        let plans = CASES.iter().flat_map(|case| {
+            let out = case.space.map(|s| s.div_ceil(case.stride));
+            let chunks = |c: usize| c.div_ceil(32 / precision.bytes());
+            let groups = |c: usize| c.div_ceil(16);
+            let p = Problem {
+                precision,
+                n: case.n,
+                space: out,
+                window: case.kernel,
+                stride: case.stride,
+                chunks: chunks(case.inputs),
+                groups: case.outputs.iter().map(|&o| groups(o)).sum(),
+            };
+            let given = case.outputs.iter().map(|&o| chunks(o)).sum();
+            let back = Problem { space: case.space, chunks: given, groups: groups(case.inputs), ..p };
+            [Some(p), (case.stride == 1).then_some(back)]
+        });
+        let plans: Vec<_> = plans.flatten().map(|p| plan(&p, &VARIANTS, &info)).collect();
+        for variant in &VARIANTS {
+            let run = plans.iter().any(|p| p.variant == variant);
+            assert!(run, "{} is not run with {precision:?}", variant.name);
+        }
+        for axis in 0..3 {
+            let several = plans.iter().any(|p| p.warps[axis] > 1);
+            assert!(several, "no case has several warps along axis {axis} with {precision:?}");
+        }
     }
 }

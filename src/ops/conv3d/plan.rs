@@ -2,7 +2,7 @@
 //! a pure function of shapes and device.
 
 use super::args::GROUP;
-use crate::device::cuda::Info;
+use crate::device::cuda::{Info, Precision};
 
 /// Bytes of a voxel's channel chunk in shared memory.
 const VOXEL_BYTES: usize = 32;
@@ -10,8 +10,31 @@ const VOXEL_BYTES: usize = 32;
 /// Shared memory that a block may have on every device since sm_80 (sm_86, sm_89 and sm_120 allow no more).
 pub const SHARED_LIMIT: usize = 99 << 10;
 
-/// Cycles of a multiprocessor's tensor cores for one mma.m16n8k16 at 62 % of an H100's peak.
-const MMA_CYCLES: f64 = 1.55;
+/// What products of one precision ask of a multiprocessor.
+struct Products {
+    /// Its cycles for one mma.m16n8k16, or for half of a float multiply() of kernels/tile.cuh.
+    cycles: f64,
+    /// Warps that keep it busy.
+    warps: f64,
+    /// Threads that a block may have, whatever the variant.
+    threads: usize,
+    /// Registers a thread, if more than the variant says.
+    registers: usize,
+}
+
+/// At 62 % of the tensor cores' peak on an H100; two warps for each of the four, as one waits while the other computes.
+const HALF: Products = Products { cycles: 1.55, warps: 8.0, threads: 1024, registers: 0 };
+
+/// 64 multiply-adds and 8 sums a thread for two "mma", on four times 32 lanes at 90 %. A warp has work for three quarters
+/// of the time. Whatever the compiler may spend to load early it does.
+const SINGLE: Products = Products { cycles: 10.0, warps: 6.0, threads: 256, registers: 256 };
+
+fn products(precision: Precision) -> &'static Products {
+    match precision {
+        Precision::Half => &HALF,
+        Precision::Single => &SINGLE,
+    }
+}
 
 /// Bytes of L2 that a multiprocessor gets a cycle: 5.5 TB/s over 132 at 1.755 GHz.
 const L2_BYTES_A_CYCLE: f64 = 24.0;
@@ -45,7 +68,7 @@ pub struct Variant {
     pub tap_shares: usize,
     /// Threads that a block may have.
     pub threads: usize,
-    /// Registers a thread, as compiled for sm_90a.
+    /// Registers a thread, as compiled for sm_90a and fp16.
     pub registers: usize,
     /// mma.m16n8k16 of a warp and chunk.
     pub mma: usize,
@@ -56,6 +79,8 @@ pub struct Variant {
 /// A convolution as the planner sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct Problem {
+    /// How activations are stored.
+    pub precision: Precision,
     /// Samples.
     pub n: usize,
     /// D, H, W of the voxels that warps hold: outputs, or the inputs of a transposed convolution.
@@ -172,12 +197,13 @@ const SIDES: [usize; 7] = [2, 4, 5, 6, 8, 12, 16];
 /// The fastest arrangement of one of `variants` by the model of `cycles`.
 pub fn plan(p: &Problem, variants: &'static [Variant], info: &Info) -> Plan {
     let mut best: Option<Plan> = None;
+    let most = products(p.precision).threads;
     for v in variants.iter().filter(|v| (v.window, v.stride) == (p.window, p.stride)) {
         for (h, w) in SIDES.iter().flat_map(|&h| SIDES.iter().map(move |&w| (h, w))) {
             for (warps_n, warps_k) in [(1, 1), (2, 1), (1, v.tap_shares), (2, v.tap_shares)] {
                 let warps = [(h * w).div_ceil(16), warps_n, warps_k];
-                let fits =
-                    32 * warps.iter().product::<usize>() <= v.threads && (warps_n - 1) * v.groups < p.groups;
+                let threads = 32 * warps.iter().product::<usize>();
+                let fits = threads <= v.threads.min(most) && (warps_n - 1) * v.groups < p.groups;
                 let candidate = fits.then(|| arrange(p, v, [v.depth, h, w], warps, info)).flatten();
                 let better = |c: &Plan| best.as_ref().is_none_or(|b| c.cycles < b.cycles);
                 if let Some(candidate) = candidate.filter(better) {
@@ -212,16 +238,17 @@ fn arrange(
     Some(plan)
 }
 
-/// Estimated cycles of a launch: of the resources that the blocks of a multiprocessor share (tensor cores, wavefronts of
+/// Estimated cycles of a launch: of the resources that the blocks of a multiprocessor share (multipliers, wavefronts of
 /// shared memory and L1, issue slots, its part of L2) the one asked for most, and the shorter of a block's loading and
 /// computing, which nothing hides when it starts.
 fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
     let v = plan.variant;
+    let products = products(p.precision);
     let warps = plan.threads() / 32;
     let chunks = p.chunks as f64;
     let sharing = (plan.warps[0] * plan.warps[1]) as f64;
     let voxels = plan.halo.voxels() as f64;
-    let tensor = chunks * sharing * v.mma as f64 * MMA_CYCLES;
+    let multiply = chunks * sharing * v.mma as f64 * products.cycles;
     // A fragment is 4 wavefronts; a loaded voxel of 32 bytes is written, read and rewritten.
     let wavefronts = chunks * (sharing * (4 * v.fragments) as f64 + voxels * 3.0 * 32.0 / 128.0);
     // An address and a load a fragment; 40 instructions a loaded vector and thread; four schedulers.
@@ -232,16 +259,15 @@ fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
     let l2 = (chunks * voxels * VOXEL_BYTES as f64 + streamed) / L2_BYTES_A_CYCLE;
 
     let resident = (WARPS / warps)
-        .min(REGISTERS / (v.registers * plan.threads()))
+        .min(REGISTERS / (v.registers.max(products.registers) * plan.threads()))
         .min((info.shared_per_block as usize + 1024) / (plan.shared + 1024))
         .max(1) as f64;
     let blocks = (p.n * plan.tiles.iter().product::<usize>() * plan.slices) as f64;
     let sms = f64::from(info.multiprocessors);
     let on_one = (blocks / sms).ceil().min(resident);
-    // Four tensor cores, and two warps for each until one waits while the other computes.
-    let busy = (on_one * warps as f64 / 8.0).clamp(0.25, 1.0);
-    let most = (tensor / busy).max(wavefronts).max(issue).max(l2);
-    let exposed = tensor.min(l2) / chunks;
+    let busy = (on_one * warps as f64 / products.warps).clamp(0.25, 1.0);
+    let most = (multiply / busy).max(wavefronts).max(issue).max(l2);
+    let exposed = multiply.min(l2) / chunks;
     let round = on_one * most + exposed + LATENCY * (1.0 + 0.1 * chunks);
     // Rounds of a few blocks end raggedly, many even out.
     let rounds = (blocks / (sms * resident)).max(1.0);
@@ -281,11 +307,16 @@ mod tests {
 
     #[test]
     fn plans_fill_the_machine() {
-        for [side, chunks, groups, window, stride] in LAYERS {
-            let p = Problem { n: 8, space: [side; 3], window, stride, chunks, groups };
+        for ([side, chunks, groups, window, stride], precision) in
+            LAYERS.iter().flat_map(|&layer| [Precision::Half, Precision::Single].map(|p| (layer, p)))
+        {
+            // A chunk has half as many float channels.
+            let chunks = chunks * precision.bytes() / 2;
+            let p = Problem { precision, n: 8, space: [side; 3], window, stride, chunks, groups };
             let plan = plan(&p, &VARIANTS, &info());
             let blocks = p.n * plan.tiles.iter().product::<usize>() * plan.slices;
             assert!(plan.shared <= SHARED_LIMIT, "{plan:?}");
+            assert!(plan.threads() <= products(precision).threads, "{plan:?}");
             assert!(blocks >= 96, "{p:?}: {plan:?}");
             assert!(plan.tile.iter().zip(plan.tiles).all(|(t, n)| t * n >= side && t * (n - 1) < side));
         }

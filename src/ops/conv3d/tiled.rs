@@ -61,6 +61,7 @@ impl Tiled<'_> {
         let cuda = x.data.cuda();
         let source = sources(self.op, self.inputs)?;
         let problem = Problem {
+            precision: cuda.precision(),
             n: x.shape.n,
             space: self.held,
             window: self.window,

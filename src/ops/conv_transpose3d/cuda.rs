@@ -164,7 +164,7 @@ pub fn dgrad(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cuda::Info;
+    use crate::device::cuda::{Info, Precision};
     use crate::ops::conv3d::plan::{Problem, SHARED_LIMIT, plan};
 
     #[test]
@@ -179,7 +179,8 @@ mod tests {
         // The network's, 8 patches of 96^3: side of the input, chunks, output channels.
         for (side, chunks, channels) in [(6, 24, 64usize), (12, 8, 32), (24, 4, 16), (48, 2, 2)] {
             let groups = channels.div_ceil(GROUP);
-            let p = Problem { n: 8, space: [side; 3], window: 2, stride: 1, chunks, groups };
+            let precision = Precision::Half;
+            let p = Problem { precision, n: 8, space: [side; 3], window: 2, stride: 1, chunks, groups };
             let variants = if form(channels) == Form::Parity { &NARROW } else { &GENERAL };
             let plan = plan(&p, variants, &info);
             let blocks = p.n * plan.tiles.iter().product::<usize>() * plan.slices;
