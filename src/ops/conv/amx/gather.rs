@@ -189,8 +189,10 @@ impl Pass<'_> {
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
             let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
             let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
-            // A column's register tiles are of as many planes; those of other kernels go from plane to plane.
+            // A column's register tiles lie in as many planes, shared out evenly; those of other kernels go from plane to plane.
             let (planes, covered) = if columns { (d, 1) } else { (1, d) };
+            let columns_along_d = planes.div_ceil(PLANES);
+            let most_planes = planes.div_ceil(columns_along_d);
             cover.fill((covered, h, group.halo.positions(width)), group.halo.pitches());
             group.halo.steps(class, group.blocks.len(), columns, steps);
             let weights = group.packed.of(group.index, class_index);
@@ -208,8 +210,8 @@ impl Pass<'_> {
                     super::bytes(weights[(lane + q.min(n - 1)) * lane_floats..].as_ptr())
                 });
                 let most = if columns { 1 } else { parts_of_a(n) };
-                let kernels = planes.div_ceil(PLANES) * cover.len().div_ceil(most);
-                let starts = (0..planes).step_by(PLANES);
+                let kernels = columns_along_d * cover.len().div_ceil(most);
+                let starts = (0..planes).step_by(most_planes);
                 let starts = starts.flat_map(|plane| (0..cover.len()).step_by(most).map(move |i| (plane, i)));
                 for (kernel, (plane, first)) in starts.enumerate() {
                     if let Some(next) = &group.next
@@ -218,8 +220,8 @@ impl Pass<'_> {
                     {
                         next.prefetch(self.sources, (kernel, kernels));
                     }
-                    let (p, m) = (PLANES.min(planes - plane), most.min(cover.len() - first));
-                    // Parts of A, planes of a column or register tiles of a cover, by lane blocks.
+                    let (p, m) = (most_planes.min(planes - plane), most.min(cover.len() - first));
+                    // Planes of a column, or register tiles of a cover, by lane blocks.
                     let registers = |i: usize| {
                         let (further, down) = if columns { (0, i) } else { (i, 0) };
                         Register { cover, number: first + further, plane: plane + down }

@@ -9,6 +9,7 @@
 //! Both multiply shifted views of a halo tile in memory: a tile register's rows may begin anywhere, at one distance from
 //! each other, so that a tap is nothing but an offset. Rows of fewer voxels than a register has are laid end to end with
 //! their halo between them; what the halo's rows of A give is thrown away, what its columns give is multiplied by 0.
+//! Where the kernel is 3 and the stride 1, sums of up to four neighbouring planes share what they read ([`micro`]).
 //! Where channels are too few for rows, K or columns, taps or neighbouring voxels fill them ([`mod@scheme`], [`fold`],
 //! [`planes`]). There, and wherever K runs over voxels, a value that is infinite or no number may reach sums that would
 //! have left it out.
