@@ -18,7 +18,8 @@
 // A warp walks along d: the fragment of plane d' serves the taps kd = 0, 1, 2 of outputs d', d' - 1, d' - 2, so MT + 2
 // instead of 3 MT fragments of A are read an (h, w) tap. 16 -> 16 (MT 8, G 1): 10 A (4 wavefronts of shared memory each)
 // and 3 B (4 wavefronts of L1) for 48 mma, 1.1 wavefronts an mma against 1.55 cycles of the tensor core at 62 % of its
-// peak; reading A for every tap would be 2.5 and bound by shared memory, 30 us instead of 21 for 8 x 16 x 48^3.
+// peak; reading A for every tap would be 2.5 and bound by shared memory, 30 us instead of 21 for 8 x 16 x 48^3. (All that in
+// fp16. In f32 the FMA units bound it, registers hold the weights of one kd, and a warp walks along d once for each.)
 // Loads of the next chunk (cp.async) run behind the products of this one; a single chunk (C <= 16) is instead transformed
 // on its way through registers, and other blocks of the multiprocessor compute meanwhile.
 //

@@ -1,7 +1,7 @@
 // Weights for the convolution kernels, packed once a step from the f32 masters: rounded to storage, padded with zeros to
 // whole chunks of input and groups of output channels, in the order in which the lanes of a warp take them.
 //
-//   out [chunk][tap][group][BLOCK_WEIGHTS]; a lane's weights of a block are one 16-byte vector:
+//   out [chunk][tap][group][BLOCK_WEIGHTS]; a lane's weights of a block (float: of a k) are one 16-byte vector:
 //   fp16   lane 4 g + t: for j = 0, 1: k = 2t, 2t + 1, 2t + 8, 2t + 9 of channel n = 8 j + g   (B of mma.m16n8k16)
 //   float  a lane's of a k: [k][t] for n = 2t, 2t + 1, 2t + 8, 2t + 9
 //

@@ -16,7 +16,7 @@
 //
 //   general    a slice of warps_n x 16 output channels; 8 parities x 16 channels = 64 sums a thread and anchor fragment.
 //              Two warps can share the 27 taps of the same anchors, which fills the machine where the volume is small.
-//              A fragment of A serves offsets a = 0, 1 of anchors d', d' - 1. With MT = 2, a chunk takes 12 A and 27 B
+//              In fp16 a fragment of A serves offsets a = 0, 1 of anchors d', d' - 1. With MT = 2, a chunk takes 12 A and 27 B
 //              (4 wavefronts each) for 108 mma: 1.4 wavefronts an mma against 1.55 cycles of the tensor core.
 //   narrow     at most two output channels: the 8 parities x 2 channels are 16 columns of one fragment, whose weights are
 //              zero where an offset feeds nothing; halves that are zero throughout are left out: 12 mma a chunk.
@@ -176,4 +176,5 @@ DEVICE void conv_transpose3d(const Convolution& args) {
 }
 
 KERNEL_RESIDENT(conv_transpose3d_general, Convolution, 256, 1) { conv_transpose3d<2, false>(args); }
+// Float fragments take registers of a second block.
 KERNEL_RESIDENT(conv_transpose3d_narrow, Convolution, 256, ELEM == 16 ? 2 : 1) { conv_transpose3d<4, true>(args); }

@@ -92,8 +92,7 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, from 4 on they hold left operands, the last two or
-/// three right ones. Without a configuration the kernel has no tiles to save when it switches threads.
+/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, those from 4 on operands, left ones first. Without a configuration the kernel has no tiles to save when it switches threads.
 pub struct Tiles(PhantomData<*mut ()>);
 
 impl Tiles {
@@ -105,7 +104,7 @@ impl Tiles {
     /// `Tiles`.
     pub unsafe fn configure(pairs: usize, rights: usize) -> Self {
         assert!((1..=16).contains(&pairs), "{pairs} pairs");
-        assert!((1..=3).contains(&rights), "{rights} right operands of four operands");
+        assert!((1..=3).contains(&rights), "{rights} tiles of right operands, of four");
         let mut config =
             Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].fill(ROW_BYTES as u16);

@@ -109,7 +109,7 @@ const AMX_CASES: &[Case] = &[
     transposed([2, 3, 14], &[16, 16], &[2]),
     conv([3, 4, 40], &[2], &[2], 3, 1),
     conv([2, 9, 21], &[2], &[1], 3, 1),
-    // Columns of one plane and of two after three.
+    // A single plane; columns of four planes of bands, then a plane by itself; columns of three planes and of two.
     conv([1, 5, 18], &[32], &[16], 3, 1),
     conv([9, 3, 17], &[2], &[2], 3, 1),
     conv([5, 4, 20], &[16], &[16], 3, 1),

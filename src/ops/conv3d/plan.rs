@@ -72,7 +72,8 @@ pub struct Variant {
     pub registers: usize,
     /// mma.m16n8k16 of a warp and chunk.
     pub mma: usize,
-    /// Fragments of A and B that a warp reads a chunk, 512 bytes each.
+    /// Fragments of A and B that a warp reads a chunk, 512 bytes each. Counted in fp16: in float neither they nor their
+    /// wavefronts are what a launch waits for.
     pub fragments: usize,
 }
 

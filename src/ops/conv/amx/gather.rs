@@ -1,9 +1,11 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
-use super::cover::{Cover, Run};
+use super::cover::{Calls, Cover, Run};
 use super::fold::{Fold, parity};
 use super::halo::{Halo, SLACK};
-use super::micro::{PLANES, Planes, Step, TAPS, multiply_column, multiply_parts, parts_of_a};
+use super::micro::{
+    COLUMN_PLANES, COLUMNS_FROM, Column, Step, TAPS, multiply_column, multiply_parts, parts_of_a,
+};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
 use super::{LANE_BLOCKS, Lines};
@@ -22,8 +24,8 @@ use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Problem, Source, Weights};
 use rayon::prelude::*;
 
-/// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights are 221
-/// KB; every CPU with AMX has 2 MB of L2 a core.
+/// Blocks that a halo tile holds: sums over them stay in registers. 128 channels x 27 taps x 32 lanes of weights, which a 2 x 2
+/// kernel reads, are 221 KB; every CPU with AMX has 2 MB of L2 a core.
 const GROUP: usize = 4;
 
 /// For the same reason halo tiles may be this much larger than the vector units'.
@@ -182,69 +184,70 @@ impl Pass<'_> {
     unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
         let Origin { d: d0, h: h0, size, .. } = *group.origin;
         let (depth, between) = (self.scheme.depth, group.halo.between());
-        let columns = self.scheme.has_columns(self.map);
+        let along_d = self.scheme.has_columns(self.map);
+        let columns = along_d && size.d >= COLUMNS_FROM;
+        let most_lanes = if columns { 1 } else { LANE_BLOCKS };
+        let plane_elements = group.halo.plane();
         let mut accumulators = Accumulators([[[0.0; LANES]; ROWS]; 4]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
         let _tiles = unsafe { Tiles::configure(depth.elements(), if columns { TAPS } else { LANE_BLOCKS }) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
             let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
             let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
-            // A column's register tiles lie in as many planes, shared out evenly; those of other kernels go from plane to plane.
-            let (planes, covered) = if columns { (d, 1) } else { (1, d) };
-            let columns_along_d = planes.div_ceil(PLANES);
-            let most_planes = planes.div_ceil(columns_along_d);
+            // Columns have the same register tiles in every plane.
+            let covered = if columns { 1 } else { d };
             cover.fill((covered, h, group.halo.positions(width)), group.halo.pitches());
-            group.halo.steps(class, group.blocks.len(), columns, steps);
+            group.halo.steps(class, group.blocks.len(), along_d, steps);
             let weights = group.packed.of(group.index, class_index);
             let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
             let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last) * between);
-            let last = last + planes.saturating_sub(1) * group.halo.plane();
+            let last = last + (d - covered) * plane_elements;
             let furthest = steps.iter().map(|step| step.a / 4).max().unwrap_or(0);
             let end = last + (ROWS - 1) * between + furthest + depth.elements();
             assert!(end <= group.tile.len(), "the last row of A ends in the slack");
-            let most_lanes = if columns { 1 } else { LANE_BLOCKS };
             for lane in group.lanes.clone().step_by(most_lanes) {
                 let n = most_lanes.min(group.lanes.end - lane);
                 let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|q| {
                     super::bytes(weights[(lane + q.min(n - 1)) * lane_floats..].as_ptr())
                 });
-                let most = if columns { 1 } else { parts_of_a(n) };
-                let kernels = columns_along_d * cover.len().div_ceil(most);
-                let starts = (0..planes).step_by(most_planes);
-                let starts = starts.flat_map(|plane| (0..cover.len()).step_by(most).map(move |i| (plane, i)));
-                for (kernel, (plane, first)) in starts.enumerate() {
+                let calls = match columns {
+                    true => Calls::columns(d, COLUMN_PLANES, cover),
+                    false => Calls::tiles(parts_of_a(n), cover),
+                };
+                for (call, (planes, tiles)) in calls.iter().enumerate() {
                     if let Some(next) = &group.next
                         && class_index == 0
                         && lane == group.lanes.start
                     {
-                        next.prefetch(self.sources, (kernel, kernels));
+                        next.prefetch(self.sources, (call, calls.len()));
                     }
-                    let (p, m) = (most_planes.min(planes - plane), most.min(cover.len() - first));
-                    // Planes of a column, or register tiles of a cover, by lane blocks.
-                    let registers = |i: usize| {
-                        let (further, down) = if columns { (0, i) } else { (i, 0) };
-                        Register { cover, number: first + further, plane: plane + down }
+                    // One of both lengths is 1.
+                    let m = planes.len() * tiles.len();
+                    let register = |i: usize| Register {
+                        cover,
+                        number: tiles.start + if columns { 0 } else { i },
+                        plane: planes.start + if columns { i } else { 0 },
                     };
-                    let sums = (0..p * m).flat_map(|i| (0..n).map(move |q| (i, q)));
+                    let sums = (0..m).flat_map(|i| (0..n).map(move |q| (i, q)));
                     for (i, q) in sums.clone() {
-                        self.prefetch_outputs(group, class, &registers(i), lane + q);
+                        self.prefetch_outputs(group, class, &register(i), lane + q);
                     }
                     let a: [*const u8; 4] = std::array::from_fn(|i| {
-                        let position = cover.start(first + i.min(m - 1)) * between;
-                        super::bytes(group.tile[position + plane * group.halo.plane()..].as_ptr())
+                        let position = cover.start((tiles.start + i).min(tiles.end - 1)) * between;
+                        super::bytes(group.tile[position + planes.start * plane_elements..].as_ptr())
                     });
-                    let to = accumulators.0.as_mut_ptr();
+                    let results = accumulators.0.as_mut_ptr();
                     // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
                     // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
                     // block. There are as many accumulators as a kernel has.
                     unsafe {
                         if columns {
-                            let planes =
-                                Planes { start: a[0], stride: 4 * between, plane: 4 * group.halo.plane() };
-                            multiply_column(p, &planes, b[0], steps.as_chunks().0, to);
+                            let (stride, plane) = (4 * between, 4 * plane_elements);
+                            let column = Column { start: a[0], stride, plane };
+                            multiply_column(m, &column, b[0], steps.as_chunks().0, results);
                         } else {
-                            let sum = |m: usize, q: usize| to.add(m * n + q).cast::<f32>();
+                            let sum = |m: usize, q: usize| results.add(m * n + q).cast::<f32>();
                             let a = (&a[..m], 4 * between);
                             multiply_parts(a, (&b[..n], ROW_BYTES), steps, sum, (ROW_BYTES, false));
                         }
@@ -252,7 +255,7 @@ impl Pass<'_> {
                     for (i, q) in sums {
                         let values = &accumulators.0[i * n + q];
                         // SAFETY: V's unit exists; this task alone writes these voxels' lanes.
-                        unsafe { self.write::<V>(group, class, &registers(i), lane + q, values) };
+                        unsafe { self.write::<V>(group, class, &register(i), lane + q, values) };
                     }
                 }
             }

@@ -70,9 +70,9 @@ impl Halo {
         rows * row * self.between()
     }
 
-    /// Where the A of every product of a class begins, of each of `blocks` blocks. For columns, products that differ in
-    /// their tap along d only come one after the other.
-    pub fn steps(&self, class: &Class, blocks: usize, columns: bool, steps: &mut Vec<Step>) {
+    /// Where the A of every product of a class begins, of each of `blocks` blocks. `along_d`: those that differ in their tap
+    /// along d only come one after the other, for columns, and are added in that order wherever there is none, too.
+    pub fn steps(&self, class: &Class, blocks: usize, along_d: bool, steps: &mut Vec<Step>) {
         steps.clear();
         let mut push = |element: usize| steps.push(Step { a: 4 * element, b: steps.len() * TILE_BYTES });
         for block in 0..blocks {
@@ -89,15 +89,11 @@ impl Halo {
                 }
             }
         }
-        if columns {
+        if along_d {
             let products = self.depth.steps(class);
-            let plane = products / TAPS;
-            steps.chunks_exact_mut(products).for_each(|block| {
-                let first = block[0].b / TILE_BYTES;
-                block.sort_unstable_by_key(|step| {
-                    let number = step.b / TILE_BYTES - first;
-                    (number % plane, number / plane)
-                });
+            steps.sort_unstable_by_key(|step| {
+                let number = step.b / TILE_BYTES;
+                (number / products, number % (products / TAPS), number)
             });
         }
     }

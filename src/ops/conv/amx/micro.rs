@@ -1,16 +1,22 @@
 //! The register tiles: up to 2 x 2 or 4 x 1 accumulators of 16 x 16 floats stay in tile registers over a whole reduction.
 //!
-//! Columns are 4 x 1 of neighbouring planes of outputs, of which each reads what the ones before read, too: with three taps
-//! along d, six parts of A and three of B are loaded for twelve products, where 4 x 1 of any outputs loads fifteen.
-//!
 //! A product takes 16 cycles and a load of 16 rows that lie in L1 takes 8. 2 x 2 needs four loads for four products, 4 x 1
 //! five: both leave the multiplier busy. 1 x 1 is bound by the latency of a product, 52 cycles, three times as slow.
+//!
+//! That is so of lines in L1. A halo tile and the weights lie in L2, and rows of 16 channels begin in the middle of lines:
+//! loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring planes of outputs, of which
+//! each reads what the ones before read, too: with three taps along d, six parts of A and three of B are loaded for twelve
+//! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
+//! One register takes all of A: the CPU renames it, so that a load need not wait for the products of the one before.
 
 use crate::device::amx::{ROW_BYTES, ROWS, load, multiply, store, zero};
 use crate::ops::conv::plan::LANES;
 
 /// Planes of outputs of a column at most.
-pub const PLANES: usize = 4;
+pub const COLUMN_PLANES: usize = 4;
+
+/// Planes of outputs from which on columns are worth it.
+pub const COLUMNS_FROM: usize = 3;
 
 /// Taps along d of a column.
 pub const TAPS: usize = 3;
@@ -34,7 +40,7 @@ pub struct Operand<const N: usize> {
 }
 
 /// What a column reads.
-pub struct Planes {
+pub struct Column {
     /// First row of A of the first plane, in a step of offset 0.
     pub start: *const u8,
     /// Bytes between rows.
@@ -138,7 +144,7 @@ macro_rules! column {
         /// # Safety
         /// As [`multiply_column`].
         #[inline]
-        unsafe fn $name(a: &Planes, b: *const u8, steps: &[[Step; TAPS]], sums: *mut [[f32; LANES]; ROWS]) {
+        unsafe fn $name(a: &Column, b: *const u8, steps: &[[Step; TAPS]], sums: *mut [[f32; LANES]; ROWS]) {
             // SAFETY: by the caller's promise.
             unsafe {
                 $(zero::<$sum>();)+
@@ -162,9 +168,8 @@ column!(column_4, [0, 1, 2, 3], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 
 column!(column_3, [0, 1, 2], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 += 1, 0 += 2), (3: 2 += 1, 1 += 2),
     (4: 2 += 2));
 column!(column_2, [0, 1], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 1 += 1, 0 += 2), (3: 1 += 2));
-column!(column_1, [0], (0: 0 += 0), (1: 0 += 1), (2: 0 += 2));
 
-/// Runs the kernel of a column of `planes` planes, 1 to [`PLANES`]: the sums of plane i to `sums[i]`. The steps come in
+/// Runs the kernel of a column of `planes` planes, 2 to [`COLUMN_PLANES`]: the sums of plane i to `sums[i]`. The steps come in
 /// threes, of the taps along d; the second and third read the first's A one and two planes further.
 ///
 /// # Safety
@@ -173,7 +178,7 @@ column!(column_1, [0], (0: 0 += 0), (1: 0 += 1), (2: 0 += 2));
 /// `planes` sums.
 pub unsafe fn multiply_column(
     planes: usize,
-    a: &Planes,
+    a: &Column,
     b: *const u8,
     steps: &[[Step; TAPS]],
     sums: *mut [[f32; LANES]; ROWS],
@@ -181,10 +186,10 @@ pub unsafe fn multiply_column(
     // SAFETY: by the caller's promise.
     unsafe {
         match planes {
-            PLANES => column_4(a, b, steps, sums),
+            4 => column_4(a, b, steps, sums),
             3 => column_3(a, b, steps, sums),
             2 => column_2(a, b, steps, sums),
-            _ => column_1(a, b, steps, sums),
+            _ => unreachable!("a column of {planes} planes"),
         }
     }
 }

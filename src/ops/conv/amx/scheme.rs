@@ -65,9 +65,9 @@ impl Scheme {
         self.fold.map_or_else(|| lane_blocks(heads.iter().copied()), Fold::lanes)
     }
 
-    /// Whether register tiles are columns of neighbouring planes of outputs: of those, taps along d read planes that are
-    /// neighbours, too. Strides skip planes, a scatter's outputs have one or two taps, and records are for first layers, which
-    /// are strided.
+    /// Whether register tiles may be columns of neighbouring planes of outputs: of those, taps along d read planes that are
+    /// neighbours, too. Strides skip planes, and a scatter's outputs have one or two taps; no network here has records
+    /// without a stride.
     pub fn has_columns(&self, map: Map) -> bool {
         map == (Map::Gather { kernel: 3, stride: 1 }) && !matches!(self.depth, Depth::Records { .. })
     }

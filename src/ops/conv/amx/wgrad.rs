@@ -122,7 +122,7 @@ impl Pass<'_> {
         starts.extend(parts.iter().map(|&at| tile[at..].as_ptr().cast::<u8>()));
         let to = sum.as_mut_ptr();
         // SAFETY: AMX is in use, or this would not run; nothing here starts another task.
-        let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4, 2) };
+        let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4, LANE_BLOCKS) };
         for lane in (0..self.lanes.len()).step_by(LANE_BLOCKS) {
             let q = LANE_BLOCKS.min(self.lanes.len() - lane);
             let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|i| {
