@@ -92,7 +92,8 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, those from 4 on operands, left ones first. Without a configuration the kernel has no tiles to save when it switches threads.
+/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, those from 4 on operands, left ones first. Without
+/// a configuration the kernel has no tiles to save when it switches threads.
 pub struct Tiles(PhantomData<*mut ()>);
 
 impl Tiles {
