@@ -96,6 +96,18 @@ DEVICE void conv_transpose3d(const Convolution& args) {
     In<elem> w = filter.taps(chunk, NARROW ? 8 : 27, at.group<1>(0));
     u32 step = filter.tap_step();
     const u8* tile = pipeline.tile(chunk, [] {});
+    // Adds what the views of an offset give to every parity that it feeds.
+    auto feed = [&](const FragmentA* views, u32 a, u32 b, u32 c) {
+#pragma unroll
+      for (u32 parity = 0; parity < 8; parity++) {
+        u32 pd = parity >> 2, ph = parity >> 1 & 1, pw = parity & 1;
+        if (a > pd || b > ph || c > pw) continue;
+        u32 tap = (tap_of(a, pd) * 3 + tap_of(b, ph)) * 3 + tap_of(c, pw);
+        FragmentB weights = load_weights(w.at(tap * step));
+#pragma unroll
+        for (u32 m = 0; m < MT; m++) multiply(acc[0][m * 8 + parity], views[m], weights);
+      }
+    };
 #if ELEM == 16
 #pragma unroll
     for (u32 b = 0; b < 2; b++)
@@ -116,15 +128,7 @@ DEVICE void conv_transpose3d(const Convolution& args) {
               if (c) multiply_upper(acc[0][m], views[m + a], weights);
               else multiply(acc[0][m], views[m + a], weights);
           } else {
-#pragma unroll
-            for (u32 parity = 0; parity < 8; parity++) {
-              u32 pd = parity >> 2, ph = parity >> 1 & 1, pw = parity & 1;
-              if (a > pd || b > ph || c > pw) continue;
-              u32 tap = (tap_of(a, pd) * 3 + tap_of(b, ph)) * 3 + tap_of(c, pw);
-              FragmentB weights = load_weights(w.at(tap * step));
-#pragma unroll
-              for (u32 m = 0; m < MT; m++) multiply(acc[0][m * 8 + parity], views[m + a], weights);
-            }
+            feed(views + a, a, b, c);
           }
         }
       }
@@ -148,15 +152,7 @@ DEVICE void conv_transpose3d(const Convolution& args) {
         FragmentA views[MT];
 #pragma unroll
         for (u32 m = 0; m < MT; m++) views[m] = view(m);
-#pragma unroll
-        for (u32 parity = 0; parity < 8; parity++) {
-          u32 pd = parity >> 2, ph = parity >> 1 & 1, pw = parity & 1;
-          if (a > pd || b > ph || c > pw) continue;
-          u32 tap = (tap_of(a, pd) * 3 + tap_of(b, ph)) * 3 + tap_of(c, pw);
-          FragmentB weights = load_weights(w.at(tap * step));
-#pragma unroll
-          for (u32 m = 0; m < MT; m++) multiply(acc[0][m * 8 + parity], views[m], weights);
-        }
+        feed(views, a, b, c);
       }
     }
 #endif
