@@ -78,6 +78,13 @@ struct Update {  // src/ops/optimizer/cuda.rs
 };
 static_assert(sizeof(Update) == 6 * 8 + 6 * 4, "keep in step with src/ops/optimizer/cuda.rs");
 
+struct Finite {  // src/ops/optimizer/cuda.rs
+  In<float> values;
+  InOut<u32> infinite;  // one
+  u64 len;
+};
+static_assert(sizeof(Finite) == 3 * 8, "keep in step with src/ops/optimizer/cuda.rs");
+
 // b^n by squaring, in the order of Rust's powi.
 DEVICE double power(double b, u32 n) {
   double result = 1.0;
@@ -225,4 +232,11 @@ KERNEL(optimizer_novograd, Update, THREADS) {
     }
     args.grads.vector(at, Float4{});
   }
+}
+
+// Before weights are kept: whether any value is inf or NaN. Weights and moments, 58 MB, are read at the speed of memory, not
+// of the bus.
+KERNEL(optimizer_finite, Finite, THREADS) {
+  u64 i = (u64)blockIdx.x * THREADS + threadIdx.x;
+  if (i < args.len && !is_number(args.values[i])) global_fetch_or(args.infinite.p, 1);
 }

@@ -14,6 +14,8 @@ use super::predict::{Predictor, argmax, probabilities};
 use super::stages::{self, Stages};
 use crate::Result;
 use crate::config::{Config, Window};
+use crate::data::cache::CachedCase;
+use crate::data::cache_file::Image;
 use crate::data::dataset::Case;
 use crate::data::nifti_write;
 use crate::data::scan::{Scan, read_labelled};
@@ -41,26 +43,24 @@ pub struct CaseScores {
     pub warnings: Vec<String>,
 }
 
-/// Dice of a preprocessed case on its own grid: what training validates with. `image` and `label` are (D,H,W) =
-/// `shape`; NaN where the label is empty (MONAI leaves such a case out of the mean).
+/// Dice of a preprocessed case on its own grid: what training validates with. NaN where the label is empty (MONAI
+/// leaves such a case out of the mean).
 ///
 /// # Errors
 /// Those of the network.
-pub fn grid_dice(
-    predictor: &Predictor,
-    (image, label): (&[f32], &[u8]),
-    shape: [usize; 3],
-    window: &Window,
-) -> Result<f32> {
+pub fn grid_dice(predictor: &Predictor, case: &CachedCase, window: &Window) -> Result<f32> {
     let mask = match predictor {
-        Predictor::Host(network) => argmax(&probabilities(network, image, shape, window)?),
+        Predictor::Host(network) => argmax(&probabilities(network, &case.image_f32(), case.shape(), window)?),
         Predictor::Device(cuda, network) => {
-            let act = cuda.act(image.len())?;
-            act.upload(image)?;
-            grid_mask(cuda, network, &act, shape, window)?
+            let image = cuda.act(case.label().len())?;
+            match case.image() {
+                Image::F16(stored) => image.upload_f16(stored)?,
+                Image::F32(stored) => image.upload(stored)?,
+            }
+            grid_mask(cuda, network, &image, case.shape(), window)?
         }
     };
-    Ok(Overlap::count(&mask, label)?.dice())
+    Ok(Overlap::count(&mask, case.label())?.dice())
 }
 
 /// A case that was read.

@@ -213,6 +213,14 @@ impl DeviceEngine {
         Ok((moments, scaler))
     }
 
+    /// Whether every weight and moment is a number; waits for the device.
+    ///
+    /// # Errors
+    /// What went wrong on the device.
+    pub fn is_finite(&self) -> Result<bool> {
+        self.optimizer.is_finite()
+    }
+
     /// Goes on with the parameters that `net` has in host memory and these moments. Without a scaler's state, as of a
     /// run on a CPU, the scaler is at its start and has `counted` steps.
     ///

@@ -367,9 +367,7 @@ pub fn validate(net: &UNet, cases: &[CachedCase], config: &Config, stop: &Atomic
         None => Predictor::Host(Network::UNet(net, &told)),
         Some(cuda) => Predictor::Device(cuda, &on_device),
     };
-    let dice = |case: &CachedCase| {
-        grid_dice(&predictor, (&case.image_f32(), case.label()), case.shape(), &config.window)
-    };
+    let dice = |case: &CachedCase| grid_dice(&predictor, case, &config.window);
     let dice: Vec<f32> = cases.iter().map(dice).collect::<Result<_>>()?;
     Ok(mean_ignoring_nan(&dice).0.into())
 }

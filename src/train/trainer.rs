@@ -126,10 +126,18 @@ impl Trainer {
     /// # Errors
     /// What went wrong on the device.
     pub fn is_finite(&mut self) -> Result<bool> {
-        self.refresh()?;
-        let finite = |v: &[f32]| v.iter().all(|v| v.is_finite());
-        let (moments, _) = self.optimizer_state()?;
-        Ok(self.net.is_finite() && moments.iter().all(|m| finite(&m.exp_avg) && finite(&m.exp_avg_sq)))
+        let optimized = match &self.engine {
+            Engine::Host(optimizer, _) => {
+                let moments = optimizer.moments.iter().flat_map(|m| [&m.exp_avg, &m.exp_avg_sq]);
+                let mut all = moments.chain(self.net.params().iter().map(|p| p.value.as_ref()));
+                all.all(|values| values.iter().all(|v| v.is_finite()))
+            }
+            Engine::Device(engine) => {
+                self.net.refresh_statistics()?;
+                engine.is_finite()?
+            }
+        };
+        Ok(optimized && self.net.statistics_are_finite())
     }
 
     /// Continues from the moments of an earlier run, on this device or another.

@@ -121,6 +121,43 @@ fn twenty_steps_follow_the_reference() {
     }
 }
 
+/// One value anywhere, of any kind that is no number, in weights or moments, is found; the largest number is one.
+#[test]
+fn what_is_no_number_is_found_wherever_it_is() {
+    let lens = [3, 5000, 17];
+    for kind in [Kind::Adam, Kind::Novograd] {
+        on_devices(Precision::Half, &|cuda| {
+            let device = new(cuda, config(kind, 0.0), &lens, Some(Scaling::default()));
+            backward(&device, &gradients(&lens, 9));
+            device.step().unwrap();
+            let state = device.state().unwrap();
+            let starts: Vec<Vec<f32>> =
+                (0..lens.len()).map(|i| device.value(i).download().unwrap()).collect();
+            for (value, want) in [(f32::MAX, true), (f32::NAN, false), (f32::NEG_INFINITY, false)] {
+                for (tensor, at) in [(0, 0), (1, 2048), (1, 4999), (2, 16)] {
+                    let case = format!("{kind:?}: {value} at {at} of tensor {tensor}");
+                    let mut values = starts[tensor].clone();
+                    values[at] = value;
+                    device.value(tensor).upload(&values).unwrap();
+                    assert_eq!(device.is_finite().unwrap(), want, "{case}, weights");
+                    device.value(tensor).upload(&starts[tensor]).unwrap();
+                    for second in [false, true] {
+                        let mut other = state.clone();
+                        let moments = if second { &mut other.exp_avg_sq } else { &mut other.exp_avg };
+                        let moments = &mut moments[tensor];
+                        let at = at.min(moments.len() - 1);
+                        moments[at] = value;
+                        device.restore(&other).unwrap();
+                        assert_eq!(device.is_finite().unwrap(), want, "{case}, moments");
+                    }
+                    device.restore(&state).unwrap();
+                    assert!(device.is_finite().unwrap(), "{kind:?}: nothing is left of {value}");
+                }
+            }
+        });
+    }
+}
+
 #[test]
 fn the_gaps_between_tensors_stay_zero() {
     for kind in [Kind::Adam, Kind::Novograd] {

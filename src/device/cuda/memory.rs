@@ -6,6 +6,7 @@ use super::pool::Block;
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -208,6 +209,17 @@ impl Act {
         let mut bytes = vec![0; values.len() * self.precision.bytes()];
         self.precision.encode(values, &mut bytes);
         self.bytes.upload(&bytes)
+    }
+
+    /// Copies half-precision `values` in, exactly.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn upload_f16(&self, values: &[f16]) -> Result<()> {
+        match self.precision {
+            Precision::Single => self.upload(&values.to_f32_vec()),
+            Precision::Half => self.bytes.upload(bytemuck::cast_slice(values)),
+        }
     }
 
     /// Waits for all queued work and copies the values out, exactly.

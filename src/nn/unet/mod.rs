@@ -203,12 +203,10 @@ impl UNet {
         dict
     }
 
-    /// Whether every parameter and running statistic is a number.
-    pub fn is_finite(&self) -> bool {
-        let params = self.params.iter().flat_map(|p| p.value.iter());
-        params
-            .chain(self.norms.iter().flat_map(|r| r.running.mean.iter().chain(&r.running.var)))
-            .all(|v| v.is_finite())
+    /// Whether every running statistic in host memory is a number.
+    pub fn statistics_are_finite(&self) -> bool {
+        let statistics = self.norms.iter().flat_map(|r| r.running.mean.iter().chain(&r.running.var));
+        statistics.copied().all(f32::is_finite)
     }
 
     /// What was built.
@@ -292,6 +290,14 @@ impl UNet {
     /// What went wrong on the device.
     pub fn refresh(&mut self) -> Result<()> {
         self.params.iter_mut().try_for_each(Param::refresh)?;
+        self.refresh_statistics()
+    }
+
+    /// The same of the running statistics alone.
+    ///
+    /// # Errors
+    /// What went wrong in queued work.
+    pub fn refresh_statistics(&mut self) -> Result<()> {
         self.norms.iter_mut().try_for_each(|norm| norm.running.refresh())
     }
 

@@ -69,9 +69,19 @@ struct UpdateArgs {
     decay: f32,
 }
 
+/// `Finite` of kernels/optimizer.cu.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct FiniteArgs {
+    values: In<f32>,
+    infinite: InOut<u32>,
+    len: u64,
+}
+
 static CHECK: Kernel<CheckArgs> = Kernel::new("optimizer.cu", "optimizer_check");
 static ADAM: Kernel<UpdateArgs> = Kernel::new("optimizer.cu", "optimizer_adam");
 static NOVOGRAD: Kernel<UpdateArgs> = Kernel::new("optimizer.cu", "optimizer_novograd");
+static FINITE: Kernel<FiniteArgs> = Kernel::new("optimizer.cu", "optimizer_finite");
 
 /// `THREADS` of kernels/optimizer.cu.
 const THREADS: u32 = 256;
@@ -298,6 +308,22 @@ impl DeviceOptimizer {
             skipped: counts.skipped,
             infinite: counts.infinite != 0,
         })
+    }
+
+    /// Whether every value and moment is a number. Waits for all queued work.
+    ///
+    /// # Errors
+    /// What went wrong in that work.
+    pub fn is_finite(&self) -> Result<bool> {
+        let cuda = self.values.cuda();
+        let infinite: Buf<u32> = cuda.upload(&[0])?;
+        for values in [&self.values, &self.first, &self.second].into_iter().filter(|values| values.len() > 0)
+        {
+            let args =
+                FiniteArgs { values: values.read(), infinite: infinite.both(), len: values.len() as u64 };
+            cuda.launch(&FINITE, Launch::over(values.len(), THREADS), &args)?;
+        }
+        Ok(infinite.download()?[0] == 0)
     }
 
     /// Everything but the values. Waits for all queued work.
