@@ -317,7 +317,8 @@ impl DeviceOptimizer {
     pub fn is_finite(&self) -> Result<bool> {
         let cuda = self.values.cuda();
         let infinite: Buf<u32> = cuda.upload(&[0])?;
-        for values in [&self.values, &self.first, &self.second].into_iter().filter(|values| values.len() > 0)
+        for values in
+            [&self.values, &self.first, &self.second].into_iter().filter(|values| !values.is_empty())
         {
             let args =
                 FiniteArgs { values: values.read(), infinite: infinite.both(), len: values.len() as u64 };
