@@ -9,6 +9,7 @@
 //                      w <- w - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps);  g <- 0 for the next step.
 //   optimizer_novograd v <- v == 0 ? n : b2 v + (1 - b2) n (one a tensor, done in optimizer_check);
 //                      m <- b1 m + (g / scale / (sqrt(v) + eps) + decay w);  w <- w - lr m;  g <- 0.
+// And before weights are kept, optimizer_finite: is every value of w, m and v a number? One launch a buffer.
 // t counts the steps that were taken. Where a value of g is inf or NaN, w, m and v stay as they are, bit for bit, and
 // the scale of a scaled loss falls (torch.amp.GradScaler, `_amp_update_scale_`; torch without a scaler would go on).
 // Every operation is in the order of src/train/optimizer.rs and rounded on its own, so Adam's bits are the CPU's;
@@ -234,8 +235,7 @@ KERNEL(optimizer_novograd, Update, THREADS) {
   }
 }
 
-// Before weights are kept: whether any value is inf or NaN. Weights and moments, 58 MB, are read at the speed of memory, not
-// of the bus.
+// Bound: memory, 12 bytes a parameter with Adam. Rejected: a look by the host, which copies as much over the bus.
 KERNEL(optimizer_finite, Finite, THREADS) {
   u64 i = (u64)blockIdx.x * THREADS + threadIdx.x;
   if (i < args.len && !is_number(args.values[i])) global_fetch_or(args.infinite.p, 1);

@@ -256,6 +256,25 @@ fn a_loss_that_is_not_a_number_ends_training() {
     assert!(gpu.is_finite().unwrap(), "the scaler voids a step without numbers");
 }
 
+#[test]
+fn weights_and_moments_that_are_no_numbers_are_seen() {
+    let Some(cuda) = device(Precision::Half, 0) else { return };
+    let (images, labels, shape) = batch(16, 0);
+    for place in [None, Some(&cuda)] {
+        let mut run = trainer(&net(false, Norm::Batch), Optimizer::Adam, place);
+        run.step(&images, &labels, shape).unwrap();
+        run.refresh().unwrap();
+        let (moments, scaler) = run.optimizer_state().unwrap();
+        assert!(run.is_finite().unwrap());
+        let mut broken = moments.clone();
+        broken.last_mut().unwrap().exp_avg_sq[0] = f32::INFINITY;
+        run.restore(1, broken, scaler).unwrap();
+        assert!(!run.is_finite().unwrap(), "a moment");
+        run.restore(1, moments, scaler).unwrap();
+        assert!(run.is_finite().unwrap(), "the moments of before");
+    }
+}
+
 /// Evaluation mode of the real network, window by window, beside the CPU's.
 #[test]
 fn inference_follows_the_cpu() {

@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 /// A network being trained.
 pub struct Trainer {
-    /// The network. On a device its values in host memory are those of the last [`Trainer::refresh`].
+    /// The network. On a device its values in host memory are those of the last [`Trainer::refresh`]; its running statistics
+    /// may be newer.
     pub net: UNet,
     loss: Loss,
     optim: Optim,
@@ -121,7 +122,8 @@ impl Trainer {
         }
     }
 
-    /// Whether every weight, running statistic and moment is a number.
+    /// Whether every weight, running statistic and moment is a number; waits for the device, which looks at weights and moments
+    /// itself.
     ///
     /// # Errors
     /// What went wrong on the device.

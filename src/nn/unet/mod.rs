@@ -296,7 +296,7 @@ impl UNet {
     /// The same of the running statistics alone.
     ///
     /// # Errors
-    /// What went wrong in queued work.
+    /// What went wrong on the device.
     pub fn refresh_statistics(&mut self) -> Result<()> {
         self.norms.iter_mut().try_for_each(|norm| norm.running.refresh())
     }
