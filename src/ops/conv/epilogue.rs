@@ -269,21 +269,27 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         // SAFETY: by the caller's promise.
         unsafe {
             let more = if self.more.is_null() { self.map.bias.as_ptr() } else { self.more.add(at) };
-            let mut y = sums.add(V::load(more));
-            if !FINISHES {
-                return y.store(self.single.add(at));
-            }
-            if let Some(slope) = self.slope {
-                let LaneMap { scale, shift, .. } = self.map;
-                let z = y.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr()));
-                y = z.prelu(V::splat(&raw const slope));
-            }
-            match self.plus {
-                None => {}
-                Some(Values::Single(x)) => y = y.add(V::load(x.as_ptr().add(at))),
-                Some(Values::Bf16(x)) => y = y.add(V::load_bf16(x.as_ptr().add(at))),
-            }
-            if self.half.is_null() { y.store(self.single.add(at)) } else { y.store_bf16(self.half.add(at)) }
+            let y = self.mapped(sums.add(V::load(more)));
+            let y = match self.plus.filter(|_| FINISHES) {
+                None => y,
+                Some(Values::Single(x)) => x.add(at, y),
+                Some(Values::Bf16(x)) => x.add(at, y),
+            };
+            if self.half.is_null() { self.single.put(at, y) } else { self.half.put(at, y) }
+        }
+    }
+
+    /// The epilogue's map of a sum.
+    ///
+    /// # Safety
+    /// V's vector unit exists.
+    #[inline(always)]
+    unsafe fn mapped<V: Lanes>(&self, sum: V) -> V {
+        let Some(slope) = self.slope.filter(|_| FINISHES) else { return sum };
+        let LaneMap { scale, shift, .. } = self.map;
+        // SAFETY: sixteen scales and shifts, and a slope.
+        unsafe {
+            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
         }
     }
 
@@ -340,15 +346,105 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     /// As there.
     #[inline(always)]
     unsafe fn put_rows<V: Lanes>(&self, step: usize, rows: &[[f32; LANES]], len: usize) {
+        // SAFETY: handed on from the caller.
+        unsafe {
+            if len < LANES {
+                for (i, row) in rows.iter().enumerate() {
+                    self.put_few(i * step, V::load(row.as_ptr()), len);
+                }
+                return;
+            }
+            // What all rows have in common is asked once.
+            match (self.plus.filter(|_| FINISHES), self.half.is_null()) {
+                (None, true) => self.put_whole::<V>(step, rows, (), self.single),
+                (None, false) => self.put_whole::<V>(step, rows, (), self.half),
+                (Some(Values::Single(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
+                (Some(Values::Single(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
+                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
+                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
+            }
+        }
+    }
+
+    /// [`Self::put`] of every row, with the target's summand and place.
+    ///
+    /// # Safety
+    /// As [`Self::put`].
+    #[inline(always)]
+    unsafe fn put_whole<V: Lanes>(
+        &self,
+        step: usize,
+        rows: &[[f32; LANES]],
+        plus: impl Plus,
+        place: impl Place,
+    ) {
+        let (more, more_step) =
+            if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
         for (i, row) in rows.iter().enumerate() {
             // SAFETY: handed on from the caller.
             unsafe {
-                match len {
-                    LANES => self.put(i * step, V::load(row.as_ptr())),
-                    _ => self.put_few(i * step, V::load(row.as_ptr()), len),
-                }
+                let y = self.mapped(V::load(row.as_ptr()).add(V::load(more.add(i * more_step))));
+                place.put(i * step, plus.add(i * step, y));
             }
         }
+    }
+}
+
+/// What an epilogue adds last.
+trait Plus: Copy {
+    /// `y` plus what belongs `at` values from the target's first.
+    ///
+    /// # Safety
+    /// Sixteen values from there are readable; V's vector unit exists.
+    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V;
+}
+
+/// Nothing.
+impl Plus for () {
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, _: usize, y: V) -> V {
+        y
+    }
+}
+
+impl Plus for &[f32] {
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
+        // SAFETY: handed on from the caller.
+        unsafe { y.add(V::load(self.as_ptr().add(at))) }
+    }
+}
+
+impl Plus for &[u16] {
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
+        // SAFETY: handed on from the caller.
+        unsafe { y.add(V::load_bf16(self.as_ptr().add(at))) }
+    }
+}
+
+/// Where a target's values go.
+trait Place: Copy {
+    /// Writes sixteen, `at` values from the first.
+    ///
+    /// # Safety
+    /// As [`Target::put`].
+    unsafe fn put<V: Lanes>(self, at: usize, y: V);
+}
+
+impl Place for *mut f32 {
+    #[inline(always)]
+    unsafe fn put<V: Lanes>(self, at: usize, y: V) {
+        // SAFETY: handed on from the caller.
+        unsafe { y.store(self.add(at)) }
+    }
+}
+
+impl Place for *mut u16 {
+    #[inline(always)]
+    unsafe fn put<V: Lanes>(self, at: usize, y: V) {
+        // SAFETY: handed on from the caller.
+        unsafe { y.store_bf16(self.add(at)) }
     }
 }
 
