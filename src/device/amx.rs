@@ -92,26 +92,25 @@ struct Config {
     rows: [u8; 16],
 }
 
-/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, those from 4 on operands, left ones first. Without
+/// This thread's tiles, configured until it is dropped: 0 to 3 hold sums, 4 and 5 left operands, 6 and 7 right ones. Without
 /// a configuration the kernel has no tiles to save when it switches threads.
 pub struct Tiles(PhantomData<*mut ()>);
 
 impl Tiles {
     /// Configures them for products over `pairs` pairs of bfloat16, at most 16: a left operand's 16 rows have so many, a
-    /// right operand, of which the last `rights` tiles hold one each, so many rows. All other sides are 16 rows and 64 bytes.
+    /// right operand so many rows. All other sides are 16 rows and 64 bytes.
     ///
     /// # Safety
     /// AMX must be [available](available()), or its instructions trapped and emulated; the thread must not hold other
     /// `Tiles`.
-    pub unsafe fn configure(pairs: usize, rights: usize) -> Self {
+    pub unsafe fn configure(pairs: usize) -> Self {
         assert!((1..=16).contains(&pairs), "{pairs} pairs");
-        assert!((1..=3).contains(&rights), "{rights} tiles of right operands, of four");
         let mut config =
             Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         config.row_bytes[..8].fill(ROW_BYTES as u16);
         config.rows[..8].fill(ROWS as u8);
-        config.row_bytes[4..8 - rights].fill(4 * pairs as u16);
-        config.rows[8 - rights..8].fill(pairs as u8);
+        config.row_bytes[4..6].fill(4 * pairs as u16);
+        config.rows[6..8].fill(pairs as u8);
         // SAFETY: by the caller's promise; the operand is 64 readable bytes.
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
@@ -194,7 +193,7 @@ pub fn peak_bf16(steps: usize) -> usize {
     }
     // SAFETY: AMX is in use; who holds `Tiles` calls nothing that configures them again, by their contract.
     unsafe {
-        let _tiles = Tiles::configure(16, 2);
+        let _tiles = Tiles::configure(16);
         zero::<6>();
         zero::<7>();
         for _ in 0..steps {

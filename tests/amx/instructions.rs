@@ -45,7 +45,7 @@ fn executed(c: &Tile, a: &Tile, b: &Tile) -> Tile {
     let mut result = [0; TILE_BYTES];
     // SAFETY: AMX is on; whole tiles.
     unsafe {
-        let _tiles = Tiles::configure(16, 2);
+        let _tiles = Tiles::configure(16);
         amx::load::<3>(c.as_ptr(), 64);
         amx::load::<7>(a.as_ptr(), 64);
         amx::load::<1>(b.as_ptr(), 64);
@@ -148,7 +148,7 @@ fn a_tile_is_loaded_and_stored_with_any_stride() {
     let mut to = vec![0u8; 16 * 80];
     // SAFETY: AMX is on; 16 rows of 64 bytes lie in both.
     unsafe {
-        let _tiles = Tiles::configure(16, 2);
+        let _tiles = Tiles::configure(16);
         amx::load::<5>(from[3..].as_ptr(), 96);
         amx::store::<5>(to.as_mut_ptr(), 80);
     }

@@ -5,7 +5,6 @@
 //! 16 of them, its first an anchor's own; those between one row's last anchor and the next row's first come to nothing.
 
 use crate::device::amx::ROWS;
-use std::ops::Range;
 
 /// Neighbouring anchors of one row in neighbouring rows of a register tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,44 +69,6 @@ impl Cover {
     }
 }
 
-/// How calls of a kernel share out the register tiles of a cover in some planes.
-#[derive(Clone, Copy, Debug)]
-pub struct Calls {
-    planes: usize,
-    /// Parts that the planes are cut into, as even as can be.
-    parts: usize,
-    /// Register tiles of the cover.
-    tiles: usize,
-    /// Those of a call at most.
-    most: usize,
-}
-
-impl Calls {
-    /// A register tile in at most `most` planes each.
-    pub fn columns(planes: usize, most: usize, cover: &Cover) -> Self {
-        Calls { planes, parts: planes.div_ceil(most), tiles: cover.len(), most: 1 }
-    }
-
-    /// At most `most` register tiles each, of a cover that holds all planes.
-    pub fn tiles(most: usize, cover: &Cover) -> Self {
-        Calls { planes: 1, parts: 1, tiles: cover.len(), most }
-    }
-
-    /// How many there are.
-    pub fn len(self) -> usize {
-        self.parts * self.tiles.div_ceil(self.most)
-    }
-
-    /// Planes and register tiles of each.
-    pub fn iter(self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let Calls { planes, parts, tiles, most } = self;
-        (0..parts).flat_map(move |part| {
-            let planes = part * planes / parts..(part + 1) * planes / parts;
-            (0..tiles).step_by(most).map(move |first| (planes.clone(), first..tiles.min(first + most)))
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,31 +102,5 @@ mod tests {
             let by_rows = size.0 * size.1 * size.2.div_ceil(ROWS);
             assert!(cover.len() <= by_rows, "{size:?}: {} register tiles, {by_rows} by rows", cover.len());
         }
-    }
-
-    #[test]
-    fn every_register_tile_has_one_call() {
-        for (planes, width, rows) in [(1, 5, 3), (3, 48, 8), (5, 6, 6), (8, 17, 1), (9, 16, 2), (6, 3, 0)] {
-            let mut cover = Cover::default();
-            cover.fill((1, rows, width), (rows + 2, width + 2));
-            for (calls, most, planes) in [
-                (Calls::columns(planes, 4, &cover), 4, planes),
-                (Calls::tiles(4, &cover), 4, 1),
-                (Calls::tiles(2, &cover), 2, 1),
-            ] {
-                let mut seen = vec![0; planes * cover.len()];
-                for (planes, tiles) in calls.iter() {
-                    assert!((1..=most).contains(&(planes.len() * tiles.len())));
-                    for plane in planes {
-                        tiles.clone().for_each(|tile| seen[plane * cover.len() + tile] += 1);
-                    }
-                }
-                assert!(seen.iter().all(|&n| n == 1), "{calls:?}");
-                assert_eq!(calls.len(), calls.iter().count(), "{calls:?}");
-            }
-        }
-        let planes = |n| Calls::columns(n, 4, &Cover { tiles: vec![(0, 0)], runs: Vec::new() });
-        let of = |n| planes(n).iter().map(|call| call.0.len()).collect::<Vec<_>>();
-        assert_eq!([of(4), of(5), of(6), of(13)], [vec![4], vec![2, 3], vec![3, 3], vec![3, 3, 3, 4]]);
     }
 }

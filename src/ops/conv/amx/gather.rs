@@ -1,11 +1,10 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
-use super::cover::{Calls, Cover, Run};
+use super::calls::{self, Call};
+use super::cover::{Cover, Run};
 use super::fold::{Fold, parity};
 use super::halo::{Halo, SLACK};
-use super::micro::{
-    COLUMN_PLANES, COLUMNS_FROM, Column, Step, TAPS, multiply_column, multiply_parts, parts_of_a,
-};
+use super::micro::{COLUMNS_FROM, Operands, SUMS, Step, TAPS, clear_sums, store_sums};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
 use super::{LANE_BLOCKS, Lines};
@@ -31,9 +30,9 @@ const GROUP: usize = 4;
 /// For the same reason halo tiles may be this much larger than the vector units'.
 const LARGER: usize = 2;
 
-/// The accumulators of a kernel, before they are added to the output.
+/// The accumulators of a call of a kernel, before they are added to the output.
 #[repr(align(64))]
-struct Accumulators([[[f32; LANES]; ROWS]; 4]);
+struct Accumulators([[[f32; LANES]; ROWS]; SUMS]);
 
 /// Outputs side by side, as many rows of them as a pair along w has values, of every pair that a lane block holds.
 #[repr(align(64))]
@@ -97,7 +96,7 @@ pub fn correlate<'a>(
                 let (packed, lanes) = (&packed, lanes.clone());
                 let stage = Stage::of(index, groups.len());
                 let group = Group { halo, tile, blocks, index, stage, packed, origin, lanes, next };
-                pass.run(&group, &mut task.cover, &mut task.steps);
+                pass.run(&group, &mut task.room);
             }
         }
     });
@@ -108,8 +107,15 @@ pub fn correlate<'a>(
 struct Task {
     tile: Buffer,
     lines: Lines,
+    room: Room,
+}
+
+/// What a group's reductions use one after the other.
+#[derive(Default)]
+struct Room {
     cover: Cover,
     steps: Vec<Step>,
+    calls: Vec<Call>,
 }
 
 /// What all tasks of a pass share.
@@ -137,43 +143,71 @@ struct Group<'a> {
     next: Option<Next<'a>>,
 }
 
-/// A register tile: one of a cover's, some planes further.
-struct Register<'a> {
+/// The sums of a group over one class.
+struct Reduction<'a> {
+    class: &'a Class,
+    /// Register tiles: of every plane alike where calls take columns, of all planes if not.
     cover: &'a Cover,
-    number: usize,
-    plane: usize,
+    columns: bool,
+    steps: &'a [Step],
+    /// The B of all steps, one lane block after the other.
+    weights: &'a [f32],
 }
 
-impl Register<'_> {
-    /// Its anchors.
-    fn runs(&self) -> impl Iterator<Item = Run> {
-        let further = |run: &Run| Run { place: (run.place.0 + self.plane, run.place.1), ..*run };
-        self.cover.runs(self.number).iter().map(further)
+impl Reduction<'_> {
+    /// What a call reads.
+    #[inline(always)]
+    fn operands(&self, group: &Group, call: &Call) -> Operands {
+        let (between, plane) = (group.halo.between(), group.halo.plane());
+        let (stride, parts_of_a, parts_of_b) = (4 * between, call.parts_of_a(), call.lanes.len());
+        let a = |part: usize| {
+            let (d, tile) = call.part_of_a(part.min(parts_of_a - 1));
+            super::bytes(group.tile[self.cover.start(tile) * between + d * plane..].as_ptr())
+        };
+        let b = |part: usize| {
+            let lane = call.lanes.start + part.min(parts_of_b - 1);
+            super::bytes(self.weights[lane * self.steps.len() * TILE_FLOATS..].as_ptr())
+        };
+        match self.columns {
+            true => Operands::Column { a: a(0), stride, plane: 4 * plane, planes: parts_of_a, b: b(0) },
+            false => {
+                let (a, b) = (std::array::from_fn(a), std::array::from_fn(b));
+                Operands::Parts { a, parts_of_a, stride, b, parts_of_b }
+            }
+        }
+    }
+
+    /// Anchors and lane block of sum `i` of a call.
+    #[inline(always)]
+    fn sum(&self, call: &Call, i: usize) -> (impl Iterator<Item = Run>, usize) {
+        let ((plane, tile), lane) = call.sum(i);
+        let further = move |run: &Run| Run { place: (run.place.0 + plane, run.place.1), ..*run };
+        (self.cover.runs(tile).iter().map(further), lane)
     }
 }
 
 impl Pass<'_> {
-    fn run(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+    fn run(&self, group: &Group, room: &mut Room) {
         match simd_of_pairs() {
             // SAFETY: `simd_of_pairs()` found the features.
-            Simd::Avx512 => unsafe { self.run_avx512(group, cover, steps) },
+            Simd::Avx512 => unsafe { self.run_avx512(group, room) },
             // SAFETY: as above.
-            Simd::Avx2 => unsafe { self.run_avx2(group, cover, steps) },
+            Simd::Avx2 => unsafe { self.run_avx2(group, room) },
             // SAFETY: plain Rust needs no feature.
-            Simd::Portable => unsafe { self.run_lanes::<Plain>(group, cover, steps) },
+            Simd::Portable => unsafe { self.run_lanes::<Plain>(group, room) },
         }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16,fma")]
-    unsafe fn run_avx512(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+    unsafe fn run_avx512(&self, group: &Group, room: &mut Room) {
         // Of pairs, which have an instruction that rounds. SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Pairs<Avx512>>(group, cover, steps) }
+        unsafe { self.run_lanes::<Pairs<Avx512>>(group, room) }
     }
 
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+    unsafe fn run_avx2(&self, group: &Group, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx2>(group, cover, steps) }
+        unsafe { self.run_lanes::<Avx2>(group, room) }
     }
 
     /// Adds one group of input channels to every output of the halo tile, as [`Stage`] says.
@@ -181,24 +215,22 @@ impl Pass<'_> {
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes>(&self, group: &Group, cover: &mut Cover, steps: &mut Vec<Step>) {
+    unsafe fn run_lanes<V: Lanes>(&self, group: &Group, room: &mut Room) {
+        let Room { cover, steps, calls } = room;
         let Origin { d: d0, h: h0, size, .. } = *group.origin;
         let (depth, between) = (self.scheme.depth, group.halo.between());
         let along_d = self.scheme.has_columns(self.map);
         let columns = along_d && size.d >= COLUMNS_FROM;
-        let most_lanes = if columns { 1 } else { LANE_BLOCKS };
         let plane_elements = group.halo.plane();
-        let mut accumulators = Accumulators([[[0.0; LANES]; ROWS]; 4]);
+        let mut sums = [const { Accumulators([[[0.0; LANES]; ROWS]; SUMS]) }; 2];
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
-        let _tiles = unsafe { Tiles::configure(depth.elements(), if columns { TAPS } else { LANE_BLOCKS }) };
+        let _tiles = unsafe { Tiles::configure(depth.elements()) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
             let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
             let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
-            // Columns have the same register tiles in every plane.
             let covered = if columns { 1 } else { d };
             cover.fill((covered, h, group.halo.positions(width)), group.halo.pitches());
             group.halo.steps(class, group.blocks.len(), along_d, steps);
-            let weights = group.packed.of(group.index, class_index);
             let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
             let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last) * between);
@@ -206,60 +238,78 @@ impl Pass<'_> {
             let furthest = steps.iter().map(|step| step.a / 4).max().unwrap_or(0);
             let end = last + (ROWS - 1) * between + furthest + depth.elements();
             assert!(end <= group.tile.len(), "the last row of A ends in the slack");
-            for lane in group.lanes.clone().step_by(most_lanes) {
-                let n = most_lanes.min(group.lanes.end - lane);
-                let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|q| {
-                    super::bytes(weights[(lane + q.min(n - 1)) * lane_floats..].as_ptr())
-                });
-                let calls = match columns {
-                    true => Calls::columns(d, COLUMN_PLANES, cover),
-                    false => Calls::tiles(parts_of_a(n), cover),
-                };
-                for (call, (planes, tiles)) in calls.iter().enumerate() {
-                    if let Some(next) = &group.next
-                        && class_index == 0
-                        && lane == group.lanes.start
-                    {
-                        next.prefetch(self.sources, (call, calls.len()));
-                    }
-                    // One of both lengths is 1.
-                    let m = planes.len() * tiles.len();
-                    let register = |i: usize| Register {
-                        cover,
-                        number: tiles.start + if columns { 0 } else { i },
-                        plane: planes.start + if columns { i } else { 0 },
-                    };
-                    let sums = (0..m).flat_map(|i| (0..n).map(move |q| (i, q)));
-                    for (i, q) in sums.clone() {
-                        self.prefetch_outputs(group, class, &register(i), lane + q);
-                    }
-                    let a: [*const u8; 4] = std::array::from_fn(|i| {
-                        let position = cover.start((tiles.start + i).min(tiles.end - 1)) * between;
-                        super::bytes(group.tile[position + planes.start * plane_elements..].as_ptr())
-                    });
-                    let results = accumulators.0.as_mut_ptr();
-                    // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no
-                    // anchors, in the slack behind it, as was asserted; its B lies in the packed weights of its lane
-                    // block. There are as many accumulators as a kernel has.
-                    unsafe {
-                        if columns {
-                            let (stride, plane) = (4 * between, 4 * plane_elements);
-                            let column = Column { start: a[0], stride, plane };
-                            multiply_column(m, &column, b[0], steps.as_chunks().0, results);
-                        } else {
-                            let sum = |m: usize, q: usize| results.add(m * n + q).cast::<f32>();
-                            let a = (&a[..m], 4 * between);
-                            multiply_parts(a, (&b[..n], ROW_BYTES), steps, sum, (ROW_BYTES, false));
-                        }
-                    }
-                    for (i, q) in sums {
-                        let values = &accumulators.0[i * n + q];
-                        // SAFETY: V's unit exists; this task alone writes these voxels' lanes.
-                        unsafe { self.write::<V>(group, class, &register(i), lane + q, values) };
-                    }
+            match columns {
+                true => calls::columns(d, cover.len(), group.lanes.clone(), calls),
+                false => calls::tiles(cover.len(), group.lanes.clone(), calls),
+            }
+            if calls.is_empty() {
+                continue; // The tile has no output of this class.
+            }
+            let weights = group.packed.of(group.index, class_index);
+            let reduction = Reduction { class, cover, columns, steps, weights };
+            let next = group.next.as_ref().filter(|_| class_index == 0);
+            // One turn more: to write what the last call leaves.
+            for number in 0..=calls.len() {
+                let (call, before) = (calls.get(number), number.checked_sub(1).map(|before| &calls[before]));
+                if let Some(next) = next
+                    && call.is_some()
+                {
+                    next.prefetch(self.sources, (number, calls.len()));
                 }
+                let [even, odd] = &mut sums;
+                let (to, from) = if number % 2 == 0 { (even, odd) } else { (odd, even) };
+                // SAFETY: V's unit exists; this thread holds the tiles, and its task alone writes these voxels' lanes.
+                unsafe { self.turn::<V>(group, &reduction, (call, to), (before, from)) };
             }
         }
+    }
+
+    /// Computes the sums of a call and writes those of the one before, in turns: vector units work while tiles are
+    /// multiplied, and what one call writes has left for the cache when the next one's is read.
+    ///
+    /// # Safety
+    /// V's vector unit must exist; the thread must hold the tiles; nobody else may use the voxels' lanes of the call before.
+    #[inline(always)]
+    unsafe fn turn<V: Lanes>(
+        &self,
+        group: &Group,
+        reduction: &Reduction,
+        (call, to): (Option<&Call>, &mut Accumulators),
+        (before, from): (Option<&Call>, &Accumulators),
+    ) {
+        let operands = call.map(|call| reduction.operands(group, call));
+        let [computed, written] = [call, before].map(|call| call.map_or(0, Call::sums));
+        let turns = computed.max(written);
+        let together = if reduction.columns { TAPS } else { 1 };
+        let steps = reduction.steps.len() / together;
+        let mut steps = reduction.steps.chunks(steps.div_ceil(turns) * together);
+        if operands.is_some() {
+            // SAFETY: handed on from the caller.
+            unsafe { clear_sums() };
+        }
+        for i in 0..turns {
+            if let Some(operands) = &operands
+                && let Some(steps) = steps.next()
+            {
+                // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no anchors,
+                // in the slack behind it, as was asserted; its B lies in the packed weights of its lane block.
+                unsafe { operands.multiply(steps) };
+            }
+            if let Some(call) = call
+                && i < computed
+            {
+                self.prefetch_outputs(group, reduction.class, reduction.sum(call, i));
+            }
+            if let Some(before) = before
+                && i < written
+            {
+                // SAFETY: handed on from the caller.
+                unsafe { self.write::<V>(group, reduction.class, reduction.sum(before, i), &from.0[i]) };
+            }
+        }
+        let places = to.0.each_mut().map(|sum| sum.as_mut_ptr().cast());
+        // SAFETY: handed on from the caller; there are as many accumulators as a kernel has.
+        unsafe { store_sums(&places[..computed], ROW_BYTES) };
     }
 
     /// Stores, adds or finishes the anchors of a register tile.
@@ -271,11 +321,10 @@ impl Pass<'_> {
         &self,
         group: &Group,
         class: &Class,
-        register: &Register,
-        lane: usize,
+        (runs, lane): (impl Iterator<Item = Run>, usize),
         values: &[[f32; LANES]; ROWS],
     ) {
-        for run in register.runs() {
+        for run in runs {
             let values = &values[run.row..][..run.len];
             // SAFETY: handed on from the caller.
             unsafe {
@@ -301,10 +350,15 @@ impl Pass<'_> {
 
     /// Asks the cache for the lines that [`Self::write`] will write: there is time until the products are done.
     #[inline(always)]
-    fn prefetch_outputs(&self, group: &Group, class: &Class, register: &Register, lane: usize) {
+    fn prefetch_outputs(
+        &self,
+        group: &Group,
+        class: &Class,
+        (runs, lane): (impl Iterator<Item = Run>, usize),
+    ) {
         let (block, stage) = (self.lanes[lane], group.stage);
         let out = &self.outs[block.tensor];
-        for run in register.runs() {
+        for run in runs {
             match self.scheme.fold {
                 None => {
                     let (start, step) = self.voxels(group, class, &run, block);

@@ -7,13 +7,18 @@
 //! loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring planes of outputs, of which
 //! each reads what the ones before read, too: with three taps along d, six parts of A and three of B are loaded for twelve
 //! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
-//! One register takes all of A: the CPU renames it, so that a load need not wait for the products of the one before.
+//!
+//! Kernels are listings, one instruction after the other. The wide ones are in an order in which a product does not wait for
+//! the one before of its sum, three or four earlier but for a column's last, nor for a register that was just read: at
+//! least one product lies between the last that reads a register and the first that reads what it is loaded with next.
+//!
+//! Tile registers outlive a call: a reduction may be cut into calls with other work between them, which vector units do
+//! while products are under way.
 
-use crate::device::amx::{ROW_BYTES, ROWS, load, multiply, store, zero};
-use crate::ops::conv::plan::LANES;
+use crate::device::amx::{ROW_BYTES, load, multiply, store, zero};
 
-/// Planes of outputs of a column at most.
-pub const COLUMN_PLANES: usize = 4;
+/// Register tiles of sums at most.
+pub const SUMS: usize = 4;
 
 /// Planes of outputs from which on columns are worth it.
 pub const COLUMNS_FROM: usize = 3;
@@ -30,166 +35,203 @@ pub struct Step {
     pub b: usize,
 }
 
-/// A matrix operand's parts.
-#[derive(Clone, Copy)]
-pub struct Operand<const N: usize> {
-    /// First row of each part, in step (0, 0).
-    pub starts: [*const u8; N],
-    /// Bytes between rows.
-    pub stride: usize,
+/// Instructions of a listing: `a P T`, `b P T`: load part P of an operand into tile T; `S += T U`: add the product of tiles
+/// T and U to sum S.
+macro_rules! instructions {
+    ($a:ident $stride:ident $b:ident:) => {};
+    ($a:ident $stride:ident $b:ident: a $part:literal $tile:literal; $($rest:tt)*) => {
+        load::<$tile>($a($part), $stride);
+        instructions!($a $stride $b: $($rest)*);
+    };
+    ($a:ident $stride:ident $b:ident: b $part:literal $tile:ident; $($rest:tt)*) => {
+        load::<$tile>($b($part), ROW_BYTES);
+        instructions!($a $stride $b: $($rest)*);
+    };
+    ($a:ident $stride:ident $b:ident: $sum:literal += $left:literal $right:ident; $($rest:tt)*) => {
+        multiply::<$sum, $left, $right>();
+        instructions!($a $stride $b: $($rest)*);
+    };
 }
 
-/// What a column reads.
-pub struct Column {
-    /// First row of A of the first plane, in a step of offset 0.
-    pub start: *const u8,
-    /// Bytes between rows.
-    pub stride: usize,
-    /// Bytes between planes.
-    pub plane: usize,
-}
-
-/// Sums, row by row of the left operand's parts.
-#[derive(Clone, Copy)]
-pub struct Sums<const MN: usize> {
-    /// First row of each.
-    pub starts: [*mut f32; MN],
-    /// Bytes between rows.
-    pub stride: usize,
-    /// Whether they are added to; they are overwritten if not.
-    pub add: bool,
-}
-
-/// `$name`: M parts of A by N of B. Each part has a tile register, `part tile`; two parts of A may share one.
+/// `$name`: sums += A B of one step, or of three of a column. The right operands' tiles are X and Y.
 macro_rules! kernel {
-    ($name:ident, $m:literal, $n:literal, $mn:literal, b [$($b:literal $bt:literal),+],
-     a [$($a:literal $at:literal: $($sum:literal += $with:literal),+);+]) => {
-        /// sums (+)= sum over steps of A B.
-        ///
+    ($name:ident: $($listing:tt)+) => {
         /// # Safety
-        /// The thread must hold [`crate::device::amx::Tiles`]; the rows they are configured for must be readable at every
-        /// part of both operands in every step, and writable, and readable to add, at every sum.
-        #[inline]
-        unsafe fn $name(a: Operand<$m>, b: Operand<$n>, steps: &[Step], sums: Sums<$mn>) {
+        /// See [`Operands::multiply`].
+        #[inline(always)]
+        unsafe fn $name<const X: u8, const Y: u8>(
+            a: impl Fn(usize) -> *const u8,
+            stride: usize,
+            b: impl Fn(usize) -> *const u8,
+        ) {
             // SAFETY: by the caller's promise.
-            unsafe {
-                if sums.add {
-                    $($(load::<$sum>(sums.starts[$sum].cast(), sums.stride);)+)+
-                } else {
-                    $($(zero::<$sum>();)+)+
-                }
-                for step in steps {
-                    $(load::<$bt>(b.starts[$b].add(step.b), b.stride);)+
-                    $(
-                        load::<$at>(a.starts[$a].add(step.a), a.stride);
-                        $(multiply::<$sum, $at, $with>();)+
-                    )+
-                }
-                $($(store::<$sum>(sums.starts[$sum].cast(), sums.stride);)+)+
+            unsafe { instructions!(a stride b: $($listing)+); }
+        }
+    };
+}
+
+kernel!(multiply_2x2: b 0 X; b 1 Y; a 0 4; 0 += 4 X; 1 += 4 Y; a 1 5; 2 += 5 X; 3 += 5 Y;);
+kernel!(multiply_1x2: b 0 X; b 1 Y; a 0 4; 0 += 4 X; 1 += 4 Y;);
+kernel!(multiply_4x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X; a 2 4; 2 += 4 X; a 3 5; 3 += 5 X;);
+kernel!(multiply_3x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X; a 2 4; 2 += 4 X;);
+kernel!(multiply_2x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X;);
+kernel!(multiply_1x1: b 0 X; a 0 4; 0 += 4 X;);
+kernel!(column_4:
+    b 0 X; b 1 Y;
+    a 0 4; 0 += 4 X;
+    a 1 5; 1 += 5 X;
+    a 2 4; 2 += 4 X; 0 += 5 Y; 1 += 4 Y;
+    a 3 5; 3 += 5 X; 2 += 5 Y;
+    b 2 X; 0 += 4 X; 1 += 5 X;
+    a 4 4; 3 += 4 Y; 2 += 4 X;
+    a 5 5; 3 += 5 X;);
+kernel!(column_3:
+    b 0 X; b 1 Y;
+    a 0 4; 0 += 4 X;
+    a 1 5; 1 += 5 X;
+    a 2 4; 2 += 4 X; 0 += 5 Y; 1 += 4 Y;
+    a 3 5; 2 += 5 Y;
+    b 2 X; 0 += 4 X; 1 += 5 X;
+    a 4 4; 2 += 4 X;);
+kernel!(column_2:
+    b 0 X; b 1 Y;
+    a 0 4; 0 += 4 X;
+    a 1 5; 1 += 5 X; 0 += 5 Y;
+    a 2 4; 1 += 4 Y;
+    b 2 X; 0 += 4 X;
+    a 3 5; 1 += 5 X;);
+
+/// Runs a kernel over all steps. Right operands change places from one to the next.
+macro_rules! run {
+    ($kernel:ident, $steps:ident, $a:ident, $stride:ident, $b:ident) => {
+        for pair in $steps.chunks(2) {
+            $kernel::<6, 7>(|part| $a(&pair[0], part), $stride, |part| $b(&pair[0], part));
+            if let [_, second] = pair {
+                $kernel::<7, 6>(|part| $a(second, part), $stride, |part| $b(second, part));
             }
         }
     };
 }
 
-kernel!(multiply_2x2, 2, 2, 4, b [0 6, 1 7], a [0 4: 0 += 6, 1 += 7; 1 5: 2 += 6, 3 += 7]);
-kernel!(multiply_1x2, 1, 2, 2, b [0 6, 1 7], a [0 4: 0 += 6, 1 += 7]);
-kernel!(multiply_4x1, 4, 1, 4, b [0 6], a [0 4: 0 += 6; 1 5: 1 += 6; 2 4: 2 += 6; 3 5: 3 += 6]);
-kernel!(multiply_2x1, 2, 1, 2, b [0 6], a [0 4: 0 += 6; 1 5: 1 += 6]);
-kernel!(multiply_1x1, 1, 1, 1, b [0 6], a [0 4: 0 += 6]);
+/// What a reduction reads, in a step of offsets 0; rows of B have no bytes between them.
+#[derive(Clone, Copy)]
+pub enum Operands {
+    /// Sums of 1 to 4 parts of A by a part of B, or of 1 or 2 by 2.
+    Parts {
+        /// First row of every part of A.
+        a: [*const u8; SUMS],
+        /// Number of them.
+        parts_of_a: usize,
+        /// Bytes between rows of A.
+        stride: usize,
+        /// First row of every part of B.
+        b: [*const u8; 2],
+        /// Number of them.
+        parts_of_b: usize,
+    },
+    /// Sums of 2 to 4 neighbouring planes of outputs. Steps come in threes, of the taps along d; the second and third read the
+    /// first's A one and two planes further.
+    Column {
+        /// First row of A of the first plane.
+        a: *const u8,
+        /// Bytes between rows of A.
+        stride: usize,
+        /// Bytes between planes.
+        plane: usize,
+        /// Planes of outputs.
+        planes: usize,
+        /// First row of B.
+        b: *const u8,
+    },
+}
 
 /// Number of parts of A that the widest kernel for this many parts of B takes.
 pub fn parts_of_a(parts_of_b: usize) -> usize {
-    if parts_of_b == 2 { 2 } else { 4 }
+    SUMS / parts_of_b
 }
 
-/// Runs the kernels over as many parts of A as are given, by one or two parts of B: sum of part m of A and n of B at
-/// `sum(m, n)`.
-///
-/// # Safety
-/// As a kernel's.
-pub unsafe fn multiply_parts(
-    (a, a_stride): (&[*const u8], usize),
-    (b, b_stride): (&[*const u8], usize),
-    steps: &[Step],
-    sum: impl Fn(usize, usize) -> *mut f32,
-    (stride, add): (usize, bool),
-) {
-    let mut m = 0;
-    while m < a.len() {
-        macro_rules! run {
-            ($kernel:ident, $m:literal, [$($sum:expr),+]) => {{
-                let a = Operand { starts: std::array::from_fn::<_, $m, _>(|i| a[m + i]), stride: a_stride };
-                let b = Operand { starts: std::array::from_fn(|i| b[i]), stride: b_stride };
-                let starts = [$($sum),+].map(|(i, n)| sum(m + i, n));
-                // SAFETY: by the caller's promise.
-                unsafe { $kernel(a, b, steps, Sums { starts, stride, add }) };
-                $m
-            }};
+impl Operands {
+    /// sums += sum over steps of A B, the sums in tile registers, row by row of parts of A.
+    ///
+    /// # Safety
+    /// The thread must hold [`crate::device::amx::Tiles`]; the rows they are configured for must be
+    /// readable at every part of both operands in every step, and two planes beyond a column's last output.
+    pub unsafe fn multiply(&self, steps: &[Step]) {
+        // SAFETY: handed on from the caller.
+        unsafe {
+            match *self {
+                Operands::Parts { a, parts_of_a, stride, b, parts_of_b } => {
+                    let a = |step: &Step, part: usize| a[part].wrapping_add(step.a);
+                    let b = |step: &Step, part: usize| b[part].wrapping_add(step.b);
+                    match (parts_of_a, parts_of_b) {
+                        (2, 2) => run!(multiply_2x2, steps, a, stride, b),
+                        (1, 2) => run!(multiply_1x2, steps, a, stride, b),
+                        (4, 1) => run!(multiply_4x1, steps, a, stride, b),
+                        (3, 1) => run!(multiply_3x1, steps, a, stride, b),
+                        (2, 1) => run!(multiply_2x1, steps, a, stride, b),
+                        (1, 1) => run!(multiply_1x1, steps, a, stride, b),
+                        (m, n) => unreachable!("{m} parts of A by {n} of B"),
+                    }
+                }
+                Operands::Column { a, stride, plane, planes, b } => {
+                    let steps: &[[Step; TAPS]] = steps.as_chunks().0;
+                    let a = |taps: &[Step; TAPS], part: usize| a.wrapping_add(taps[0].a + part * plane);
+                    let b = |taps: &[Step; TAPS], part: usize| b.wrapping_add(taps[part].b);
+                    match planes {
+                        4 => run!(column_4, steps, a, stride, b),
+                        3 => run!(column_3, steps, a, stride, b),
+                        2 => run!(column_2, steps, a, stride, b),
+                        _ => unreachable!("a column of {planes} planes"),
+                    }
+                }
+            }
         }
-        m += match (b.len(), a.len() - m) {
-            (2, 2..) => run!(multiply_2x2, 2, [(0, 0), (0, 1), (1, 0), (1, 1)]),
-            (2, _) => run!(multiply_1x2, 1, [(0, 0), (0, 1)]),
-            (_, 4..) => run!(multiply_4x1, 4, [(0, 0), (1, 0), (2, 0), (3, 0)]),
-            (_, 2..) => run!(multiply_2x1, 2, [(0, 0), (1, 0)]),
-            _ => run!(multiply_1x1, 1, [(0, 0)]),
-        };
     }
 }
 
-/// `$name`: a column of as many planes as it has sums. What a part of A is multiplied with is listed once: sum and tap.
-macro_rules! column {
-    ($name:ident, [$($sum:literal),+], $(($plane:literal: $($to:literal += $tap:literal),+)),+) => {
-        /// sums = sum over steps of A B, for outputs of neighbouring planes.
-        ///
-        /// # Safety
-        /// As [`multiply_column`].
-        #[inline]
-        unsafe fn $name(a: &Column, b: *const u8, steps: &[[Step; TAPS]], sums: *mut [[f32; LANES]; ROWS]) {
-            // SAFETY: by the caller's promise.
-            unsafe {
-                $(zero::<$sum>();)+
-                for taps in steps {
-                    load::<5>(b.add(taps[0].b), ROW_BYTES);
-                    load::<6>(b.add(taps[1].b), ROW_BYTES);
-                    load::<7>(b.add(taps[2].b), ROW_BYTES);
-                    $(
-                        load::<4>(a.start.add(taps[0].a + $plane * a.plane), a.stride);
-                        $(multiply::<$to, 4, { 5 + $tap }>();)+
-                    )+
-                }
-                $(store::<$sum>(sums.add($sum).cast(), ROW_BYTES);)+
-            }
+/// `$instruction` of as many sums as there are places.
+macro_rules! each_sum {
+    ($instruction:ident, $places:ident, $stride:ident) => {{
+        each_sum!($instruction, $places, $stride, 0);
+        each_sum!($instruction, $places, $stride, 1);
+        each_sum!($instruction, $places, $stride, 2);
+        each_sum!($instruction, $places, $stride, 3);
+    }};
+    ($instruction:ident, $places:ident, $stride:ident, $sum:literal) => {
+        if let Some(place) = $places.get($sum) {
+            $instruction::<$sum>(place.cast(), $stride);
         }
     };
 }
 
-column!(column_4, [0, 1, 2, 3], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 += 1, 0 += 2),
-    (3: 3 += 0, 2 += 1, 1 += 2), (4: 3 += 1, 2 += 2), (5: 3 += 2));
-column!(column_3, [0, 1, 2], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 2 += 0, 1 += 1, 0 += 2), (3: 2 += 1, 1 += 2),
-    (4: 2 += 2));
-column!(column_2, [0, 1], (0: 0 += 0), (1: 1 += 0, 0 += 1), (2: 1 += 1, 0 += 2), (3: 1 += 2));
-
-/// Runs the kernel of a column of `planes` planes, 2 to [`COLUMN_PLANES`]: the sums of plane i to `sums[i]`. The steps come in
-/// threes, of the taps along d; the second and third read the first's A one and two planes further.
+/// All sums = 0.
 ///
 /// # Safety
-/// The thread must hold [`crate::device::amx::Tiles`] with three right operands; the rows they are configured for must be
-/// readable at every plane's A in every step, two planes beyond the last output's too, and at every B, and there must be
-/// `planes` sums.
-pub unsafe fn multiply_column(
-    planes: usize,
-    a: &Column,
-    b: *const u8,
-    steps: &[[Step; TAPS]],
-    sums: *mut [[f32; LANES]; ROWS],
-) {
-    // SAFETY: by the caller's promise.
+/// The thread must hold [`crate::device::amx::Tiles`].
+pub unsafe fn clear_sums() {
+    // SAFETY: handed on from the caller.
     unsafe {
-        match planes {
-            4 => column_4(a, b, steps, sums),
-            3 => column_3(a, b, steps, sums),
-            2 => column_2(a, b, steps, sums),
-            _ => unreachable!("a column of {planes} planes"),
-        }
+        zero::<0>();
+        zero::<1>();
+        zero::<2>();
+        zero::<3>();
     }
+}
+
+/// The first sums = 16 x 16 floats each, rows every `stride` bytes from one of `places`.
+///
+/// # Safety
+/// The thread must hold [`crate::device::amx::Tiles`]; the floats must be readable.
+pub unsafe fn load_sums(places: &[*mut f32], stride: usize) {
+    // SAFETY: handed on from the caller.
+    unsafe { each_sum!(load, places, stride) }
+}
+
+/// Writes the first sums to where [`load_sums`] reads them.
+///
+/// # Safety
+/// The thread must hold [`crate::device::amx::Tiles`]; the floats must be writable.
+pub unsafe fn store_sums(places: &[*mut f32], stride: usize) {
+    // SAFETY: handed on from the caller.
+    unsafe { each_sum!(store, places, stride) }
 }

@@ -1,6 +1,6 @@
 //! The outer-product core: register tiles of 16 source channels of a tap by 16 lane channels.
 
-use super::micro::{Step, multiply_parts};
+use super::micro::{Operands, SUMS, Step, load_sums, parts_of_a, store_sums};
 use super::planes::Planes;
 use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, Tiles};
@@ -122,19 +122,33 @@ impl Pass<'_> {
         starts.extend(parts.iter().map(|&at| tile[at..].as_ptr().cast::<u8>()));
         let to = sum.as_mut_ptr();
         // SAFETY: AMX is in use, or this would not run; nothing here starts another task.
-        let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4, LANE_BLOCKS) };
+        let _tiles = unsafe { Tiles::configure(ROW_BYTES / 4) };
         for lane in (0..self.lanes.len()).step_by(LANE_BLOCKS) {
             let q = LANE_BLOCKS.min(self.lanes.len() - lane);
             let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|i| {
                 super::bytes(lane_tile[(lane + i.min(q - 1)) * planes.lane_block_len()..].as_ptr())
             });
-            // SAFETY: this thread holds the tiles. 16 channels of every part and step lie in the tile, and 16 rows of
-            // `width` floats of every part in `sum`, as was asserted; B lies in the lane tile, which has room for all
-            // steps of every lane block.
-            unsafe {
-                let part = |m: usize, q: usize| to.add(m * LANES * width + (lane + q) * LANES);
-                let a = (&starts[..], 2 * planes.channel_pitch());
-                multiply_parts(a, (&b[..q], ROW_BYTES), steps, part, (4 * width, true));
+            let (mut part, most) = (0, parts_of_a(q));
+            while part < starts.len() {
+                let m = most.min(starts.len() - part);
+                let operands = Operands::Parts {
+                    a: std::array::from_fn(|i| starts[part + i.min(m - 1)]),
+                    parts_of_a: m,
+                    stride: 2 * planes.channel_pitch(),
+                    b,
+                    parts_of_b: q,
+                };
+                // SAFETY: this thread holds the tiles. 16 channels of every part and step lie in the tile, and 16 rows of
+                // `width` floats of every part in `sum`, as was asserted; B lies in the lane tile, which has room for all
+                // steps of every lane block.
+                unsafe {
+                    let place = |i: usize| to.add((part + i / q) * LANES * width + (lane + i % q) * LANES);
+                    let sums: [*mut f32; SUMS] = std::array::from_fn(|i| place(i.min(m * q - 1)));
+                    load_sums(&sums[..m * q], 4 * width);
+                    operands.multiply(steps);
+                    store_sums(&sums[..m * q], 4 * width);
+                }
+                part += m;
             }
         }
     }
