@@ -1,6 +1,6 @@
 // 3D convolution, kernel 3, of one or two input channels: too few for a chunk of 16 to be worth its zeros.
 //
-//   y[o, n] = sum over taps t and channels c of x[o S + t - 1, c] w[t][c][n]       shapes as in kernels/conv3d.cu
+//   y[o, n] = sum over taps t and channels c of x[o S + t - 1, c] w[t][c][n]       shapes as in kernels/conv3d.cuh
 //
 //   flat  S = 2, one source of 1 or 2 channels, up to two heads: the network's first unit (1 -> 16 + 16) and the data
 //         gradient of its last transposed convolution (2 -> 16 + 16). k = tap C + c runs through 27 C numbers, padded to 32
@@ -8,7 +8,7 @@
 //         elements of A from the tile in shared memory: 16 loads of 2 or 4 bytes a fragment row block, 4 us in all.
 //   band  S = 1, 2 -> 2: the network's last convolution and its data gradient. Rows of A are 16 h; k = 8 neighbours
 //         along w x 2 channels, n = 4 neighbours x 2 channels, and B is w[kw] where input - output = kw, a band: 9 mma
-//         (kd, kh) for 64 outputs. A fragment serves kd = 0, 1, 2 of three outputs along d, as in kernels/conv3d.cu; the
+//         (kd, kh) for 64 outputs. A fragment serves kd = 0, 1, 2 of three outputs along d, as in kernels/conv3d.cuh; the
 //         weights stay in 18 registers. A block computes 8 x 16 x 32 voxels, a warp 8 of the 32 along w.
 //
 // Bounds, 8 patches on an H100: 1 -> 16 + 16 to 48^3 25 us of HBM, 3 of mma; 2 -> 2 at 96^3 18 us of HBM, 7 of mma, 7 of

@@ -6,7 +6,7 @@
 //   float  a lane's of a k: [k][t] for n = 2t, 2t + 1, 2t + 8, 2t + 9
 //
 // Four layouts, by what a "tap" and the axes k and n of a block are:
-//   taps      one block a tap (kernels/conv3d.cu, kernels/conv_transpose3d.cu): k input, n output channels. dgrad: their
+//   taps      one block a tap (kernels/conv3d.cuh, kernels/conv_transpose3d.cu): k input, n output channels. dgrad: their
 //             roles are swapped and, for stride 1, the taps mirrored.
 //   flat      one or two input channels: k = tap C + c runs through all 27 taps (kernels/conv3d_narrow.cu)
 //   band      2 -> 2 channels: one block a (kd, kh); k = 8 voxels of a row x 2 channels, n = 4 voxels x 2 channels, with

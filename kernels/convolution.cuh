@@ -1,4 +1,4 @@
-// What the two tiled convolution kernels, kernels/conv3d.cu and kernels/conv_transpose3d.cu, share besides the tile and
+// What the two tiled convolution kernels, kernels/conv3d.cuh and kernels/conv_transpose3d.cu, share besides the tile and
 // the epilogue: their arguments, where a block and a warp stand, and the sum over warps that shared the taps.
 #pragma once
 #include "epilogue.cuh"

@@ -1,4 +1,4 @@
-//! 3D convolution on a CUDA device (kernels/conv3d.cu). dgrad of stride 1 is a convolution again, that of stride 2 a
+//! 3D convolution on a CUDA device (kernels/conv3d.cuh). dgrad of stride 1 is a convolution again, that of stride 2 a
 //! transposed one.
 
 pub use super::args::Output;
@@ -40,18 +40,8 @@ pub(in crate::ops) fn gather(
         return narrow::run(op, inputs[0], stride, outputs, form, filters);
     }
     let out = inputs[0].shape.space().map(|s| s.div_ceil(stride));
-    let tiled = Tiled {
-        op,
-        file: "conv3d.cu",
-        variants: &VARIANTS,
-        window: kernel,
-        stride,
-        held: out,
-        out,
-        inputs,
-        outputs,
-        filters,
-    };
+    let tiled =
+        Tiled { op, variants: &VARIANTS, window: kernel, stride, held: out, out, inputs, outputs, filters };
     tiled.run()
 }
 

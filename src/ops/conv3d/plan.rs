@@ -1,4 +1,4 @@
-//! Which kernel, tile and arrangement of warps a convolution runs with (kernels/conv3d.cu, kernels/conv_transpose3d.cu):
+//! Which kernel, tile and arrangement of warps a convolution runs with (kernels/conv3d.cuh, kernels/conv_transpose3d.cu):
 //! a pure function of shapes and device.
 
 use super::args::GROUP;
@@ -52,6 +52,8 @@ const LATENCY: f64 = 1000.0;
 /// An instance of a kernel's template.
 #[derive(Debug, PartialEq)]
 pub struct Variant {
+    /// File of the kernel.
+    pub file: &'static str,
     /// Entry point.
     pub name: &'static str,
     /// Input voxels along an axis that a warp's voxel sees.
@@ -160,6 +162,7 @@ impl Plan {
 }
 
 const fn conv(
+    file: &'static str,
     name: &'static str,
     [kernel, stride, depth, groups]: [usize; 4],
     threads: usize,
@@ -167,6 +170,7 @@ const fn conv(
 ) -> Variant {
     let planes = (depth - 1) * stride + kernel;
     Variant {
+        file,
         name,
         window: kernel,
         stride,
@@ -181,15 +185,15 @@ const fn conv(
     }
 }
 
-/// The instances at the end of kernels/conv3d.cu.
+/// The instances of kernels/conv3d.cuh.
 pub static VARIANTS: [Variant; 7] = [
-    conv("conv3d_k3s1_d8g1", [3, 1, 8, 1], 256, 168),
-    conv("conv3d_k3s1_d6g1", [3, 1, 6, 1], 384, 136),
-    conv("conv3d_k3s1_d6g2", [3, 1, 6, 2], 256, 224),
-    conv("conv3d_k3s1_d4g2", [3, 1, 4, 2], 256, 184),
-    conv("conv3d_k3s2_d3g1", [3, 2, 3, 1], 256, 112),
-    conv("conv3d_k3s2_d3g2", [3, 2, 3, 2], 384, 160),
-    conv("conv3d_k1s1_d6g1", [1, 1, 6, 1], 384, 128),
+    conv("conv3d.cu", "conv3d_k3s1_d8g1", [3, 1, 8, 1], 256, 168),
+    conv("conv3d.cu", "conv3d_k3s1_d6g1", [3, 1, 6, 1], 384, 136),
+    conv("conv3d_wide.cu", "conv3d_k3s1_d6g2", [3, 1, 6, 2], 256, 224),
+    conv("conv3d_wide.cu", "conv3d_k3s1_d4g2", [3, 1, 4, 2], 256, 184),
+    conv("conv3d_strided.cu", "conv3d_k3s2_d3g1", [3, 2, 3, 1], 256, 112),
+    conv("conv3d_strided.cu", "conv3d_k3s2_d3g2", [3, 2, 3, 2], 384, 160),
+    conv("conv3d.cu", "conv3d_k1s1_d6g1", [1, 1, 6, 1], 384, 128),
 ];
 
 /// Sides of the (h, w) plane of a block's tile.

@@ -1,4 +1,4 @@
-//! A launch of one of the tiled kernels, kernels/conv3d.cu or kernels/conv_transpose3d.cu.
+//! A launch of one of the tiled kernels, kernels/conv3d.cuh or kernels/conv_transpose3d.cu.
 
 use super::args::{
     FilterArgs, GROUP, HaloArgs, Head, HeadArgs, Output, SourceArgs, chunks, heads, sources, volume,
@@ -31,9 +31,7 @@ struct Args {
 pub struct Tiled<'a> {
     /// Name for errors.
     pub op: &'static str,
-    /// File of the kernel.
-    pub file: &'static str,
-    /// Its instances.
+    /// Instances of the kernel.
     pub variants: &'static [Variant],
     /// Window of the instances that compute this.
     pub window: usize,
@@ -92,7 +90,7 @@ impl Tiled<'_> {
             threads: small(plan.threads()),
             shared: small(plan.shared),
         };
-        cuda.launch(&Kernel::<Args>::new(self.file, plan.variant.name), launch, &args)?;
+        cuda.launch(&Kernel::<Args>::new(plan.variant.file, plan.variant.name), launch, &args)?;
         Ok(outputs)
     }
 }

@@ -20,6 +20,7 @@ const fn variant(
     weights: usize,
 ) -> Variant {
     Variant {
+        file: "conv_transpose3d.cu",
         name,
         window: 2,
         stride: 1,
@@ -61,7 +62,6 @@ pub(in crate::ops) fn scatter(
 ) -> Result<Vec<Output>> {
     let tiled = Tiled {
         op,
-        file: "conv_transpose3d.cu",
         variants: if form(output.channels) == Form::Parity { &NARROW } else { &GENERAL },
         window: 2,
         stride: 1,
