@@ -8,8 +8,6 @@ use spleen_hpc::ops::conv3d::{self, Filter};
 use spleen_hpc::rng::Philox;
 use spleen_hpc::tensor::{Activation, Param, ParamId, Shape, Tensor};
 
-const OUTPUTS: usize = 16;
-
 fn uniform(rng: &mut Philox, len: usize) -> Vec<f32> {
     (0..len).map(|_| rng.range(-1.0, 1.0) as f32).collect()
 }
@@ -28,25 +26,27 @@ fn output(groups: &[Vec<Vec<(f32, f32)>>]) -> f32 {
     sums.reduce(|y, sum| sum + y).expect("a group")
 }
 
-/// Compares with groups of products of these terms, of volumes of one plane to nine: bits depend on none of the ways to
-/// share them out.
+/// Compares with groups of products of these terms, of volumes of one plane to nine and of one block of 16 outputs to three:
+/// bits depend on none of the ways to share them out.
 fn compare(
     channels: usize,
     terms: impl Fn(&dyn Fn(usize, [usize; 3]) -> (f32, f32)) -> Vec<Vec<Vec<(f32, f32)>>>,
 ) {
-    (1..=9).for_each(|depth| compare_volume(channels, [depth, 4, 5], &terms));
+    for outputs in [16, 32, 48] {
+        (1..=9).for_each(|depth| compare_volume([channels, outputs], [depth, 4, 5], &terms));
+    }
 }
 
 fn compare_volume(
-    channels: usize,
+    [channels, outputs]: [usize; 2],
     space: [usize; 3],
     terms: impl Fn(&dyn Fn(usize, [usize; 3]) -> (f32, f32)) -> Vec<Vec<Vec<(f32, f32)>>>,
 ) {
     let mut rng = Philox::new(9, channels as u64);
     let shape = Shape::new(1, space, channels);
     let x = uniform(&mut rng, shape.len());
-    let w = uniform(&mut rng, OUTPUTS * channels * 27);
-    let weight = Param::new(ParamId(0), vec![OUTPUTS, channels, 3, 3, 3], w.clone());
+    let w = uniform(&mut rng, outputs * channels * 27);
+    let weight = Param::new(ParamId(0), vec![outputs, channels, 3, 3, 3], w.clone());
     let _turn = TURN.lock().unwrap_or_else(|p| p.into_inner());
     turn_on();
     let input = Activation::from(Tensor::from_slice(shape, &x));
@@ -54,7 +54,7 @@ fn compare_volume(
     let got = conv3d::cpu::fprop(&input, &filter, 1, Operands::Bf16, Phase::Forward);
     let round = |v: f32| half::bf16::from_f32(v).to_f32();
     for (i, &got) in got[0].data().iter().enumerate() {
-        let (voxel, o) = (i / OUTPUTS, i % OUTPUTS);
+        let (voxel, o) = (i / outputs, i % outputs);
         let at = [voxel / (space[1] * space[2]), voxel / space[2] % space[1], voxel % space[2]];
         let term = |c: usize, tap: [usize; 3]| {
             let place: [usize; 3] = std::array::from_fn(|a| (at[a] + tap[a]).wrapping_sub(1));
@@ -68,7 +68,7 @@ fn compare_volume(
         assert_eq!(
             got.to_bits(),
             want.to_bits(),
-            "{channels} channels of {space:?}, output {i}: {got} and {want}"
+            "{channels} to {outputs} channels of {space:?}, output {i}: {got} and {want}"
         );
     }
 }

@@ -6,6 +6,7 @@
 
 use super::plan::LANES;
 use super::row::Affine;
+use super::target::Target;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
 use crate::device::cpu::{Lanes, prefetch_to_read, prefetch_to_write};
@@ -117,9 +118,9 @@ impl Stage {
 /// What the lanes of a row of values have of their channels.
 #[repr(align(64))]
 pub struct LaneMap {
-    bias: [f32; LANES],
-    scale: [f32; LANES],
-    shift: [f32; LANES],
+    pub(super) bias: [f32; LANES],
+    pub(super) scale: [f32; LANES],
+    pub(super) shift: [f32; LANES],
 }
 
 /// A head, shared by tasks that write different voxels or channels of it.
@@ -220,6 +221,33 @@ impl<'a> Out<'a> {
         }
     }
 
+    /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
+    /// after value `starts[p]`. Lanes of all pieces have the same channels.
+    ///
+    /// # Safety
+    /// As [`Self::put_rows`].
+    #[inline(always)]
+    pub unsafe fn put_pieces<V: Lanes>(
+        &self,
+        starts: &mut [usize],
+        rows: &[[f32; LANES]],
+        each: usize,
+        map: &LaneMap,
+        stage: Stage,
+    ) {
+        let (Some(&first), Some(&last)) = (starts.iter().min(), starts.iter().max()) else { return };
+        starts.iter_mut().for_each(|start| *start -= first);
+        let span = last - first + rows.len() * each;
+        // SAFETY: handed on from the caller.
+        unsafe {
+            if self.finishes(stage) {
+                self.target::<true>(first, span, map, stage).put_pieces::<V>(rows, each, starts);
+            } else {
+                self.target::<false>(first, span, map, stage).put_pieces::<V>(rows, each, starts);
+            }
+        }
+    }
+
     /// Asks the cache for what writing `rows` rows to a target will write, and read, of the head: there is time until they
     /// are.
     #[inline(always)]
@@ -243,241 +271,4 @@ impl<'a> Out<'a> {
 #[inline(always)]
 fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const T)) {
     (0..span).step_by(step.max(64 / size_of::<T>())).for_each(|i| ask(p.wrapping_add(i)));
-}
-
-/// A part of a head, as one that writes lanes to it sees it.
-pub struct Target<'a, const FINISHES: bool> {
-    /// Sums of the groups before, or null.
-    more: *const f32,
-    /// Where f32 values go.
-    single: *mut f32,
-    /// Where bfloat16 ones go instead, or null.
-    half: *mut u16,
-    map: &'a LaneMap,
-    /// If there is a map.
-    slope: Option<f32>,
-    plus: Option<Values<'a>>,
-}
-
-impl<const FINISHES: bool> Target<'_, FINISHES> {
-    /// Stores, adds or finishes sixteen sums, which belong `at` values from the target's first.
-    ///
-    /// # Safety
-    /// Nobody else uses these values of the head, which lie in the target; V's vector unit exists.
-    #[inline(always)]
-    pub unsafe fn put<V: Lanes>(&self, at: usize, sums: V) {
-        // SAFETY: by the caller's promise.
-        unsafe {
-            let more = if self.more.is_null() { self.map.bias.as_ptr() } else { self.more.add(at) };
-            let y = self.mapped(sums.add(V::load(more)));
-            let y = match self.plus.filter(|_| FINISHES) {
-                None => y,
-                Some(Values::Single(x)) => x.add(at, y),
-                Some(Values::Bf16(x)) => x.add(at, y),
-            };
-            if self.half.is_null() { self.single.put(at, y) } else { self.half.put(at, y) }
-        }
-    }
-
-    /// The epilogue's map of a sum.
-    ///
-    /// # Safety
-    /// V's vector unit exists.
-    #[inline(always)]
-    unsafe fn mapped<V: Lanes>(&self, sum: V) -> V {
-        let Some(slope) = self.slope.filter(|_| FINISHES) else { return sum };
-        let LaneMap { scale, shift, .. } = self.map;
-        // SAFETY: sixteen scales and shifts, and a slope.
-        unsafe {
-            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
-        }
-    }
-
-    /// The same for the first `len` of sixteen sums.
-    ///
-    /// # Safety
-    /// As [`Self::put`].
-    #[inline(always)]
-    pub unsafe fn put_few<V: Lanes>(&self, at: usize, sums: V, len: usize) {
-        // SAFETY: by the caller's promise; what is computed with lies in arrays of sixteen.
-        unsafe {
-            let sums_before;
-            let more = if self.more.is_null() {
-                self.map.bias.as_ptr()
-            } else {
-                sums_before = few(self.more.add(at), len);
-                sums_before.as_ptr()
-            };
-            // Where sixteen are there to be read, no copy is needed.
-            let (single_plus, half_plus);
-            let plus = match self.plus {
-                Some(Values::Single(x)) if x.len() < at + LANES => {
-                    single_plus = few(x[at..].as_ptr(), len);
-                    Some(Values::Single(&single_plus))
-                }
-                Some(Values::Bf16(x)) if x.len() < at + LANES => {
-                    half_plus = few(x[at..].as_ptr(), len);
-                    Some(Values::Bf16(&half_plus))
-                }
-                Some(Values::Single(x)) => Some(Values::Single(&x[at..])),
-                Some(Values::Bf16(x)) => Some(Values::Bf16(&x[at..])),
-                None => None,
-            };
-            let (mut single, mut half) = ([0.0; LANES], [0; LANES]);
-            let whole = Target::<FINISHES> {
-                more,
-                single: single.as_mut_ptr(),
-                half: if self.half.is_null() { null_mut() } else { half.as_mut_ptr() },
-                plus,
-                ..*self
-            };
-            whole.put(0, sums);
-            if self.half.is_null() {
-                copy_few(&single, self.single.add(at), len);
-            } else {
-                copy_few(&half, self.half.add(at), len);
-            }
-        }
-    }
-
-    /// See [`Out::put_rows`].
-    ///
-    /// # Safety
-    /// As there.
-    #[inline(always)]
-    unsafe fn put_rows<V: Lanes>(&self, step: usize, rows: &[[f32; LANES]], len: usize) {
-        // SAFETY: handed on from the caller.
-        unsafe {
-            if len < LANES {
-                for (i, row) in rows.iter().enumerate() {
-                    self.put_few(i * step, V::load(row.as_ptr()), len);
-                }
-                return;
-            }
-            // What all rows have in common is asked once.
-            match (self.plus.filter(|_| FINISHES), self.half.is_null()) {
-                (None, true) => self.put_whole::<V>(step, rows, (), self.single),
-                (None, false) => self.put_whole::<V>(step, rows, (), self.half),
-                (Some(Values::Single(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
-                (Some(Values::Single(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
-                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
-                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
-            }
-        }
-    }
-
-    /// [`Self::put`] of every row, with the target's summand and place.
-    ///
-    /// # Safety
-    /// As [`Self::put`].
-    #[inline(always)]
-    unsafe fn put_whole<V: Lanes>(
-        &self,
-        step: usize,
-        rows: &[[f32; LANES]],
-        plus: impl Plus,
-        place: impl Place,
-    ) {
-        let (more, more_step) =
-            if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
-        for (i, row) in rows.iter().enumerate() {
-            // SAFETY: handed on from the caller.
-            unsafe {
-                let y = self.mapped(V::load(row.as_ptr()).add(V::load(more.add(i * more_step))));
-                place.put(i * step, plus.add(i * step, y));
-            }
-        }
-    }
-}
-
-/// What an epilogue adds last.
-trait Plus: Copy {
-    /// `y` plus what belongs `at` values from the target's first.
-    ///
-    /// # Safety
-    /// Sixteen values from there are readable; V's vector unit exists.
-    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V;
-}
-
-/// Nothing.
-impl Plus for () {
-    #[inline(always)]
-    unsafe fn add<V: Lanes>(self, _: usize, y: V) -> V {
-        y
-    }
-}
-
-impl Plus for &[f32] {
-    #[inline(always)]
-    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
-        // SAFETY: handed on from the caller.
-        unsafe { y.add(V::load(self.as_ptr().add(at))) }
-    }
-}
-
-impl Plus for &[u16] {
-    #[inline(always)]
-    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
-        // SAFETY: handed on from the caller.
-        unsafe { y.add(V::load_bf16(self.as_ptr().add(at))) }
-    }
-}
-
-/// Where a target's values go.
-trait Place: Copy {
-    /// Writes sixteen, `at` values from the first.
-    ///
-    /// # Safety
-    /// As [`Target::put`].
-    unsafe fn put<V: Lanes>(self, at: usize, y: V);
-}
-
-impl Place for *mut f32 {
-    #[inline(always)]
-    unsafe fn put<V: Lanes>(self, at: usize, y: V) {
-        // SAFETY: handed on from the caller.
-        unsafe { y.store(self.add(at)) }
-    }
-}
-
-impl Place for *mut u16 {
-    #[inline(always)]
-    unsafe fn put<V: Lanes>(self, at: usize, y: V) {
-        // SAFETY: handed on from the caller.
-        unsafe { y.store_bf16(self.add(at)) }
-    }
-}
-
-/// The `len` values from `p` on, and zeros.
-///
-/// # Safety
-/// They must be readable; there are at most sixteen.
-#[inline(always)]
-unsafe fn few<T: Copy + Default>(p: *const T, len: usize) -> [T; LANES] {
-    debug_assert!(len <= LANES);
-    let mut values = [T::default(); LANES];
-    // SAFETY: by the caller's promise. Eight, the most common number, without a call.
-    unsafe {
-        match len {
-            8 => p.copy_to_nonoverlapping(values.as_mut_ptr(), 8),
-            _ => p.copy_to_nonoverlapping(values.as_mut_ptr(), len),
-        }
-    }
-    values
-}
-
-/// Writes the first `len` values to `p`.
-///
-/// # Safety
-/// So many must be writable; they are at most sixteen.
-#[inline(always)]
-unsafe fn copy_few<T: Copy>(values: &[T; LANES], p: *mut T, len: usize) {
-    debug_assert!(len <= LANES);
-    // SAFETY: by the caller's promise.
-    unsafe {
-        match len {
-            8 => p.copy_from_nonoverlapping(values.as_ptr(), 8),
-            _ => p.copy_from_nonoverlapping(values.as_ptr(), len),
-        }
-    }
 }

@@ -46,6 +46,7 @@ mod partials;
 mod plan;
 mod row;
 mod run;
+mod target;
 mod thin_wgrad;
 mod tile;
 mod transpose;

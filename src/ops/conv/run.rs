@@ -1,9 +1,10 @@
 //! One row of output voxels: cut into the micro-kernels' runs, and what becomes of their accumulators.
 
 use super::correlate::Pass;
-use super::epilogue::{LaneMap, Out, Stage, Target};
+use super::epilogue::{LaneMap, Out, Stage};
 use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxels};
 use super::plan::{Block, LANES};
+use super::target::Target;
 use crate::device::cpu::Lanes;
 use std::mem::MaybeUninit;
 

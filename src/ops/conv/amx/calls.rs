@@ -1,13 +1,13 @@
 //! How calls of a kernel share out what a halo tile's outputs are summed in: register tiles, planes and lane blocks.
 
 use super::LANE_BLOCKS;
-use super::micro::{SUMS, parts_of_a};
+use super::micro::{SUMS, most_parts_of_a};
 use std::ops::Range;
 
-/// One call's sums: of several register tiles of one plane, or of one in several planes, by one lane block or two.
+/// One call's sums: of several register tiles of a cover, or of one in several planes, by one lane block or two.
 #[derive(Clone, Debug)]
 pub struct Call {
-    /// Planes of anchors.
+    /// Planes of anchors by which register tiles lie further than in the cover; 0 alone where that holds all planes.
     pub planes: Range<usize>,
     /// Register tiles of the cover.
     pub tiles: Range<usize>,
@@ -43,8 +43,8 @@ impl Call {
     }
 }
 
-/// Calls for `tiles` register tiles in each of `planes` planes, by every lane block: a register tile in some neighbouring
-/// planes each, as evenly many as can be. Replaces what `calls` holds.
+/// Calls for `tiles` register tiles of a cover of one plane in each of `planes`, by every lane block: a register tile in some
+/// neighbouring planes each, as evenly many as can be. Replaces what `calls` holds.
 pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec<Call>) {
     let parts = planes.div_ceil(SUMS);
     calls.clear();
@@ -57,12 +57,12 @@ pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec
     }
 }
 
-/// Calls for `tiles` register tiles by every lane block: as many of them as a kernel takes. Replaces what `calls` holds.
+/// Calls for `tiles` register tiles of a cover of all planes by every lane block: as many of them as a kernel takes. Replaces what `calls` holds.
 pub fn tiles(tiles: usize, lanes: Range<usize>, calls: &mut Vec<Call>) {
     calls.clear();
     for lane in lanes.clone().step_by(LANE_BLOCKS) {
         let lanes = lane..lanes.end.min(lane + LANE_BLOCKS);
-        let most = parts_of_a(lanes.len());
+        let most = most_parts_of_a(lanes.len());
         let of = |tile| Call { planes: 0..1, tiles: tile..tiles.min(tile + most), lanes: lanes.clone() };
         calls.extend((0..tiles).step_by(most).map(of));
     }

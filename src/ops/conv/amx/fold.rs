@@ -25,7 +25,7 @@ pub enum Fold {
 }
 
 /// Outputs of an anchor.
-const OUTPUTS: usize = 8;
+pub const OUTPUTS: usize = 8;
 
 impl Fold {
     /// The fold of a scatter to heads of these channels, where it has one: every anchor must have all its outputs, and

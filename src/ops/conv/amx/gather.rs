@@ -2,9 +2,9 @@
 
 use super::calls::{self, Call};
 use super::cover::{Cover, Run};
-use super::fold::{Fold, parity};
+use super::fold::{Fold, OUTPUTS, parity};
 use super::halo::{Halo, SLACK};
-use super::micro::{COLUMNS_FROM, Operands, SUMS, Step, TAPS, clear_sums, store_sums};
+use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, store_sums};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
 use super::{LANE_BLOCKS, Lines};
@@ -33,10 +33,6 @@ const LARGER: usize = 2;
 /// The accumulators of a call of a kernel, before they are added to the output.
 #[repr(align(64))]
 struct Accumulators([[[f32; LANES]; ROWS]; SUMS]);
-
-/// Outputs side by side, as many rows of them as a pair along w has values, of every pair that a lane block holds.
-#[repr(align(64))]
-struct Rows([[f32; LANES]; ROWS]);
 
 /// See [`crate::ops::conv::correlate()`]; `scheme` is that of the pass.
 pub fn correlate<'a>(
@@ -157,7 +153,7 @@ struct Reduction<'a> {
 impl Reduction<'_> {
     /// What a call reads.
     #[inline(always)]
-    fn operands(&self, group: &Group, call: &Call) -> Operands {
+    fn reads(&self, group: &Group, call: &Call) -> Reads {
         let (between, plane) = (group.halo.between(), group.halo.plane());
         let (stride, parts_of_a, parts_of_b) = (4 * between, call.parts_of_a(), call.lanes.len());
         let a = |part: usize| {
@@ -169,10 +165,10 @@ impl Reduction<'_> {
             super::bytes(self.weights[lane * self.steps.len() * TILE_FLOATS..].as_ptr())
         };
         match self.columns {
-            true => Operands::Column { a: a(0), stride, plane: 4 * plane, planes: parts_of_a, b: b(0) },
+            true => Reads::Column { a: a(0), stride, plane: 4 * plane, planes: parts_of_a, b: b(0) },
             false => {
                 let (a, b) = (std::array::from_fn(a), std::array::from_fn(b));
-                Operands::Parts { a, parts_of_a, stride, b, parts_of_b }
+                Reads::Parts { a, parts_of_a, stride, b, parts_of_b }
             }
         }
     }
@@ -222,7 +218,7 @@ impl Pass<'_> {
         let along_d = self.scheme.has_columns(self.map);
         let columns = along_d && size.d >= COLUMNS_FROM;
         let plane_elements = group.halo.plane();
-        let mut sums = [const { Accumulators([[[0.0; LANES]; ROWS]; SUMS]) }; 2];
+        let mut sums = Accumulators([[[0.0; LANES]; ROWS]; SUMS]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
         let _tiles = unsafe { Tiles::configure(depth.elements()) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
@@ -256,44 +252,45 @@ impl Pass<'_> {
                 {
                     next.prefetch(self.sources, (number, calls.len()));
                 }
-                let [even, odd] = &mut sums;
-                let (to, from) = if number % 2 == 0 { (even, odd) } else { (odd, even) };
-                // SAFETY: V's unit exists; this thread holds the tiles, and its task alone writes these voxels' lanes.
-                unsafe { self.turn::<V>(group, &reduction, (call, to), (before, from)) };
+                // SAFETY: V's unit exists; this thread holds the tiles, and its task alone writes these voxels' lanes. What
+                // every register tile and plane reads in every step ends where was asserted.
+                unsafe { self.turn::<V>(group, &reduction, [call, before], &mut sums) };
             }
         }
     }
 
-    /// Computes the sums of a call and writes those of the one before, in turns: vector units work while tiles are
-    /// multiplied, and what one call writes has left for the cache when the next one's is read.
+    /// Computes the sums of a call and writes those of the one before, a part of each in turn: vector units write while tiles
+    /// are multiplied. `sums` holds those of the call before, and then the call's own, which are read when the first products
+    /// of the next call have been issued: what was stored has time to reach the cache.
     ///
     /// # Safety
     /// V's vector unit must exist; the thread must hold the tiles; nobody else may use the voxels' lanes of the call before.
+    /// What the call reads in every step must lie in the group's tile or the slack behind it.
     #[inline(always)]
     unsafe fn turn<V: Lanes>(
         &self,
         group: &Group,
         reduction: &Reduction,
-        (call, to): (Option<&Call>, &mut Accumulators),
-        (before, from): (Option<&Call>, &Accumulators),
+        [call, before]: [Option<&Call>; 2],
+        sums: &mut Accumulators,
     ) {
-        let operands = call.map(|call| reduction.operands(group, call));
+        let reads = call.map(|call| reduction.reads(group, call));
         let [computed, written] = [call, before].map(|call| call.map_or(0, Call::sums));
         let turns = computed.max(written);
+        // A kernel's registers change places from one step to the next: an even number of them each.
         let together = if reduction.columns { TAPS } else { 1 };
-        let steps = reduction.steps.len() / together;
-        let mut steps = reduction.steps.chunks(steps.div_ceil(turns) * together);
-        if operands.is_some() {
+        let steps = (reduction.steps.len() / together).div_ceil(turns).next_multiple_of(2);
+        let mut steps = reduction.steps.chunks(steps * together);
+        if reads.is_some() {
             // SAFETY: handed on from the caller.
             unsafe { clear_sums() };
         }
         for i in 0..turns {
-            if let Some(operands) = &operands
+            if let Some(reads) = &reads
                 && let Some(steps) = steps.next()
             {
-                // SAFETY: this thread holds the tiles. Every step's A lies in the halo tile or, for rows that are no anchors,
-                // in the slack behind it, as was asserted; its B lies in the packed weights of its lane block.
-                unsafe { operands.multiply(steps) };
+                // SAFETY: handed on from the caller; B lies in the packed weights of its lane block.
+                unsafe { reads.multiply(steps) };
             }
             if let Some(call) = call
                 && i < computed
@@ -304,11 +301,11 @@ impl Pass<'_> {
                 && i < written
             {
                 // SAFETY: handed on from the caller.
-                unsafe { self.write::<V>(group, reduction.class, reduction.sum(before, i), &from.0[i]) };
+                unsafe { self.write::<V>(group, reduction.class, reduction.sum(before, i), &sums.0[i]) };
             }
         }
-        let places = to.0.each_mut().map(|sum| sum.as_mut_ptr().cast());
-        // SAFETY: handed on from the caller; there are as many accumulators as a kernel has.
+        let places = sums.0.each_mut().map(|sum| sum.as_mut_ptr().cast());
+        // SAFETY: this thread holds the tiles; accumulators have a register tile's rows.
         unsafe { store_sums(&places[..computed], ROW_BYTES) };
     }
 
@@ -348,7 +345,7 @@ impl Pass<'_> {
         ((n * self.out_space[0] + d) * self.out_space[1] + h) * self.out_space[2] + w
     }
 
-    /// Asks the cache for the lines that [`Self::write`] will write: there is time until the products are done.
+    /// Asks the cache for the lines that [`Self::write`] will write when the next call's tiles are multiplied.
     #[inline(always)]
     fn prefetch_outputs(
         &self,
@@ -429,26 +426,14 @@ impl Pass<'_> {
         let block = self.lanes[lane];
         // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
         let pair = 2 * channels;
-        // All of them first: what was stored in parts can only be loaded whole when it has left for the cache.
-        let mut rows = Rows([[0.0; LANES]; ROWS]);
-        for (first, rows) in (0..block.len).step_by(pair).zip(rows.0.chunks_exact_mut(pair)) {
-            let row = rows.as_flattened_mut();
-            match pair {
-                // Of known length: a vector, not a call.
-                4 => row
-                    .chunks_exact_mut(4)
-                    .zip(values)
-                    .for_each(|(row, values)| row.copy_from_slice(&values[first..first + 4])),
-                _ => row
-                    .chunks_exact_mut(pair)
-                    .zip(values)
-                    .for_each(|(row, values)| row.copy_from_slice(&values[first..first + pair])),
-            }
+        let mut starts = [0; OUTPUTS / 2];
+        for (start, first) in starts.iter_mut().zip((0..block.len).step_by(pair)) {
+            *start = self.voxel(group, run, parity((block.first + first) / channels)) * channels;
         }
-        for (first, rows) in (0..block.len).step_by(pair).zip(rows.0.chunks_exact(pair)) {
-            let voxel = self.voxel(group, run, parity((block.first + first) / channels));
-            // SAFETY: handed on from the caller.
-            unsafe { self.write_line::<V>(group, lane, voxel * channels, (rows, LANES), run.len * pair) };
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let starts = &mut starts[..block.len / pair];
+            self.outs[0].put_pieces::<V>(starts, values, pair, &self.maps[lane], group.stage);
         }
     }
 

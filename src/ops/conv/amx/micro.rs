@@ -8,9 +8,10 @@
 //! each reads what the ones before read, too: with three taps along d, six parts of A and three of B are loaded for twelve
 //! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
 //!
-//! Kernels are listings, one instruction after the other. The wide ones are in an order in which a product does not wait for
-//! the one before of its sum, three or four earlier but for a column's last, nor for a register that was just read: at
-//! least one product lies between the last that reads a register and the first that reads what it is loaded with next.
+//! Kernels are listings, one instruction after the other, in an order with two aims. Between the last product that reads a
+//! register and the first that reads what the register is loaded with next there is at least another one. And products of a
+//! sum are apart by the number of sums where that can be: by four they wait for nothing, by three for 4 of 52 cycles, by two, as
+//! the last of a column of four, for 20.
 //!
 //! Tile registers outlive a call: a reduction may be cut into calls with other work between them, which vector units do
 //! while products are under way.
@@ -35,11 +36,11 @@ pub struct Step {
     pub b: usize,
 }
 
-/// Instructions of a listing: `a P T`, `b P T`: load part P of an operand into tile T; `S += T U`: add the product of tiles
+/// Instructions of a listing: `a N T`, `b N T`: load part N of an operand into tile T; `S += T U`: add the product of tiles
 /// T and U to sum S.
 macro_rules! instructions {
     ($a:ident $stride:ident $b:ident:) => {};
-    ($a:ident $stride:ident $b:ident: a $part:literal $tile:literal; $($rest:tt)*) => {
+    ($a:ident $stride:ident $b:ident: a $part:literal $tile:ident; $($rest:tt)*) => {
         load::<$tile>($a($part), $stride);
         instructions!($a $stride $b: $($rest)*);
     };
@@ -47,75 +48,88 @@ macro_rules! instructions {
         load::<$tile>($b($part), ROW_BYTES);
         instructions!($a $stride $b: $($rest)*);
     };
-    ($a:ident $stride:ident $b:ident: $sum:literal += $left:literal $right:ident; $($rest:tt)*) => {
+    ($a:ident $stride:ident $b:ident: $sum:literal += $left:ident $right:ident; $($rest:tt)*) => {
         multiply::<$sum, $left, $right>();
         instructions!($a $stride $b: $($rest)*);
     };
 }
 
-/// `$name`: sums += A B of one step, or of three of a column. The right operands' tiles are X and Y.
+/// `$name`: sums += A B over steps, by the listing of one. P and Q are left operands' tiles, 4 and 5, X and Y right ones', 6
+/// and 7; every other step has them as `next` says.
 macro_rules! kernel {
-    ($name:ident: $($listing:tt)+) => {
+    ($name:ident, next $p:literal $q:literal $x:literal $y:literal: $($listing:tt)+) => {
         /// # Safety
-        /// See [`Operands::multiply`].
+        /// See [`Reads::multiply`].
         #[inline(always)]
-        unsafe fn $name<const X: u8, const Y: u8>(
-            a: impl Fn(usize) -> *const u8,
+        unsafe fn $name<S>(
+            steps: &[S],
+            a: impl Fn(&S, usize) -> *const u8,
             stride: usize,
-            b: impl Fn(usize) -> *const u8,
+            b: impl Fn(&S, usize) -> *const u8,
         ) {
-            // SAFETY: by the caller's promise.
-            unsafe { instructions!(a stride b: $($listing)+); }
-        }
-    };
-}
-
-kernel!(multiply_2x2: b 0 X; b 1 Y; a 0 4; 0 += 4 X; 1 += 4 Y; a 1 5; 2 += 5 X; 3 += 5 Y;);
-kernel!(multiply_1x2: b 0 X; b 1 Y; a 0 4; 0 += 4 X; 1 += 4 Y;);
-kernel!(multiply_4x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X; a 2 4; 2 += 4 X; a 3 5; 3 += 5 X;);
-kernel!(multiply_3x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X; a 2 4; 2 += 4 X;);
-kernel!(multiply_2x1: b 0 X; a 0 4; 0 += 4 X; a 1 5; 1 += 5 X;);
-kernel!(multiply_1x1: b 0 X; a 0 4; 0 += 4 X;);
-kernel!(column_4:
-    b 0 X; b 1 Y;
-    a 0 4; 0 += 4 X;
-    a 1 5; 1 += 5 X;
-    a 2 4; 2 += 4 X; 0 += 5 Y; 1 += 4 Y;
-    a 3 5; 3 += 5 X; 2 += 5 Y;
-    b 2 X; 0 += 4 X; 1 += 5 X;
-    a 4 4; 3 += 4 Y; 2 += 4 X;
-    a 5 5; 3 += 5 X;);
-kernel!(column_3:
-    b 0 X; b 1 Y;
-    a 0 4; 0 += 4 X;
-    a 1 5; 1 += 5 X;
-    a 2 4; 2 += 4 X; 0 += 5 Y; 1 += 4 Y;
-    a 3 5; 2 += 5 Y;
-    b 2 X; 0 += 4 X; 1 += 5 X;
-    a 4 4; 2 += 4 X;);
-kernel!(column_2:
-    b 0 X; b 1 Y;
-    a 0 4; 0 += 4 X;
-    a 1 5; 1 += 5 X; 0 += 5 Y;
-    a 2 4; 1 += 4 Y;
-    b 2 X; 0 += 4 X;
-    a 3 5; 1 += 5 X;);
-
-/// Runs a kernel over all steps. Right operands change places from one to the next.
-macro_rules! run {
-    ($kernel:ident, $steps:ident, $a:ident, $stride:ident, $b:ident) => {
-        for pair in $steps.chunks(2) {
-            $kernel::<6, 7>(|part| $a(&pair[0], part), $stride, |part| $b(&pair[0], part));
-            if let [_, second] = pair {
-                $kernel::<7, 6>(|part| $a(second, part), $stride, |part| $b(second, part));
+            /// # Safety
+            /// As the kernel's.
+            #[inline(always)]
+            unsafe fn step<const P: u8, const Q: u8, const X: u8, const Y: u8>(
+                a: impl Fn(usize) -> *const u8,
+                stride: usize,
+                b: impl Fn(usize) -> *const u8,
+            ) {
+                // SAFETY: handed on from the caller.
+                unsafe { instructions!(a stride b: $($listing)+); }
+            }
+            for pair in steps.chunks(2) {
+                // SAFETY: handed on from the caller.
+                unsafe {
+                    step::<4, 5, 6, 7>(|part| a(&pair[0], part), stride, |part| b(&pair[0], part));
+                    if let [_, second] = pair {
+                        step::<$p, $q, $x, $y>(|part| a(second, part), stride, |part| b(second, part));
+                    }
+                }
             }
         }
+
+        #[cfg(test)]
+        mod $name {
+            pub const KERNEL: (&str, [u8; 4]) = (stringify!($($listing)+), [$p, $q, $x, $y]);
+        }
     };
 }
+
+kernel!(multiply_2x2, next 4 5 6 7: b 0 X; b 1 Y; a 0 P; 0 += P X; 1 += P Y; a 1 Q; 2 += Q X; 3 += Q Y;);
+kernel!(multiply_1x2, next 5 4 6 7: b 0 X; b 1 Y; a 0 P; 0 += P X; 1 += P Y;);
+kernel!(multiply_4x1, next 4 5 7 6: b 0 X; a 0 P; 0 += P X; a 1 Q; 1 += Q X; a 2 P; 2 += P X; a 3 Q; 3 += Q X;);
+kernel!(multiply_3x1, next 5 4 7 6: b 0 X; a 0 P; 0 += P X; a 1 Q; 1 += Q X; a 2 P; 2 += P X;);
+kernel!(multiply_2x1, next 4 5 7 6: b 0 X; a 0 P; 0 += P X; a 1 Q; 1 += Q X;);
+kernel!(multiply_1x1, next 5 4 7 6: b 0 X; a 0 P; 0 += P X;);
+kernel!(column_4, next 4 5 7 6:
+    b 0 X; b 1 Y;
+    a 0 P; 0 += P X;
+    a 1 Q; 1 += Q X;
+    a 2 P; 2 += P X; 0 += Q Y; 1 += P Y;
+    a 3 Q; 3 += Q X; 2 += Q Y;
+    b 2 X; 0 += P X; 1 += Q X;
+    a 4 P; 3 += P Y; 2 += P X;
+    a 5 Q; 3 += Q X;);
+kernel!(column_3, next 5 4 7 6:
+    b 0 X; b 1 Y;
+    a 0 P; 0 += P X;
+    a 1 Q; 1 += Q X;
+    a 2 P; 2 += P X; 0 += Q Y; 1 += P Y;
+    a 3 Q; 2 += Q Y;
+    b 2 X; 0 += P X; 1 += Q X;
+    a 4 P; 2 += P X;);
+kernel!(column_2, next 4 5 7 6:
+    b 0 X; b 1 Y;
+    a 0 P; 0 += P X;
+    a 1 Q; 1 += Q X; 0 += Q Y;
+    a 2 P; 1 += P Y;
+    b 2 X; 0 += P X;
+    a 3 Q; 1 += Q X;);
 
 /// What a reduction reads, in a step of offsets 0; rows of B have no bytes between them.
 #[derive(Clone, Copy)]
-pub enum Operands {
+pub enum Reads {
     /// Sums of 1 to 4 parts of A by a part of B, or of 1 or 2 by 2.
     Parts {
         /// First row of every part of A.
@@ -145,12 +159,12 @@ pub enum Operands {
     },
 }
 
-/// Number of parts of A that the widest kernel for this many parts of B takes.
-pub fn parts_of_a(parts_of_b: usize) -> usize {
+/// Parts of A that the widest kernel for this many parts of B takes.
+pub fn most_parts_of_a(parts_of_b: usize) -> usize {
     SUMS / parts_of_b
 }
 
-impl Operands {
+impl Reads {
     /// sums += sum over steps of A B, the sums in tile registers, row by row of parts of A.
     ///
     /// # Safety
@@ -160,27 +174,28 @@ impl Operands {
         // SAFETY: handed on from the caller.
         unsafe {
             match *self {
-                Operands::Parts { a, parts_of_a, stride, b, parts_of_b } => {
+                Reads::Parts { a, parts_of_a, stride, b, parts_of_b } => {
                     let a = |step: &Step, part: usize| a[part].wrapping_add(step.a);
                     let b = |step: &Step, part: usize| b[part].wrapping_add(step.b);
                     match (parts_of_a, parts_of_b) {
-                        (2, 2) => run!(multiply_2x2, steps, a, stride, b),
-                        (1, 2) => run!(multiply_1x2, steps, a, stride, b),
-                        (4, 1) => run!(multiply_4x1, steps, a, stride, b),
-                        (3, 1) => run!(multiply_3x1, steps, a, stride, b),
-                        (2, 1) => run!(multiply_2x1, steps, a, stride, b),
-                        (1, 1) => run!(multiply_1x1, steps, a, stride, b),
+                        (2, 2) => multiply_2x2(steps, a, stride, b),
+                        (1, 2) => multiply_1x2(steps, a, stride, b),
+                        (4, 1) => multiply_4x1(steps, a, stride, b),
+                        (3, 1) => multiply_3x1(steps, a, stride, b),
+                        (2, 1) => multiply_2x1(steps, a, stride, b),
+                        (1, 1) => multiply_1x1(steps, a, stride, b),
                         (m, n) => unreachable!("{m} parts of A by {n} of B"),
                     }
                 }
-                Operands::Column { a, stride, plane, planes, b } => {
-                    let steps: &[[Step; TAPS]] = steps.as_chunks().0;
+                Reads::Column { a, stride, plane, planes, b } => {
+                    let (steps, rest): (&[[Step; TAPS]], _) = steps.as_chunks();
+                    debug_assert!(rest.is_empty(), "steps of a column come in threes");
                     let a = |taps: &[Step; TAPS], part: usize| a.wrapping_add(taps[0].a + part * plane);
                     let b = |taps: &[Step; TAPS], part: usize| b.wrapping_add(taps[part].b);
                     match planes {
-                        4 => run!(column_4, steps, a, stride, b),
-                        3 => run!(column_3, steps, a, stride, b),
-                        2 => run!(column_2, steps, a, stride, b),
+                        4 => column_4(steps, a, stride, b),
+                        3 => column_3(steps, a, stride, b),
+                        2 => column_2(steps, a, stride, b),
                         _ => unreachable!("a column of {planes} planes"),
                     }
                 }
@@ -234,4 +249,72 @@ pub unsafe fn load_sums(places: &[*mut f32], stride: usize) {
 pub unsafe fn store_sums(places: &[*mut f32], stride: usize) {
     // SAFETY: handed on from the caller.
     unsafe { each_sum!(store, places, stride) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Products (sum, part of A, part of B) of three steps of a kernel. Asserts what the order of its listing is for.
+    fn products((listing, next): (&str, [u8; 4])) -> Vec<(usize, usize, usize)> {
+        let mut products = Vec::new();
+        // Of every tile: the part that it holds, and whether a product has read it; the last product that read any.
+        let mut held: [Option<(usize, bool)>; 8] = [None; 8];
+        let mut last_read: [Option<usize>; 8] = [None; 8];
+        for step in 0..3 {
+            let tiles = if step % 2 == 0 { [4, 5, 6, 7] } else { next };
+            let tile = |name: &str| usize::from(tiles["PQXY".find(name).expect("a tile")]);
+            for line in listing.split(';').map(str::trim).filter(|line| !line.is_empty()) {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                if let [sum, "+=", left, right] = words[..] {
+                    let number = products.len();
+                    let parts = [tile(left), tile(right)].map(|tile| {
+                        let (part, was_read) = held[tile].expect("loaded before it is read");
+                        let before = last_read[tile].filter(|_| !was_read);
+                        assert!(before.is_none_or(|before| number - before > 1), "{line}: {listing}");
+                        (held[tile], last_read[tile]) = (Some((part, true)), Some(number));
+                        part
+                    });
+                    products.push((sum.parse().expect("a sum"), parts[0], parts[1]));
+                } else {
+                    held[tile(words[2])] = Some((words[1].parse().expect("a part"), false));
+                }
+            }
+            // Nothing is left of one step for the next.
+            held = [None; 8];
+        }
+        products
+    }
+
+    #[test]
+    fn no_product_reads_a_register_just_read_and_loaded_anew() {
+        let parts = [
+            (multiply_2x2::KERNEL, 2, 2),
+            (multiply_1x2::KERNEL, 1, 2),
+            (multiply_4x1::KERNEL, 4, 1),
+            (multiply_3x1::KERNEL, 3, 1),
+            (multiply_2x1::KERNEL, 2, 1),
+            (multiply_1x1::KERNEL, 1, 1),
+        ];
+        for (kernel, m, n) in parts {
+            let of_step: Vec<_> = (0..m * n).map(|sum| (sum, sum / n, sum % n)).collect();
+            assert_eq!(products(kernel), of_step.repeat(3), "{m} x {n}");
+        }
+    }
+
+    #[test]
+    fn columns_add_taps_in_order() {
+        for (kernel, planes) in [(column_4::KERNEL, 4), (column_3::KERNEL, 3), (column_2::KERNEL, 2)] {
+            let products = products(kernel);
+            for sum in 0..planes {
+                let of_sum: Vec<_> = products.iter().filter(|p| p.0 == sum).map(|p| (p.1, p.2)).collect();
+                assert_eq!(
+                    of_sum,
+                    [(sum, 0), (sum + 1, 1), (sum + 2, 2)].repeat(3),
+                    "plane {sum} of {planes}"
+                );
+            }
+            assert_eq!(products.len(), 3 * TAPS * planes);
+        }
+    }
 }

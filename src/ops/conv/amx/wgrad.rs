@@ -1,6 +1,6 @@
 //! The outer-product core: register tiles of 16 source channels of a tap by 16 lane channels.
 
-use super::micro::{Operands, SUMS, Step, load_sums, parts_of_a, store_sums};
+use super::micro::{Reads, SUMS, Step, load_sums, most_parts_of_a, store_sums};
 use super::planes::Planes;
 use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, Tiles};
@@ -128,10 +128,10 @@ impl Pass<'_> {
             let b: [*const u8; LANE_BLOCKS] = std::array::from_fn(|i| {
                 super::bytes(lane_tile[(lane + i.min(q - 1)) * planes.lane_block_len()..].as_ptr())
             });
-            let (mut part, most) = (0, parts_of_a(q));
+            let (mut part, most) = (0, most_parts_of_a(q));
             while part < starts.len() {
                 let m = most.min(starts.len() - part);
-                let operands = Operands::Parts {
+                let reads = Reads::Parts {
                     a: std::array::from_fn(|i| starts[part + i.min(m - 1)]),
                     parts_of_a: m,
                     stride: 2 * planes.channel_pitch(),
@@ -145,7 +145,7 @@ impl Pass<'_> {
                     let place = |i: usize| to.add((part + i / q) * LANES * width + (lane + i % q) * LANES);
                     let sums: [*mut f32; SUMS] = std::array::from_fn(|i| place(i.min(m * q - 1)));
                     load_sums(&sums[..m * q], 4 * width);
-                    operands.multiply(steps);
+                    reads.multiply(steps);
                     store_sums(&sums[..m * q], 4 * width);
                 }
                 part += m;

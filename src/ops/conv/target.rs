@@ -1,0 +1,312 @@
+//! Writing sums to a head: sixteen at a time, as an epilogue says.
+
+use super::epilogue::LaneMap;
+use super::plan::LANES;
+use crate::device::cpu::Lanes;
+use crate::tensor::Values;
+use std::ptr::null_mut;
+
+/// A part of a head, as one that writes lanes to it sees it.
+pub struct Target<'a, const FINISHES: bool> {
+    /// Sums of the groups before, or null.
+    pub(super) more: *const f32,
+    /// Where f32 values go.
+    pub(super) single: *mut f32,
+    /// Where bfloat16 ones go instead, or null.
+    pub(super) half: *mut u16,
+    pub(super) map: &'a LaneMap,
+    /// If there is a map.
+    pub(super) slope: Option<f32>,
+    pub(super) plus: Option<Values<'a>>,
+}
+
+impl<const FINISHES: bool> Target<'_, FINISHES> {
+    /// Stores, adds or finishes sixteen sums, which belong `at` values from the target's first.
+    ///
+    /// # Safety
+    /// Nobody else uses these values of the head, which lie in the target; V's vector unit exists.
+    #[inline(always)]
+    pub unsafe fn put<V: Lanes>(&self, at: usize, sums: V) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let more = if self.more.is_null() { self.map.bias.as_ptr() } else { self.more.add(at) };
+            let y = self.mapped(sums.add(V::load(more)));
+            let y = match self.plus.filter(|_| FINISHES) {
+                None => y,
+                Some(Values::Single(x)) => x.add(at, y),
+                Some(Values::Bf16(x)) => x.add(at, y),
+            };
+            if self.half.is_null() { y.store(self.single.add(at)) } else { y.store_bf16(self.half.add(at)) }
+        }
+    }
+
+    /// The epilogue's map of a sum.
+    ///
+    /// # Safety
+    /// V's vector unit exists.
+    #[inline(always)]
+    unsafe fn mapped<V: Lanes>(&self, sum: V) -> V {
+        let Some(slope) = self.slope.filter(|_| FINISHES) else { return sum };
+        let LaneMap { scale, shift, .. } = self.map;
+        // SAFETY: sixteen scales and shifts, and a slope.
+        unsafe {
+            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
+        }
+    }
+
+    /// The same for the first `len` of sixteen sums.
+    ///
+    /// # Safety
+    /// As [`Self::put`].
+    #[inline(always)]
+    pub unsafe fn put_few<V: Lanes>(&self, at: usize, sums: V, len: usize) {
+        // SAFETY: by the caller's promise; what is computed with lies in arrays of sixteen.
+        unsafe {
+            let sums_before;
+            let more = if self.more.is_null() {
+                self.map.bias.as_ptr()
+            } else {
+                sums_before = few(self.more.add(at), len);
+                sums_before.as_ptr()
+            };
+            // Where sixteen are there to be read, no copy is needed.
+            let (single_plus, half_plus);
+            let plus = match self.plus {
+                Some(Values::Single(x)) if x.len() < at + LANES => {
+                    single_plus = few(x[at..].as_ptr(), len);
+                    Some(Values::Single(&single_plus))
+                }
+                Some(Values::Bf16(x)) if x.len() < at + LANES => {
+                    half_plus = few(x[at..].as_ptr(), len);
+                    Some(Values::Bf16(&half_plus))
+                }
+                Some(Values::Single(x)) => Some(Values::Single(&x[at..])),
+                Some(Values::Bf16(x)) => Some(Values::Bf16(&x[at..])),
+                None => None,
+            };
+            let (mut single, mut half) = ([0.0; LANES], [0; LANES]);
+            let whole = Target::<FINISHES> {
+                more,
+                single: single.as_mut_ptr(),
+                half: if self.half.is_null() { null_mut() } else { half.as_mut_ptr() },
+                plus,
+                ..*self
+            };
+            whole.put(0, sums);
+            if self.half.is_null() {
+                copy_few(&single, self.single.add(at), len);
+            } else {
+                copy_few(&half, self.half.add(at), len);
+            }
+        }
+    }
+
+    /// See [`Out::put_rows`].
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub unsafe fn put_rows<V: Lanes>(&self, step: usize, rows: &[[f32; LANES]], len: usize) {
+        debug_assert!(len <= LANES);
+        // SAFETY: handed on from the caller.
+        unsafe {
+            if len < LANES {
+                for (i, row) in rows.iter().enumerate() {
+                    self.put_few(i * step, V::load(row.as_ptr()), len);
+                }
+                return;
+            }
+            // What all rows have in common is asked once.
+            match (self.plus.filter(|_| FINISHES), self.half.is_null()) {
+                (None, true) => self.put_whole::<V>(step, rows, (), self.single),
+                (None, false) => self.put_whole::<V>(step, rows, (), self.half),
+                (Some(Values::Single(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
+                (Some(Values::Single(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
+                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
+                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
+            }
+        }
+    }
+
+    /// [`Self::put`] of every row, with the target's summand and place.
+    ///
+    /// # Safety
+    /// As [`Self::put`].
+    #[inline(always)]
+    unsafe fn put_whole<V: Lanes>(
+        &self,
+        step: usize,
+        rows: &[[f32; LANES]],
+        plus: impl Plus,
+        out: *mut impl Value,
+    ) {
+        let (more, more_step) =
+            if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
+        for (i, row) in rows.iter().enumerate() {
+            // SAFETY: handed on from the caller.
+            unsafe {
+                let y = self.mapped(V::load(row.as_ptr()).add(V::load(more.add(i * more_step))));
+                Value::store(out.add(i * step), plus.add(i * step, y));
+            }
+        }
+    }
+
+    /// [`Self::put`] of every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `starts[p] + i * each` values
+    /// from the target's first. Lanes of all pieces have the same channels.
+    ///
+    /// # Safety
+    /// As [`Self::put`].
+    #[inline(always)]
+    pub unsafe fn put_pieces<V: Lanes>(&self, rows: &[[f32; LANES]], each: usize, starts: &[usize]) {
+        // SAFETY: handed on from the caller.
+        unsafe {
+            match (each, self.half.is_null()) {
+                (2, true) => self.put_pieces_of::<V, _, 2>(rows, starts, self.single),
+                (2, false) => self.put_pieces_of::<V, _, 2>(rows, starts, self.half),
+                (4, true) => self.put_pieces_of::<V, _, 4>(rows, starts, self.single),
+                (4, false) => self.put_pieces_of::<V, _, 4>(rows, starts, self.half),
+                (8, true) => self.put_pieces_of::<V, _, 8>(rows, starts, self.single),
+                (8, false) => self.put_pieces_of::<V, _, 8>(rows, starts, self.half),
+                _ => unreachable!("pieces of {each} values"),
+            }
+        }
+    }
+
+    /// The same, of known length: copies without a call.
+    ///
+    /// # Safety
+    /// As [`Self::put`].
+    #[inline(always)]
+    unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize>(
+        &self,
+        rows: &[[f32; LANES]],
+        starts: &[usize],
+        out: *mut T,
+    ) {
+        // As many pieces as lanes have, known to the compiler.
+        let all = starts.get(..LANES / EACH);
+        let alone = self.more.is_null() && self.plus.filter(|_| FINISHES).is_none();
+        for (i, row) in rows.iter().enumerate() {
+            // SAFETY: handed on from the caller; an array of sixteen.
+            unsafe {
+                if let Some(starts) = all.filter(|_| alone) {
+                    // Written whole and read in pieces, which need not wait for the cache as the other way round.
+                    let mut values = [T::default(); LANES];
+                    let sums = V::load(row.as_ptr()).add(V::load(self.map.bias.as_ptr()));
+                    T::store(values.as_mut_ptr(), self.mapped(sums));
+                    for (piece, start) in values.as_chunks::<EACH>().0.iter().zip(starts) {
+                        out.add(start + i * EACH).cast::<[T; EACH]>().write_unaligned(*piece);
+                    }
+                } else {
+                    for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
+                        let sums = few(piece.as_ptr(), EACH);
+                        self.put_few(start + i * EACH, V::load(sums.as_ptr()), EACH);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What an epilogue adds last.
+trait Plus: Copy {
+    /// `y` plus what belongs `at` values from the target's first.
+    ///
+    /// # Safety
+    /// Sixteen values from there are readable; V's vector unit exists.
+    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V;
+}
+
+/// Nothing.
+impl Plus for () {
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, _: usize, y: V) -> V {
+        y
+    }
+}
+
+impl<T: Value> Plus for &[T] {
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
+        // SAFETY: handed on from the caller.
+        unsafe { y.add(T::load(self.as_ptr().add(at))) }
+    }
+}
+
+/// What activations are stored as.
+trait Value: Copy + Default {
+    /// Sixteen from `p` on.
+    ///
+    /// # Safety
+    /// They are readable; V's vector unit exists.
+    unsafe fn load<V: Lanes>(p: *const Self) -> V;
+
+    /// Writes sixteen from `p` on.
+    ///
+    /// # Safety
+    /// They are writable; V's vector unit exists.
+    unsafe fn store<V: Lanes>(p: *mut Self, y: V);
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(p: *const f32) -> V {
+        // SAFETY: handed on from the caller.
+        unsafe { V::load(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Lanes>(p: *mut f32, y: V) {
+        // SAFETY: handed on from the caller.
+        unsafe { y.store(p) }
+    }
+}
+
+/// bfloat16.
+impl Value for u16 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(p: *const u16) -> V {
+        // SAFETY: handed on from the caller.
+        unsafe { V::load_bf16(p) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<V: Lanes>(p: *mut u16, y: V) {
+        // SAFETY: handed on from the caller.
+        unsafe { y.store_bf16(p) }
+    }
+}
+
+/// The `len` values from `p` on, and zeros.
+///
+/// # Safety
+/// They must be readable; there are at most sixteen.
+#[inline(always)]
+unsafe fn few<T: Copy + Default>(p: *const T, len: usize) -> [T; LANES] {
+    debug_assert!(len <= LANES);
+    let mut values = [T::default(); LANES];
+    // SAFETY: by the caller's promise. Eight, the most common number, without a call.
+    unsafe {
+        match len {
+            8 => p.copy_to_nonoverlapping(values.as_mut_ptr(), 8),
+            _ => p.copy_to_nonoverlapping(values.as_mut_ptr(), len),
+        }
+    }
+    values
+}
+
+/// Writes the first `len` values to `p`.
+///
+/// # Safety
+/// So many must be writable; they are at most sixteen.
+#[inline(always)]
+unsafe fn copy_few<T: Copy>(values: &[T; LANES], p: *mut T, len: usize) {
+    debug_assert!(len <= LANES);
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match len {
+            8 => p.copy_from_nonoverlapping(values.as_ptr(), 8),
+            _ => p.copy_from_nonoverlapping(values.as_ptr(), len),
+        }
+    }
+}
