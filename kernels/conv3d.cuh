@@ -29,7 +29,8 @@
 // fragments instead of 27, but a halo column more work, and the walk along d saves as much); weights in shared memory
 // (13.8 KB a block to copy where L1 keeps them for all blocks).
 //
-// Instances are the longest of all kernels to compile: they stand in several files, which are compiled side by side.
+// Together the instances would take twice as long to compile as any other file: they stand in several, which are compiled
+// side by side.
 #pragma once
 #include "convolution.cuh"
 
@@ -122,6 +123,7 @@ DEVICE void conv3d(const Convolution& args) {
   epilogue(acc, args.head, at.groups, args.out.d * args.out.h * args.out.w, at.position(args), voxel, shared);
 }
 
-// With float a thread takes more registers than larger blocks leave it.
+// src/ops/conv3d/plan.rs lists all instances with their files, and has the limit of float: a thread takes more registers
+// than larger blocks leave it.
 #define CONV3D(name, threads, K, S, MT, G) \
   KERNEL_RESIDENT(name, Convolution, ELEM == 16 ? threads : 256, 1) { conv3d<K, S, MT, G>(args); }

@@ -74,7 +74,7 @@ fn files_stay_small() {
 fn every_kernel_belongs_to_an_op() {
     for kernel in files(&root().join("kernels"), "cu") {
         let stem = kernel.file_stem().and_then(|s| s.to_str()).expect("a name");
-        // Named after its op, or after an op and one of its passes: conv3d.cu, conv3d_wgrad.cu.
+        // Named after its op, or after an op and one of its passes or parts: conv3d.cu, conv3d_wgrad.cu.
         let ops = root().join("src/ops");
         let op = |name: &str| ops.join(name).with_extension("rs").exists() || ops.join(name).is_dir();
         let pass = stem.rsplit_once('_').is_some_and(|(name, _)| op(name));

@@ -103,6 +103,8 @@ const AMX_CASES: &[Case] = &[
     transposed([2, 3, 5], &[16, 16], &[1]),
     transposed([3, 2, 19], &[16, 16], &[2]),
     transposed([2, 2, 6], &[40], &[4]),
+    // Few outputs of more channels than a group.
+    transposed([2, 2, 6], &[160], &[2]),
     conv([5, 6, 27], &[1], &[16, 16], 3, 2),
     conv([4, 3, 10], &[1], &[24], 3, 1),
     conv([4, 3, 9], &[2], &[18], 3, 1),

@@ -222,28 +222,27 @@ impl<'a> Out<'a> {
     }
 
     /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
-    /// after value `starts[p]`. Lanes of all pieces have the same channels.
+    /// after value `starts[p]`. `map` is the same for every piece.
     ///
     /// # Safety
     /// As [`Self::put_rows`].
     #[inline(always)]
     pub unsafe fn put_pieces<V: Lanes>(
         &self,
-        starts: &mut [usize],
+        starts: &[usize],
         rows: &[[f32; LANES]],
         each: usize,
         map: &LaneMap,
         stage: Stage,
     ) {
         let (Some(&first), Some(&last)) = (starts.iter().min(), starts.iter().max()) else { return };
-        starts.iter_mut().for_each(|start| *start -= first);
         let span = last - first + rows.len() * each;
         // SAFETY: handed on from the caller.
         unsafe {
             if self.finishes(stage) {
-                self.target::<true>(first, span, map, stage).put_pieces::<V>(rows, each, starts);
+                self.target::<true>(first, span, map, stage).put_pieces::<V>(rows, each, (first, starts));
             } else {
-                self.target::<false>(first, span, map, stage).put_pieces::<V>(rows, each, starts);
+                self.target::<false>(first, span, map, stage).put_pieces::<V>(rows, each, (first, starts));
             }
         }
     }

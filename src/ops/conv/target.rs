@@ -101,7 +101,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// See [`Out::put_rows`].
+    /// See [`super::epilogue::Out::put_rows`].
     ///
     /// # Safety
     /// As there.
@@ -151,13 +151,20 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// [`Self::put`] of every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `starts[p] + i * each` values
-    /// from the target's first. Lanes of all pieces have the same channels.
+    /// [`Self::put`] of every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `starts[p] - first + i * each`
+    /// values from the target's first. The target's map is the same for every piece.
     ///
     /// # Safety
     /// As [`Self::put`].
     #[inline(always)]
-    pub unsafe fn put_pieces<V: Lanes>(&self, rows: &[[f32; LANES]], each: usize, starts: &[usize]) {
+    pub unsafe fn put_pieces<V: Lanes>(
+        &self,
+        rows: &[[f32; LANES]],
+        each: usize,
+        (first, starts): (usize, &[usize]),
+    ) {
+        debug_assert!(starts.len() * each <= LANES);
+        let starts = (first, starts);
         // SAFETY: handed on from the caller.
         unsafe {
             match (each, self.half.is_null()) {
@@ -180,27 +187,31 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize>(
         &self,
         rows: &[[f32; LANES]],
-        starts: &[usize],
+        (first, starts): (usize, &[usize]),
         out: *mut T,
     ) {
-        // As many pieces as lanes have, known to the compiler.
-        let all = starts.get(..LANES / EACH);
         let alone = self.more.is_null() && self.plus.filter(|_| FINISHES).is_none();
         for (i, row) in rows.iter().enumerate() {
             // SAFETY: handed on from the caller; an array of sixteen.
             unsafe {
-                if let Some(starts) = all.filter(|_| alone) {
+                if alone {
                     // Written whole and read in pieces, which need not wait for the cache as the other way round.
                     let mut values = [T::default(); LANES];
                     let sums = V::load(row.as_ptr()).add(V::load(self.map.bias.as_ptr()));
                     T::store(values.as_mut_ptr(), self.mapped(sums));
-                    for (piece, start) in values.as_chunks::<EACH>().0.iter().zip(starts) {
-                        out.add(start + i * EACH).cast::<[T; EACH]>().write_unaligned(*piece);
+                    let put = |(piece, start): (&[T; EACH], &usize)| {
+                        out.add(start - first + i * EACH).cast::<[T; EACH]>().write_unaligned(*piece);
+                    };
+                    let pieces = values.as_chunks::<EACH>().0.iter();
+                    match starts.get(..LANES / EACH) {
+                        // As many as sixteen lanes have, which the compiler knows.
+                        Some(all) => pieces.zip(all).for_each(put),
+                        None => pieces.zip(starts).for_each(put),
                     }
                 } else {
                     for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
                         let sums = few(piece.as_ptr(), EACH);
-                        self.put_few(start + i * EACH, V::load(sums.as_ptr()), EACH);
+                        self.put_few(start - first + i * EACH, V::load(sums.as_ptr()), EACH);
                     }
                 }
             }

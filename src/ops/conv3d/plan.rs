@@ -282,6 +282,7 @@ fn cycles(p: &Problem, plan: &Plan, info: &Info) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::cuda::sources;
 
     /// An H100.
     fn info() -> Info {
@@ -309,6 +310,14 @@ mod tests {
         [6, 16, 8, 3, 1],
         [6, 4, 24, 3, 2],
     ];
+
+    #[test]
+    fn variants_are_in_their_files() {
+        for v in &VARIANTS {
+            let text = sources::find(v.file).expect("a kernel file").text;
+            assert!(text.contains(&format!("CONV3D({},", v.name)), "{} is not in {}", v.name, v.file);
+        }
+    }
 
     #[test]
     fn plans_fill_the_machine() {

@@ -43,8 +43,8 @@ impl Call {
     }
 }
 
-/// Calls for `tiles` register tiles of a cover of one plane in each of `planes`, by every lane block: a register tile in some
-/// neighbouring planes each, as evenly many as can be. Replaces what `calls` holds.
+/// Calls for `tiles` register tiles of a cover of one plane in each of `planes`, by every lane block: a register tile in
+/// some neighbouring planes each, as evenly many as can be. Replaces what `calls` holds.
 pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec<Call>) {
     let parts = planes.div_ceil(SUMS);
     calls.clear();
@@ -57,7 +57,8 @@ pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec
     }
 }
 
-/// Calls for `tiles` register tiles of a cover of all planes by every lane block: as many of them as a kernel takes. Replaces what `calls` holds.
+/// Calls for `tiles` register tiles of a cover of all planes by every lane block: as many of them as a kernel takes.
+/// Replaces what `calls` holds.
 pub fn tiles(tiles: usize, lanes: Range<usize>, calls: &mut Vec<Call>) {
     calls.clear();
     for lane in lanes.clone().step_by(LANE_BLOCKS) {

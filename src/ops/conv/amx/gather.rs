@@ -30,7 +30,7 @@ const GROUP: usize = 4;
 /// For the same reason halo tiles may be this much larger than the vector units'.
 const LARGER: usize = 2;
 
-/// The accumulators of a call of a kernel, before they are added to the output.
+/// The accumulators of a call of a kernel, before they are stored, added to the output or finished.
 #[repr(align(64))]
 struct Accumulators([[[f32; LANES]; ROWS]; SUMS]);
 
@@ -277,7 +277,7 @@ impl Pass<'_> {
         let reads = call.map(|call| reduction.reads(group, call));
         let [computed, written] = [call, before].map(|call| call.map_or(0, Call::sums));
         let turns = computed.max(written);
-        // A kernel's registers change places from one step to the next: an even number of them each.
+        // An even number of steps each, so that the next one's first finds a kernel's registers where it began.
         let together = if reduction.columns { TAPS } else { 1 };
         let steps = (reduction.steps.len() / together).div_ceil(turns).next_multiple_of(2);
         let mut steps = reduction.steps.chunks(steps * together);
@@ -432,7 +432,7 @@ impl Pass<'_> {
         }
         // SAFETY: handed on from the caller.
         unsafe {
-            let starts = &mut starts[..block.len / pair];
+            let starts = &starts[..block.len / pair];
             self.outs[0].put_pieces::<V>(starts, values, pair, &self.maps[lane], group.stage);
         }
     }
@@ -450,32 +450,13 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let (voxel, voxels) = self.band(group, run);
+        let (out, map, stage) = (&self.outs[0], &self.maps[0], group.stage);
+        let (start, each) = (voxel * channels, BAND * channels);
+        let (whole, rest) = (voxels / BAND, voxels % BAND * channels);
         // SAFETY: handed on from the caller.
         unsafe {
-            let values = (values, BAND * channels);
-            self.write_line::<V>(group, 0, voxel * channels, values, voxels * channels);
-        }
-    }
-
-    /// Stores, adds or finishes `len` neighbouring values, `start` the first of them; each of `rows` has so many.
-    ///
-    /// # Safety
-    /// As [`Self::write`].
-    #[inline(always)]
-    unsafe fn write_line<V: Lanes>(
-        &self,
-        group: &Group,
-        lane: usize,
-        start: usize,
-        (rows, each): (&[[f32; LANES]], usize),
-        len: usize,
-    ) {
-        let (out, map, stage) = (&self.outs[0], &self.maps[lane], group.stage);
-        let (whole, rest) = (len / each, len % each);
-        // SAFETY: handed on from the caller.
-        unsafe {
-            out.put_rows::<V>((start, each), &rows[..whole], each, map, stage);
-            let last = &rows[whole..len.div_ceil(each)];
+            out.put_rows::<V>((start, each), &values[..whole], each, map, stage);
+            let last = &values[whole..voxels.div_ceil(BAND)];
             out.put_rows::<V>((start + whole * each, each), last, rest, map, stage);
         }
     }

@@ -9,9 +9,9 @@
 //! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
 //!
 //! Kernels are listings, one instruction after the other, in an order with two aims. Between the last product that reads a
-//! register and the first that reads what the register is loaded with next there is at least another one. And products of a
-//! sum are apart by the number of sums where that can be: by four they wait for nothing, by three for 4 of 52 cycles, by two, as
-//! the last of a column of four, for 20.
+//! register and the first that reads what the register is loaded with next there is at least another one. And products
+//! of a sum are apart by the number of sums where that can be: by four they wait for nothing, by three for 4 of 52 cycles,
+//! by two for 20. In a column of four planes two of twelve are apart by three and one by two.
 //!
 //! Tile registers outlive a call: a reduction may be cut into calls with other work between them, which vector units do
 //! while products are under way.
@@ -255,7 +255,7 @@ pub unsafe fn store_sums(places: &[*mut f32], stride: usize) {
 mod tests {
     use super::*;
 
-    /// Products (sum, part of A, part of B) of three steps of a kernel. Asserts what the order of its listing is for.
+    /// Products (sum, part of A, part of B) of three steps of a kernel. Asserts the first aim of its order.
     fn products((listing, next): (&str, [u8; 4])) -> Vec<(usize, usize, usize)> {
         let mut products = Vec::new();
         // Of every tile: the part that it holds, and whether a product has read it; the last product that read any.
