@@ -54,7 +54,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// The same for the first `len` of sixteen sums.
+    /// [`Self::put`] of the first `len` of sixteen sums.
     ///
     /// # Safety
     /// As [`Self::put`].
