@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::{Cost, Work};
 use crate::device::bf16::Operands;
-use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::cpu::{Simd, simd, simd_of_pairs};
+use crate::device::lanes::{Lanes, Plain};
 #[cfg(target_arch = "x86_64")]
 use crate::device::{amx::peak_bf16, cpu::amx};
 
@@ -91,7 +92,7 @@ impl Chains {
 mod x86 {
     use super::{FACTOR, chain};
     use crate::device::bf16::{Pairs, pair};
-    use crate::device::cpu::x86::{Avx2, Avx512};
+    use crate::device::lanes::x86::{Avx2, Avx512};
 
     /// # Safety
     /// The machine must have AVX-512F and FMA.

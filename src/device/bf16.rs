@@ -5,9 +5,10 @@
 //! the flush do the same on any unit, bit for bit. Operands are flushed when they are rounded, results here. Only AMX adds
 //! in another order ([`super::amx`]).
 
-use super::cpu::{Lanes, Plain, vectorised};
+use super::cpu::vectorised;
 #[cfg(target_arch = "x86_64")]
 use super::cpu::{Simd, simd_of_pairs};
+use super::lanes::{Job, Lanes, Plain};
 
 /// What the CPU's convolutions multiply. Sums are f32 in both, and so is all other arithmetic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,6 +78,10 @@ vectorised! {
 pub trait Dot: Lanes {
     /// `self` plus the products of the pairs in `a` and `b`.
     fn dot(self, a: Self, b: Self) -> Self;
+    /// [`Lanes::call`] of [`Pairs`] of these.
+    /// # Safety
+    /// As there.
+    unsafe fn call_of_pairs<J: Job>(job: J);
     /// [`Lanes::store_bf16`] where the unit has an instruction for it.
     /// # Safety
     /// As there.
@@ -93,6 +98,11 @@ pub struct Pairs<V>(V);
 
 impl<V: Dot> Lanes for Pairs<V> {
     const OPERANDS: usize = 8;
+    #[inline(always)]
+    unsafe fn call<J: Job>(job: J) {
+        // SAFETY: handed on from the caller.
+        unsafe { V::call_of_pairs(job) }
+    }
     #[inline(always)]
     unsafe fn load_operands(p: *const f32) -> Self {
         // SAFETY: handed on from the caller: eight floats hold sixteen bfloat16.
@@ -160,6 +170,11 @@ impl<V: Dot> Lanes for Pairs<V> {
 }
 
 impl Dot for Plain {
+    #[inline(never)]
+    unsafe fn call_of_pairs<J: Job>(job: J) {
+        // SAFETY: plain Rust needs no feature.
+        unsafe { job.run::<Pairs<Self>>() }
+    }
     // As Plain's fma.
     #[cfg_attr(all(target_arch = "x86_64", not(target_feature = "fma")), inline(never))]
     #[cfg_attr(not(all(target_arch = "x86_64", not(target_feature = "fma"))), inline(always))]
@@ -176,9 +191,9 @@ impl Dot for Plain {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Dot, narrowed};
-    use crate::device::cpu::Lanes;
-    use crate::device::cpu::x86::{Avx2, Avx512};
+    use super::{Dot, Pairs, narrowed};
+    use crate::device::lanes::x86::{Avx2, Avx512};
+    use crate::device::lanes::{Job, Lanes};
     use std::arch::x86_64::*;
 
     /// See [`super::narrow`].
@@ -196,6 +211,17 @@ mod x86 {
     }
 
     impl Dot for Avx512 {
+        #[inline(always)]
+        unsafe fn call_of_pairs<J: Job>(job: J) {
+            #[inline(never)]
+            #[target_feature(enable = "avx512f,avx512bf16,fma")]
+            unsafe fn call<J: Job>(job: J) {
+                // SAFETY: handed on from the caller.
+                unsafe { job.run::<Pairs<Avx512>>() }
+            }
+            // SAFETY: handed on from the caller.
+            unsafe { call(job) }
+        }
         #[inline(always)]
         fn dot(self, a: Self, b: Self) -> Self {
             // SAFETY: only entries that found AVX512_BF16 instantiate this; a __m512bh is 512 bits like any other.
@@ -215,6 +241,17 @@ mod x86 {
     }
 
     impl Dot for Avx2 {
+        #[inline(always)]
+        unsafe fn call_of_pairs<J: Job>(job: J) {
+            #[inline(never)]
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn call<J: Job>(job: J) {
+                // SAFETY: handed on from the caller.
+                unsafe { job.run::<Pairs<Avx2>>() }
+            }
+            // SAFETY: handed on from the caller.
+            unsafe { call(job) }
+        }
         #[inline(always)]
         fn dot(self, a: Self, b: Self) -> Self {
             // SAFETY: AVX2 and FMA are present wherever Avx2 is instantiated.

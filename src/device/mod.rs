@@ -8,6 +8,7 @@ pub mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod disjoint;
+pub mod lanes;
 pub mod nvtx;
 pub mod scratch;
 

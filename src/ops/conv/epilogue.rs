@@ -6,11 +6,12 @@
 
 use super::plan::LANES;
 use super::row::Affine;
-use super::target::Target;
+use super::target::{Pause, Target};
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::device::cpu::{Lanes, prefetch_to_read, prefetch_to_write};
+use crate::device::cpu::{prefetch_to_read, prefetch_to_write};
 use crate::device::disjoint::Disjoint;
+use crate::device::lanes::Lanes;
 use crate::error::{Error, Result};
 use crate::tensor::{Activation, Pending, Shape, Tensor, Values, ValuesMut};
 use std::ptr::null_mut;
@@ -196,27 +197,28 @@ impl<'a> Out<'a> {
         }
     }
 
-    /// Stores, adds or finishes the first `len` values of every row; row i belongs `i * step` values after value `start`.
+    /// Stores, adds or finishes the first `len` values of every row; row i belongs `i * step` values after value `start`. Every
+    /// few rows it pauses.
     ///
     /// # Safety
-    /// Nobody else uses these values of the head; V's vector unit exists.
+    /// Nobody else uses these values of the head; V's vector unit exists, and what `pause` needs.
     #[inline(always)]
     pub unsafe fn put_rows<V: Lanes>(
         &self,
         (start, step): (usize, usize),
         rows: &[[f32; LANES]],
         len: usize,
-        map: &LaneMap,
-        stage: Stage,
+        (map, stage): (&LaneMap, Stage),
+        pause: impl Pause,
     ) {
         let Some(last) = rows.len().checked_sub(1) else { return };
         let span = last * step + len;
         // SAFETY: handed on from the caller.
         unsafe {
             if self.finishes(stage) {
-                self.target::<true>(start, span, map, stage).put_rows::<V>(step, rows, len);
+                self.target::<true>(start, span, map, stage).put_rows::<V>(step, rows, len, pause);
             } else {
-                self.target::<false>(start, span, map, stage).put_rows::<V>(step, rows, len);
+                self.target::<false>(start, span, map, stage).put_rows::<V>(step, rows, len, pause);
             }
         }
     }
@@ -232,17 +234,19 @@ impl<'a> Out<'a> {
         starts: &[usize],
         rows: &[[f32; LANES]],
         each: usize,
-        map: &LaneMap,
-        stage: Stage,
+        (map, stage): (&LaneMap, Stage),
+        pause: impl Pause,
     ) {
         let (Some(&first), Some(&last)) = (starts.iter().min(), starts.iter().max()) else { return };
         let span = last - first + rows.len() * each;
         // SAFETY: handed on from the caller.
         unsafe {
             if self.finishes(stage) {
-                self.target::<true>(first, span, map, stage).put_pieces::<V>(rows, each, (first, starts));
+                let target = self.target::<true>(first, span, map, stage);
+                target.put_pieces::<V>(rows, each, (first, starts), pause);
             } else {
-                self.target::<false>(first, span, map, stage).put_pieces::<V>(rows, each, (first, starts));
+                let target = self.target::<false>(first, span, map, stage);
+                target.put_pieces::<V>(rows, each, (first, starts), pause);
             }
         }
     }

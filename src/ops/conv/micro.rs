@@ -8,7 +8,7 @@
 //! is not a constant would put them all into memory, in the reduction too.
 
 use super::plan::LANES;
-use crate::device::cpu::Lanes;
+use crate::device::lanes::Lanes;
 
 /// The input of an output row's anchors, in the tile.
 pub struct Reduction<'a> {

@@ -3,7 +3,7 @@
 use super::Source;
 use std::sync::LazyLock;
 
-/// Output lanes of a block: one [`crate::device::cpu::Lanes`].
+/// Output lanes of a block: one [`crate::device::lanes::Lanes`].
 pub const LANES: usize = 16;
 
 /// Input channels of a block of the gather core: the voxels of a tile are this many floats apart, a constant of the

@@ -1,9 +1,10 @@
 //! Norm and PReLU over rows of voxels: y = PReLU(scale x + shift), every step rounded by itself.
 
 use super::plan::LANES;
+use crate::device::cpu::{Simd, simd, vectorised};
 #[cfg(target_arch = "x86_64")]
-use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd, vectorised};
+use crate::device::lanes::x86::{Avx2, Avx512};
+use crate::device::lanes::{Lanes, Plain};
 
 /// An affine map with a PReLU's slope: (scale, shift, slope), one scale and shift a channel.
 pub type Affine<'a> = Option<(&'a [f32], &'a [f32], f32)>;

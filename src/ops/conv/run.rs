@@ -5,7 +5,7 @@ use super::epilogue::{LaneMap, Out, Stage};
 use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxels};
 use super::plan::{Block, LANES};
 use super::target::Target;
-use crate::device::cpu::Lanes;
+use crate::device::lanes::Lanes;
 use std::mem::MaybeUninit;
 
 /// Channels of the widest output whose voxels, not channels, fill the lanes.
@@ -148,7 +148,7 @@ impl Pass<'_> {
         let step = self.map.outputs() * out.channels;
         let start = row.first_voxel * out.channels + a * step + block.first;
         // SAFETY: handed on from the caller.
-        unsafe { out.put_rows::<V>((start, step), values, block.len, &self.maps[lane], row.stage) };
+        unsafe { out.put_rows::<V>((start, step), values, block.len, (&self.maps[lane], row.stage), ()) };
     }
 
     /// Up to [`THIN_VOXELS`] anchors of at most [`THIN_CHANNELS`] channels from anchor `a` on; returns their number.
@@ -240,7 +240,9 @@ impl Pass<'_> {
             for (j, map) in maps.iter().cycle().take(count.div_ceil(LANES)).enumerate() {
                 let len = LANES.min(count - j * LANES);
                 // SAFETY: handed on from the caller.
-                unsafe { out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, map, row.stage) };
+                unsafe {
+                    out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, (map, row.stage), ())
+                };
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::epilogue::LaneMap;
 use super::plan::LANES;
-use crate::device::cpu::Lanes;
+use crate::device::lanes::{Job, Lanes};
 use crate::tensor::Values;
 use std::ptr::null_mut;
 
@@ -30,27 +30,17 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         // SAFETY: by the caller's promise.
         unsafe {
             let more = if self.more.is_null() { self.map.bias.as_ptr() } else { self.more.add(at) };
-            let y = self.mapped(sums.add(V::load(more)));
+            let sums = sums.add(V::load(more));
+            let y = match self.slope.filter(|_| FINISHES) {
+                None => sums,
+                Some(slope) => (self.map, slope).of(sums),
+            };
             let y = match self.plus.filter(|_| FINISHES) {
                 None => y,
-                Some(Values::Single(x)) => x.add(at, y),
-                Some(Values::Bf16(x)) => x.add(at, y),
+                Some(Values::Single(x)) => Plus::add(x.as_ptr().add(at), y),
+                Some(Values::Bf16(x)) => Plus::add(x.as_ptr().add(at), y),
             };
             if self.half.is_null() { y.store(self.single.add(at)) } else { y.store_bf16(self.half.add(at)) }
-        }
-    }
-
-    /// The epilogue's map of a sum.
-    ///
-    /// # Safety
-    /// V's vector unit exists.
-    #[inline(always)]
-    unsafe fn mapped<V: Lanes>(&self, sum: V) -> V {
-        let Some(slope) = self.slope.filter(|_| FINISHES) else { return sum };
-        let LaneMap { scale, shift, .. } = self.map;
-        // SAFETY: sixteen scales and shifts, and a slope.
-        unsafe {
-            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
         }
     }
 
@@ -106,24 +96,34 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     /// # Safety
     /// As there.
     #[inline(always)]
-    pub unsafe fn put_rows<V: Lanes>(&self, step: usize, rows: &[[f32; LANES]], len: usize) {
+    pub unsafe fn put_rows<V: Lanes>(
+        &self,
+        step: usize,
+        rows: &[[f32; LANES]],
+        len: usize,
+        pause: impl Pause,
+    ) {
         debug_assert!(len <= LANES);
         // SAFETY: handed on from the caller.
         unsafe {
             if len < LANES {
-                for (i, row) in rows.iter().enumerate() {
-                    self.put_few(i * step, V::load(row.as_ptr()), len);
+                for (number, rows) in rows.chunks(ROWS).enumerate() {
+                    pause.pause();
+                    for (i, row) in rows.iter().enumerate() {
+                        self.put_few((number * ROWS + i) * step, V::load(row.as_ptr()), len);
+                    }
                 }
                 return;
             }
             // What all rows have in common is asked once.
+            let rows = (rows, step);
             match (self.plus.filter(|_| FINISHES), self.half.is_null()) {
-                (None, true) => self.put_whole::<V>(step, rows, (), self.single),
-                (None, false) => self.put_whole::<V>(step, rows, (), self.half),
-                (Some(Values::Single(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
-                (Some(Values::Single(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
-                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(step, rows, x, self.single),
-                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(step, rows, x, self.half),
+                (None, true) => self.put_whole::<V>(rows, (), self.single, pause),
+                (None, false) => self.put_whole::<V>(rows, (), self.half, pause),
+                (Some(Values::Single(x)), true) => self.put_whole::<V>(rows, x.as_ptr(), self.single, pause),
+                (Some(Values::Single(x)), false) => self.put_whole::<V>(rows, x.as_ptr(), self.half, pause),
+                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(rows, x.as_ptr(), self.single, pause),
+                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(rows, x.as_ptr(), self.half, pause),
             }
         }
     }
@@ -135,18 +135,17 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     #[inline(always)]
     unsafe fn put_whole<V: Lanes>(
         &self,
-        step: usize,
-        rows: &[[f32; LANES]],
+        (rows, step): (&[[f32; LANES]], usize),
         plus: impl Plus,
         out: *mut impl Value,
+        pause: impl Pause,
     ) {
-        let (more, more_step) =
-            if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
-        for (i, row) in rows.iter().enumerate() {
-            // SAFETY: handed on from the caller.
-            unsafe {
-                let y = self.mapped(V::load(row.as_ptr()).add(V::load(more.add(i * more_step))));
-                Value::store(out.add(i * step), plus.add(i * step, y));
+        let more = if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
+        // SAFETY: handed on from the caller.
+        unsafe {
+            match self.slope.filter(|_| FINISHES) {
+                None => V::call(Whole { rows, more, map: (), plus, out, step, pause }),
+                Some(slope) => V::call(Whole { rows, more, map: (self.map, slope), plus, out, step, pause }),
             }
         }
     }
@@ -161,19 +160,19 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         &self,
         rows: &[[f32; LANES]],
         each: usize,
-        (first, starts): (usize, &[usize]),
+        starts: (usize, &[usize]),
+        pause: impl Pause,
     ) {
-        debug_assert!(starts.len() * each <= LANES);
-        let starts = (first, starts);
+        debug_assert!(starts.1.len() * each <= LANES);
         // SAFETY: handed on from the caller.
         unsafe {
             match (each, self.half.is_null()) {
-                (2, true) => self.put_pieces_of::<V, _, 2>(rows, starts, self.single),
-                (2, false) => self.put_pieces_of::<V, _, 2>(rows, starts, self.half),
-                (4, true) => self.put_pieces_of::<V, _, 4>(rows, starts, self.single),
-                (4, false) => self.put_pieces_of::<V, _, 4>(rows, starts, self.half),
-                (8, true) => self.put_pieces_of::<V, _, 8>(rows, starts, self.single),
-                (8, false) => self.put_pieces_of::<V, _, 8>(rows, starts, self.half),
+                (2, true) => self.put_pieces_of::<V, _, 2>(rows, starts, self.single, pause),
+                (2, false) => self.put_pieces_of::<V, _, 2>(rows, starts, self.half, pause),
+                (4, true) => self.put_pieces_of::<V, _, 4>(rows, starts, self.single, pause),
+                (4, false) => self.put_pieces_of::<V, _, 4>(rows, starts, self.half, pause),
+                (8, true) => self.put_pieces_of::<V, _, 8>(rows, starts, self.single, pause),
+                (8, false) => self.put_pieces_of::<V, _, 8>(rows, starts, self.half, pause),
                 _ => unreachable!("pieces of {each} values"),
             }
         }
@@ -189,29 +188,28 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         rows: &[[f32; LANES]],
         (first, starts): (usize, &[usize]),
         out: *mut T,
+        pause: impl Pause,
     ) {
-        let alone = self.more.is_null() && self.plus.filter(|_| FINISHES).is_none();
-        for (i, row) in rows.iter().enumerate() {
-            // SAFETY: handed on from the caller; an array of sixteen.
-            unsafe {
-                if alone {
-                    // Written whole and read in pieces, which need not wait for the cache as the other way round.
-                    let mut values = [T::default(); LANES];
-                    let sums = V::load(row.as_ptr()).add(V::load(self.map.bias.as_ptr()));
-                    T::store(values.as_mut_ptr(), self.mapped(sums));
-                    let put = |(piece, start): (&[T; EACH], &usize)| {
-                        out.add(start - first + i * EACH).cast::<[T; EACH]>().write_unaligned(*piece);
-                    };
-                    let pieces = values.as_chunks::<EACH>().0.iter();
-                    match starts.get(..LANES / EACH) {
-                        // As many as sixteen lanes have, which the compiler knows.
-                        Some(all) => pieces.zip(all).for_each(put),
-                        None => pieces.zip(starts).for_each(put),
-                    }
-                } else {
+        // SAFETY: handed on from the caller; arrays of sixteen.
+        unsafe {
+            if !self.more.is_null() || self.plus.filter(|_| FINISHES).is_some() {
+                for (i, row) in rows.iter().enumerate() {
                     for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
                         let sums = few(piece.as_ptr(), EACH);
                         self.put_few(start - first + i * EACH, V::load(sums.as_ptr()), EACH);
+                    }
+                }
+                return;
+            }
+            for (number, rows) in rows.chunks(LANES).enumerate() {
+                // Written whole and read in pieces, which need not wait for the cache as the other way round.
+                let mut values = [[T::default(); LANES]; LANES];
+                let place = values.as_mut_ptr().cast::<T>();
+                self.put_whole::<V>((rows, LANES), (), place, pause);
+                for (piece, start) in starts.iter().enumerate() {
+                    let out = out.add(start - first + number * LANES * EACH).cast::<[T; EACH]>();
+                    for (i, values) in values[..rows.len()].iter().enumerate() {
+                        out.add(i).write_unaligned(values.as_chunks::<EACH>().0[piece]);
                     }
                 }
             }
@@ -219,28 +217,119 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     }
 }
 
-/// What an epilogue adds last.
-trait Plus: Copy {
-    /// `y` plus what belongs `at` values from the target's first.
+/// Rows from one pause to the next.
+const ROWS: usize = 4;
+
+/// What has to be done now and then while rows are written.
+pub trait Pause: Copy {
+    /// Does it.
     ///
     /// # Safety
-    /// Sixteen values from there are readable; V's vector unit exists.
-    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V;
+    /// What it needs must be there; see the type.
+    unsafe fn pause(self);
+}
+
+/// Nothing has.
+impl Pause for () {
+    #[inline(always)]
+    unsafe fn pause(self) {}
+}
+
+/// Whole rows of sums and what becomes of them.
+struct Whole<'a, M, P, T, S> {
+    rows: &'a [[f32; LANES]],
+    /// What is added to the first row before it is mapped, and floats from there to what is added to the next.
+    more: (*const f32, usize),
+    map: M,
+    plus: P,
+    /// Where the first row goes.
+    out: *mut T,
+    /// Values from row to row there and in `plus`.
+    step: usize,
+    pause: S,
+}
+
+impl<M: Mapped, P: Plus, T: Value, S: Pause> Job for Whole<'_, M, P, T, S> {
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let Whole { rows, more: (mut more, more_step), map, mut plus, mut out, step, pause } = self;
+        for rows in rows.chunks(ROWS) {
+            // SAFETY: handed on from the caller.
+            unsafe { pause.pause() };
+            for row in rows {
+                // SAFETY: handed on from the caller.
+                unsafe {
+                    let y = map.of(V::load(row.as_ptr()).add(V::load(more)));
+                    T::store(out, plus.add(y));
+                }
+                (more, plus, out) = (more.wrapping_add(more_step), plus.next(step), out.wrapping_add(step));
+            }
+        }
+    }
+}
+
+/// An epilogue's map, or none.
+trait Mapped: Copy {
+    /// Of a sum.
+    ///
+    /// # Safety
+    /// V's vector unit exists.
+    unsafe fn of<V: Lanes>(self, sum: V) -> V;
+}
+
+/// None.
+impl Mapped for () {
+    #[inline(always)]
+    unsafe fn of<V: Lanes>(self, sum: V) -> V {
+        sum
+    }
+}
+
+/// With this slope.
+impl Mapped for (&LaneMap, f32) {
+    #[inline(always)]
+    unsafe fn of<V: Lanes>(self, sum: V) -> V {
+        let (LaneMap { scale, shift, .. }, slope) = self;
+        // SAFETY: sixteen scales and shifts, and a slope.
+        unsafe {
+            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
+        }
+    }
+}
+
+/// What an epilogue adds last.
+trait Plus: Copy {
+    /// `y` plus the sixteen values here.
+    ///
+    /// # Safety
+    /// They are readable; V's vector unit exists.
+    unsafe fn add<V: Lanes>(self, y: V) -> V;
+
+    /// What lies `step` values further.
+    fn next(self, step: usize) -> Self;
 }
 
 /// Nothing.
 impl Plus for () {
     #[inline(always)]
-    unsafe fn add<V: Lanes>(self, _: usize, y: V) -> V {
+    unsafe fn add<V: Lanes>(self, y: V) -> V {
         y
     }
+
+    #[inline(always)]
+    fn next(self, _: usize) -> Self {}
 }
 
-impl<T: Value> Plus for &[T] {
+impl<T: Value> Plus for *const T {
     #[inline(always)]
-    unsafe fn add<V: Lanes>(self, at: usize, y: V) -> V {
+    unsafe fn add<V: Lanes>(self, y: V) -> V {
         // SAFETY: handed on from the caller.
-        unsafe { y.add(T::load(self.as_ptr().add(at))) }
+        unsafe { y.add(T::load(self)) }
+    }
+
+    #[inline(always)]
+    fn next(self, step: usize) -> Self {
+        self.wrapping_add(step)
     }
 }
 

@@ -13,9 +13,10 @@ use super::tile::{Element, Order, Place, load};
 use super::{Problem, Source, winograd};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
+use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
-use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs};
+use crate::device::lanes::x86::{Avx2, Avx512};
+use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use crate::tensor::Values;
 use rayon::prelude::*;

@@ -5,9 +5,10 @@ use super::single;
 #[cfg(target_arch = "x86_64")]
 use crate::device::bf16::Pairs;
 use crate::device::bf16::{Operands, narrowed};
+use crate::device::cpu::{Simd, simd, simd_of_pairs, vectorised};
 #[cfg(target_arch = "x86_64")]
-use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd, simd_of_pairs, vectorised};
+use crate::device::lanes::x86::{Avx2, Avx512};
+use crate::device::lanes::{Lanes, Plain};
 use crate::ops::conv::{Affine, mapped};
 use crate::tensor::{Activation, Tensor, Values, ValuesMut};
 use rayon::prelude::*;

@@ -4,21 +4,23 @@ use super::calls::{self, Call};
 use super::cover::{Cover, Run};
 use super::fold::{Fold, OUTPUTS, parity};
 use super::halo::{Halo, SLACK};
-use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, store_sums};
+use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, keep_awake, store_sums};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
 use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
 use crate::device::arena::Buffer;
 use crate::device::bf16::Pairs;
-use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd_of_pairs};
+use crate::device::cpu::{Simd, simd_of_pairs};
+use crate::device::lanes::x86::{Avx2, Avx512};
+use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use crate::ops::conv::correlate::{Next, tasks, tiles_a_task};
 use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
+use crate::ops::conv::target::Pause;
 use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Problem, Source, Weights};
 use rayon::prelude::*;
@@ -33,6 +35,18 @@ const LARGER: usize = 2;
 /// The accumulators of a call of a kernel, before they are stored, added to the output or finished.
 #[repr(align(64))]
 struct Accumulators([[[f32; LANES]; ROWS]; SUMS]);
+
+/// Keeps the multiplier awake; the thread must hold [`Tiles`].
+#[derive(Clone, Copy)]
+struct KeepAwake;
+
+impl Pause for KeepAwake {
+    #[inline(always)]
+    unsafe fn pause(self) {
+        // SAFETY: handed on from the caller.
+        unsafe { keep_awake() };
+    }
+}
 
 /// See [`crate::ops::conv::correlate()`]; `scheme` is that of the pass.
 pub fn correlate<'a>(
@@ -312,7 +326,7 @@ impl Pass<'_> {
     /// Stores, adds or finishes the anchors of a register tile.
     ///
     /// # Safety
-    /// V's vector unit must exist; nobody else may use these voxels' lanes.
+    /// V's vector unit must exist; the thread must hold the tiles; nobody else may use these voxels' lanes.
     #[inline(always)]
     unsafe fn write<V: Lanes>(
         &self,
@@ -406,7 +420,7 @@ impl Pass<'_> {
         // SAFETY: handed on from the caller.
         unsafe {
             let out = &self.outs[block.tensor];
-            out.put_rows::<V>(place, values, block.len, &self.maps[lane], group.stage);
+            out.put_rows::<V>(place, values, block.len, (&self.maps[lane], group.stage), KeepAwake);
         }
     }
 
@@ -433,7 +447,7 @@ impl Pass<'_> {
         // SAFETY: handed on from the caller.
         unsafe {
             let starts = &starts[..block.len / pair];
-            self.outs[0].put_pieces::<V>(starts, values, pair, &self.maps[lane], group.stage);
+            self.outs[0].put_pieces::<V>(starts, values, pair, (&self.maps[lane], group.stage), KeepAwake);
         }
     }
 
@@ -450,14 +464,14 @@ impl Pass<'_> {
         values: &[[f32; LANES]],
     ) {
         let (voxel, voxels) = self.band(group, run);
-        let (out, map, stage) = (&self.outs[0], &self.maps[0], group.stage);
+        let (out, finish) = (&self.outs[0], (&self.maps[0], group.stage));
         let (start, each) = (voxel * channels, BAND * channels);
         let (whole, rest) = (voxels / BAND, voxels % BAND * channels);
         // SAFETY: handed on from the caller.
         unsafe {
-            out.put_rows::<V>((start, each), &values[..whole], each, map, stage);
+            out.put_rows::<V>((start, each), &values[..whole], each, finish, KeepAwake);
             let last = &values[whole..voxels.div_ceil(BAND)];
-            out.put_rows::<V>((start + whole * each, each), last, rest, map, stage);
+            out.put_rows::<V>((start + whole * each, each), last, rest, finish, KeepAwake);
         }
     }
 }

@@ -26,7 +26,7 @@
 //! In a plane it is done along h, then along w.
 
 use super::super::plan::{LANES, Map};
-use crate::device::cpu::Lanes;
+use crate::device::lanes::Lanes;
 
 /// Values of a tile along an axis at most: inputs, elements, products, sums or outputs.
 pub const MOST: usize = 5;

@@ -5,7 +5,7 @@ use super::super::tile::{Element, Order, Place, load_rows};
 use super::super::{Problem, Source};
 use super::filtering::{Elements, Filtering, MOST};
 use super::transform::{Halves, Plane, inputs};
-use crate::device::cpu::Lanes;
+use crate::device::lanes::Lanes;
 use crate::tensor::Values;
 
 /// One slab of a pass.

@@ -2,7 +2,8 @@
 
 use super::super::plan::LANES;
 use super::filtering::{Dense, Elements, Filtering, MOST};
-use crate::device::cpu::{Lanes, vectorised};
+use crate::device::cpu::vectorised;
+use crate::device::lanes::Lanes;
 
 /// Products of a tile of [`Dense`].
 pub const PRODUCTS: usize = Dense::PRODUCTS.len() * Dense::PRODUCTS.len();
@@ -187,7 +188,7 @@ vectorised! {
 mod tests {
     use super::super::filtering::{DenseGradients, Scattered, Strided, of_sums};
     use super::*;
-    use crate::device::cpu::Plain;
+    use crate::device::lanes::Plain;
     use crate::ops::conv::plan::Map;
     use crate::rng::Philox;
 

@@ -9,9 +9,10 @@ use super::slab::{Destination, Lines, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
+use crate::device::cpu::{Simd, simd};
 #[cfg(target_arch = "x86_64")]
-use crate::device::cpu::x86::{Avx2, Avx512};
-use crate::device::cpu::{Lanes, Plain, Simd, simd};
+use crate::device::lanes::x86::{Avx2, Avx512};
+use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
