@@ -118,7 +118,7 @@ pub fn correlate<'a>(
         let place = |i: usize| Place {
             map,
             space,
-            anchors_w: anchors[2],
+            row: map.extent(anchors[2]),
             origin: &origins[i],
             before: (keeps && i > 0).then(|| &origins[i - 1]),
         };

@@ -65,7 +65,7 @@ pub fn wgrad(
             let place = |i: usize| Place {
                 map: MAP,
                 space,
-                anchors_w: space[2],
+                row: MAP.extent(space[2]),
                 origin: &tiles[i],
                 before: i.checked_sub(1).map(|before| &tiles[before]),
             };

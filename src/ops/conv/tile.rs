@@ -79,8 +79,8 @@ pub struct Place<'a> {
     pub map: Map,
     /// (D, H, W) of the source.
     pub space: [usize; 3],
-    /// Anchors along W.
-    pub anchors_w: usize,
+    /// Voxels of a row of the tile: those that its anchors read, or more.
+    pub row: usize,
     /// Sample, first anchors and size.
     pub origin: &'a Origin,
     /// The tile that the buffer holds: planes that both read are moved instead of loaded.
@@ -90,7 +90,7 @@ pub struct Place<'a> {
 impl Place<'_> {
     /// The tile's anchors themselves, in a tensor of this (D, H, W) that lies on them.
     pub fn of_anchors(&self, space: [usize; 3]) -> Self {
-        Place { map: Map::Gather { kernel: 1, stride: 1 }, space, before: None, ..*self }
+        Place { map: Map::Gather { kernel: 1, stride: 1 }, space, row: space[2], before: None, ..*self }
     }
 
     /// Where the source of `c` channels has the tile's input row of this number, if the row lies in the volume.
@@ -147,9 +147,9 @@ pub fn load(
     tile: &mut [f32],
     row: &mut Vec<f32>,
 ) {
-    let Place { map, anchors_w, origin, before, .. } = *place;
+    let Place { map, row: ew, origin, before, .. } = *place;
     let (ed, eh) = (map.extent(origin.size.d), map.extent(origin.size.h));
-    let plane = eh * order.row_floats(map.extent(anchors_w), element.of(block.len));
+    let plane = eh * order.row_floats(ew, element.of(block.len));
     let shared = before.map_or(0, |before| origin.shared_planes(map, before));
     if let Some(before) = before.filter(|_| shared > 0) {
         let first = before.size.d * map.stride();
@@ -168,8 +168,8 @@ pub fn load_rows(
     out: &mut [f32],
     row: &mut Vec<f32>,
 ) {
-    let Place { map, space: [_, _, sw], anchors_w, origin, .. } = *place;
-    let (stride, pad, ew) = (map.stride(), map.pad(), map.extent(anchors_w));
+    let Place { map, space: [_, _, sw], row: ew, origin, .. } = *place;
+    let (stride, pad) = (map.stride(), map.pad());
     let (c, len) = (source.channels, block.len);
     let inside_w = sw.min(ew - pad);
     let elements = element.of(len);

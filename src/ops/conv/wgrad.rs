@@ -70,7 +70,7 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
             let place = |i: usize| Place {
                 map,
                 space,
-                anchors_w: anchors[2],
+                row: map.extent(anchors[2]),
                 origin: &tiles[i],
                 before: i.checked_sub(1).map(|before| &tiles[before]),
             };

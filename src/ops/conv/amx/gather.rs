@@ -87,7 +87,7 @@ pub fn correlate<'a>(
             let before = i.checked_sub(1).map(|i| &origins[i]);
             let keeps = groups.len() == 1 && !matches!(depth, Depth::Records { .. });
             let before = before.filter(|before| keeps && before.size == origins[i].size);
-            Place { map, space, anchors_w: anchors[2], origin: &origins[i], before }
+            Place { map, space, row: map.extent(anchors[2]), origin: &origins[i], before }
         };
         for (i, origin) in origins.iter().enumerate() {
             let halo = Halo::new(depth, map, origin.size, anchors[2]);

@@ -33,7 +33,9 @@ impl Halo {
         let extent = [size.d, size.h, anchors_w].map(|anchors| map.extent(anchors));
         // Anchors of different rows must lie a whole number of positions apart.
         let (row, rows) = match depth {
-            Depth::Channels | Depth::Taps => (extent[2], extent[1]),
+            // Rows begin where lines do: a voxel is half a line.
+            Depth::Taps { overlap: false } => (extent[2].next_multiple_of(2), extent[1]),
+            Depth::Channels | Depth::Taps { .. } => (extent[2], extent[1]),
             Depth::Records { .. } => (extent[2].next_multiple_of(map.stride()), size.h),
             Depth::Band => (extent[2].next_multiple_of(BAND), extent[1]),
         };
@@ -58,7 +60,7 @@ impl Halo {
     /// Rows of positions between planes of anchors, positions between rows of anchors.
     pub fn pitches(&self) -> (usize, usize) {
         match self.depth {
-            Depth::Channels | Depth::Taps => (self.rows, self.row),
+            Depth::Channels | Depth::Taps { .. } => (self.rows, self.row),
             Depth::Records { .. } => (self.map.stride() * self.rows, self.row / self.map.stride()),
             Depth::Band => (self.rows, self.row / BAND),
         }
@@ -80,7 +82,7 @@ impl Halo {
                 let row =
                     |hh: usize| block * self.len() + (dd * self.rows + hh) * self.row * self.depth.pitch();
                 match self.depth {
-                    Depth::Channels | Depth::Taps => self
+                    Depth::Channels | Depth::Taps { .. } => self
                         .depth
                         .along_w(class.taps_w.len())
                         .for_each(|(tap, _)| push(row(hh) + tap * self.depth.pitch())),
@@ -107,10 +109,8 @@ impl Halo {
         if let Depth::Records { channels } = self.depth {
             return self.load_records(source, channels, place, tile, lines);
         }
-        // A row in memory that is longer than what is read is loaded as if it were.
-        let anchors_w = place.anchors_w + self.row - self.extent[2];
         let layout = (Order::Voxels { pitch: self.depth.pitch() }, Element::Channels);
-        load(source, block, &Place { anchors_w, ..*place }, layout, tile, &mut lines.row);
+        load(source, block, &Place { row: self.row, ..*place }, layout, tile, &mut lines.row);
     }
 
     /// Records: `[plane][anchor along h][w][kh][channel]`.
@@ -172,6 +172,31 @@ vectorised! {
         let rows = [first, second, third].map(|row| row.as_chunks::<2>().0);
         for (((out, a), b), c) in out.as_chunks_mut::<4>().0.iter_mut().zip(rows[0]).zip(rows[1]).zip(rows[2]) {
             *out = [pair(a[0], a[1]), pair(b[0], b[1]), pair(c[0], c[1]), 0.0];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::amx::ROW_BYTES;
+
+    #[test]
+    fn rows_of_a_stride_of_two_are_lines() {
+        let map = Map::Gather { kernel: 3, stride: 2 };
+        let depth = Depth::Taps { overlap: false };
+        for width in [1, 2, 5, 24] {
+            let halo = Halo::new(depth, map, Tile { d: 3, h: 4 }, width);
+            let mut steps = Vec::new();
+            halo.steps(&map.classes()[0], 2, false, &mut steps);
+            assert_eq!(steps.len(), 2 * 9 * 2, "blocks, rows of taps, products");
+            for step in &steps {
+                assert!(step.a.is_multiple_of(ROW_BYTES), "{step:?} of {width} anchors");
+            }
+            let (rows, row) = halo.pitches();
+            for apart in [1, row, rows * row].map(|positions| 4 * positions * halo.between()) {
+                assert!(apart.is_multiple_of(ROW_BYTES), "{width} anchors");
+            }
         }
     }
 }

@@ -32,7 +32,7 @@ pub fn pack<'a>(
         let w = weights(source.tensor, lane.tensor);
         let start = w.offset + source.first * w.source_stride;
         let whole = lane.len == LANES && source.len.is_multiple_of(2);
-        if whole && scheme.fold.is_none() && matches!(depth, Depth::Channels | Depth::Taps) {
+        if whole && scheme.fold.is_none() && matches!(depth, Depth::Channels | Depth::Taps { .. }) {
             // Half a tile may be no tap's, and some of its channels nobody's.
             out.fill(0.0);
             let w_lanes = &w.data[start + lane.first * w.head_stride..];

@@ -19,8 +19,13 @@ const RECORD: usize = 4;
 pub enum Depth {
     /// 32 channels of one tap.
     Channels,
-    /// 16 channels of a tap and of the next one along w.
-    Taps,
+    /// 16 channels of a tap and of the next one along w. Of three taps the second product holds the last one and a neighbour
+    /// with zeros for weights.
+    Taps {
+        /// Whether that is the tap before, so that nothing is read that is not the output's own. At a stride of 2 it is what
+        /// comes after: rows of A are whole lines then, where all would be two halves, which load five times as slowly.
+        overlap: bool,
+    },
     /// One or two channels of all taps along h of all taps along w. A halo tile holds a record of three voxels along h, and
     /// zeros for a fourth, for every voxel that an anchor may read first.
     Records {
@@ -51,11 +56,13 @@ impl Scheme {
                 Some(Scheme { depth: Depth::Band, fold: Some(Fold::Band { channels }), classes })
             }
             _ if sources.iter().all(|&c| c < MIN_CHANNELS) => None,
-            _ if wide => Some(Scheme { depth: Depth::of_channels(sources, classes), fold: None, classes }),
+            _ if wide => {
+                Some(Scheme { depth: Depth::of_channels(map, sources, classes), fold: None, classes })
+            }
             _ => {
                 let fold = Some(Fold::outputs(map, heads, out_space)?);
                 let classes = Fold::outputs_classes();
-                Some(Scheme { depth: Depth::of_channels(sources, classes), fold, classes })
+                Some(Scheme { depth: Depth::of_channels(map, sources, classes), fold, classes })
             }
         }
     }
@@ -83,7 +90,7 @@ impl Scheme {
 
 impl Depth {
     /// Channels or taps: what needs fewer products a register tile and lane block.
-    fn of_channels(sources: &[usize], classes: &[Class]) -> Self {
+    fn of_channels(map: Map, sources: &[usize], classes: &[Class]) -> Self {
         // Every class must have two taps along w: a second half that is no tap of its own reads what no output may see.
         if classes.iter().any(|c| c.taps_w.len() < 2) {
             return Depth::Channels;
@@ -92,14 +99,15 @@ impl Depth {
             let blocks = sources.iter().map(|c| c.div_ceil(depth.channels())).sum::<usize>();
             classes.iter().map(|c| depth.steps(c) * blocks).sum()
         };
-        if products(Depth::Taps) < products(Depth::Channels) { Depth::Taps } else { Depth::Channels }
+        let taps = Depth::Taps { overlap: map.stride() == 1 };
+        if products(taps) < products(Depth::Channels) { taps } else { Depth::Channels }
     }
 
     /// Channels of a block.
     pub fn channels(self) -> usize {
         match self {
             Depth::Channels => 32,
-            Depth::Taps => 16,
+            Depth::Taps { .. } => 16,
             Depth::Records { channels } => channels,
             Depth::Band => 2,
         }
@@ -108,7 +116,7 @@ impl Depth {
     /// Elements (pairs of bfloat16) between voxels of a halo tile.
     pub fn pitch(self) -> usize {
         match self {
-            Depth::Channels | Depth::Taps | Depth::Band => self.channels() / 2,
+            Depth::Channels | Depth::Taps { .. } | Depth::Band => self.channels() / 2,
             Depth::Records { channels } => channels * RECORD / 2,
         }
     }
@@ -116,7 +124,7 @@ impl Depth {
     /// Elements of a row of A.
     pub fn elements(self) -> usize {
         match self {
-            Depth::Channels | Depth::Taps => 16,
+            Depth::Channels | Depth::Taps { .. } => 16,
             Depth::Records { channels } => channels * 3 * RECORD / 2,
             Depth::Band => BAND + 2,
         }
@@ -125,23 +133,24 @@ impl Depth {
     /// Products of a class and source block.
     pub fn steps(self, class: &Class) -> usize {
         match self {
-            Depth::Channels | Depth::Taps => class.rows.len() * self.along_w(class.taps_w.len()).count(),
+            Depth::Channels | Depth::Taps { .. } => {
+                class.rows.len() * self.along_w(class.taps_w.len()).count()
+            }
             Depth::Records { .. } => class.rows.len() / 3,
             Depth::Band => class.rows.len(),
         }
     }
 
-    /// The products of a row of taps: (tap at which A begins, first tap of it that no other product has). Of three taps
-    /// the second product of two taps holds the last two, and zeros for the weights of the middle one: it reads nothing
-    /// that is not the output's own.
+    /// The products of a row of taps: (tap at which A begins, first tap of it that no other product has).
     pub fn along_w(self, taps: usize) -> impl Iterator<Item = (usize, usize)> {
         let width = self.taps();
-        (0..taps).step_by(width).map(move |tap| (tap.min(taps - width), tap))
+        let last = if self == (Depth::Taps { overlap: false }) { taps } else { taps - width };
+        (0..taps).step_by(width).map(move |tap| (tap.min(last), tap))
     }
 
     /// Taps along w of a product, of channels or taps.
     fn taps(self) -> usize {
-        if self == Depth::Taps { 2 } else { 1 }
+        if matches!(self, Depth::Taps { .. }) { 2 } else { 1 }
     }
 
     /// Where the weights of a class go: (number in row-major order of (row of taps, tap along w), row of B of channel 0),
@@ -152,10 +161,10 @@ impl Depth {
         let mut slot = 0;
         for row in 0..class.rows.len() {
             match self {
-                Depth::Channels | Depth::Taps => {
+                Depth::Channels | Depth::Taps { .. } => {
                     for (first, own) in self.along_w(taps) {
                         for tap in first..first + self.taps() {
-                            if tap >= own {
+                            if (own..taps).contains(&tap) {
                                 places.push((row * taps + tap, slot * self.channels()));
                             }
                             slot += 1;
@@ -178,6 +187,7 @@ impl Depth {
 mod tests {
     use super::*;
 
+    const TAPS: Depth = Depth::Taps { overlap: true };
     const GATHER: Map = Map::Gather { kernel: 3, stride: 1 };
 
     fn depth(map: Map, sources: &[usize], heads: &[usize]) -> Option<Depth> {
@@ -189,7 +199,12 @@ mod tests {
         let maps = [(GATHER, 27), (Map::Gather { kernel: 1, stride: 1 }, 1), (Map::Scatter, 27)];
         for (map, taps) in maps {
             let records = [1, 2].map(|channels| Depth::Records { channels });
-            for depth in records.into_iter().chain([Depth::Channels, Depth::Taps, Depth::Band]) {
+            for depth in records.into_iter().chain([
+                Depth::Channels,
+                TAPS,
+                Depth::Taps { overlap: false },
+                Depth::Band,
+            ]) {
                 if depth != Depth::Channels && map != GATHER {
                     continue;
                 }
@@ -208,19 +223,19 @@ mod tests {
 
     #[test]
     fn the_scheme_follows_the_channels() {
-        assert_eq!(depth(GATHER, &[16], &[16]), Some(Depth::Taps));
+        assert_eq!(depth(GATHER, &[16], &[16]), Some(TAPS));
+        let strided = Map::Gather { kernel: 3, stride: 2 };
+        assert_eq!(depth(strided, &[16], &[32, 32]), Some(Depth::Taps { overlap: false }));
+        assert_eq!(depth(strided, &[32], &[64]), Some(Depth::Channels));
         assert_eq!(depth(GATHER, &[32], &[16]), Some(Depth::Channels));
         assert_eq!(depth(GATHER, &[18], &[16]), Some(Depth::Channels));
-        assert_eq!(depth(GATHER, &[16, 16], &[16]), Some(Depth::Taps));
+        assert_eq!(depth(GATHER, &[16, 16], &[16]), Some(TAPS));
         assert_eq!(depth(Map::Scatter, &[16], &[16]), Some(Depth::Channels));
-        assert_eq!(depth(Map::Scatter, &[16, 16], &[2]), Some(Depth::Taps), "folded");
+        assert_eq!(depth(Map::Scatter, &[16, 16], &[2]), Some(TAPS), "folded");
         assert_eq!(depth(Map::Scatter, &[16, 16], &[3]), None);
         assert_eq!(depth(Map::Gather { kernel: 1, stride: 1 }, &[16], &[16]), Some(Depth::Channels));
         assert_eq!(depth(GATHER, &[1], &[16, 16]), Some(Depth::Records { channels: 1 }));
-        assert_eq!(
-            depth(Map::Gather { kernel: 3, stride: 2 }, &[2], &[16]),
-            Some(Depth::Records { channels: 2 })
-        );
+        assert_eq!(depth(strided, &[2], &[16]), Some(Depth::Records { channels: 2 }));
         assert_eq!(depth(GATHER, &[2], &[2]), Some(Depth::Band));
         assert_eq!(depth(GATHER, &[16], &[2]), None);
     }

@@ -124,12 +124,12 @@ impl Slab<'_> {
         let place = Place {
             map,
             space: self.problem.space,
-            anchors_w: 2 * self.tiles_w,
+            row: map.extent(2 * self.tiles_w),
             origin: &origin,
             before: None,
         };
         let (planes, rows) = (map.extent(size.d), map.extent(size.h));
-        let row_floats = map.extent(2 * self.tiles_w) * V::OPERANDS;
+        let row_floats = place.row * V::OPERANDS;
         let rows_of_tile = 2 * map.stride();
         let last = (planes * self.plane_tiles() - 1) * step + V::OPERANDS;
         let elements = E::ELEMENTS * E::ELEMENTS;
