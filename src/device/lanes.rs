@@ -7,20 +7,19 @@ pub trait Job {
     /// The function, to be `#[inline(always)]`.
     ///
     /// # Safety
-    /// V's vector unit must exist.
+    /// V's vector unit must exist, and what the job's type asks for.
     unsafe fn run<V: Lanes>(self);
 }
 
 /// Sixteen f32 lanes.
 pub trait Lanes: Copy {
-    /// Runs a job as a function of its own, compiled with the unit's instructions: registers are shared out among what it
-    /// needs, not among all that its caller does.
-    ///
-    /// # Safety
-    /// The vector unit must exist.
-    unsafe fn call<J: Job>(job: J);
     /// Floats that hold sixteen values as [`Lanes::fma`] multiplies them.
     const OPERANDS: usize = 16;
+    /// Runs a job as a function of its own, compiled with the unit's instructions: registers are shared out among what it
+    /// needs, not among all that its caller does.
+    /// # Safety
+    /// The vector unit must exist, and what the job asks for.
+    unsafe fn call<J: Job>(job: J);
     /// Sixteen values stored as operands.
     /// # Safety
     /// [`Self::OPERANDS`] floats from `p` must be readable.
@@ -158,7 +157,7 @@ impl Lanes for Plain {
 }
 
 /// AVX-512 and AVX2 lanes. Their methods must be inlined into a function with the target feature enabled, which
-/// only a `#[target_feature]` entry chosen by [`simd`] does.
+/// only a `#[target_feature]` entry chosen by [`super::cpu::simd`] does.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
     use super::{Job, Lanes};
@@ -183,7 +182,7 @@ pub(crate) mod x86 {
                 // SAFETY: handed on from the caller.
                 unsafe { job.run::<Avx512>() }
             }
-            // SAFETY: as all of these.
+            // SAFETY: handed on from the caller.
             unsafe { call(job) }
         }
         #[inline(always)]
@@ -250,7 +249,7 @@ pub(crate) mod x86 {
                 // SAFETY: handed on from the caller.
                 unsafe { job.run::<Avx2>() }
             }
-            // SAFETY: as all of these.
+            // SAFETY: handed on from the caller.
             unsafe { call(job) }
         }
         #[inline(always)]

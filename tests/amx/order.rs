@@ -29,16 +29,17 @@ fn output(groups: &[Vec<Vec<(f32, f32)>>]) -> f32 {
 /// Compares with groups of products of these terms, of volumes of one plane to nine and of one block of 16 outputs to three:
 /// bits depend on none of the ways to share them out.
 fn compare(
-    channels: usize,
+    (channels, stride): (usize, usize),
     terms: impl Fn(&dyn Fn(usize, [usize; 3]) -> (f32, f32)) -> Vec<Vec<Vec<(f32, f32)>>>,
 ) {
     for outputs in [16, 32, 48] {
-        (1..=9).for_each(|depth| compare_volume([channels, outputs], [depth, 4, 5], &terms));
+        (1..=9).for_each(|depth| compare_volume([channels, outputs], stride, [depth, 4, 5], &terms));
     }
 }
 
 fn compare_volume(
     [channels, outputs]: [usize; 2],
+    stride: usize,
     space: [usize; 3],
     terms: impl Fn(&dyn Fn(usize, [usize; 3]) -> (f32, f32)) -> Vec<Vec<Vec<(f32, f32)>>>,
 ) {
@@ -51,13 +52,14 @@ fn compare_volume(
     turn_on();
     let input = Activation::from(Tensor::from_slice(shape, &x));
     let filter = [Filter { weight: &weight, bias: None }];
-    let got = conv3d::cpu::fprop(&input, &filter, 1, Operands::Bf16, Phase::Forward);
+    let got = conv3d::cpu::fprop(&input, &filter, stride, Operands::Bf16, Phase::Forward);
     let round = |v: f32| half::bf16::from_f32(v).to_f32();
     for (i, &got) in got[0].data().iter().enumerate() {
         let (voxel, o) = (i / outputs, i % outputs);
-        let at = [voxel / (space[1] * space[2]), voxel / space[2] % space[1], voxel % space[2]];
+        let [_, out_h, out_w] = space.map(|s| s.div_ceil(stride));
+        let at = [voxel / (out_h * out_w), voxel / out_w % out_h, voxel % out_w];
         let term = |c: usize, tap: [usize; 3]| {
-            let place: [usize; 3] = std::array::from_fn(|a| (at[a] + tap[a]).wrapping_sub(1));
+            let place: [usize; 3] = std::array::from_fn(|a| (at[a] * stride + tap[a]).wrapping_sub(1));
             let inside = place.iter().zip(space).all(|(&p, s)| p < s);
             let [d, h, w_] = place;
             let x = if inside { x[((d * space[1] + h) * space[2] + w_) * channels + c] } else { 0.0 };
@@ -75,7 +77,7 @@ fn compare_volume(
 
 #[test]
 fn sixteen_channels_are_added_two_taps_at_a_time() {
-    compare(16, |term| {
+    compare((16, 1), |term| {
         let row = |kh| {
             let tap = |kd, kw: usize| (0..16).map(move |c| term(c, [kd, kh, kw]));
             let pairs = (0..3).map(|kd| tap(kd, 0).chain(tap(kd, 1)).collect());
@@ -87,8 +89,19 @@ fn sixteen_channels_are_added_two_taps_at_a_time() {
 }
 
 #[test]
+fn at_a_stride_of_two_as_well() {
+    compare((16, 2), |term| {
+        let row = |i: usize| {
+            let tap = |kw: usize| (0..16).map(move |c| term(c, [i / 3, i % 3, kw]));
+            [tap(0).chain(tap(1)).collect(), tap(2).collect()]
+        };
+        vec![(0..9).flat_map(row).collect()]
+    });
+}
+
+#[test]
 fn more_channels_are_added_32_at_a_time_and_128_by_themselves() {
-    compare(160, |term| {
+    compare((160, 1), |term| {
         let block = |first: usize| {
             let taps = (0..27).map(|i| [i % 3, i / 9, i / 3 % 3]);
             taps.map(move |tap| (first..first + 32).map(|c| term(c, tap)).collect::<Vec<_>>())

@@ -44,7 +44,7 @@ fn run(layer: &Layer, pass: Pass, patch: [usize; 3]) {
     }
 }
 
-/// Products of tiles that a pass takes, and which part of their operations it needs.
+/// Products of tiles that a pass takes, with those that only keep the multiplier awake, and which part of their operations it needs.
 fn share(layer: &Layer, pass: Pass, patch: [usize; 3]) -> (usize, f64) {
     let before = emulated_products().expect("emulated");
     run(layer, pass, patch);

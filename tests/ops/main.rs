@@ -115,6 +115,8 @@ const AMX_CASES: &[Case] = &[
     conv([1, 5, 18], &[32], &[16], 3, 1),
     conv([9, 3, 17], &[2], &[2], 3, 1),
     conv([5, 4, 20], &[16], &[16], 3, 1),
+    // Tiles along d that keep planes of the one before, of half-full blocks.
+    conv([528, 2, 3], &[9], &[8], 3, 2),
     // The last tile of the data gradient has no output of the odd parity along d.
     conv([17, 3, 4], &[24], &[16], 3, 2),
     // Tiles in runs that share planes, channels that fill no block, whole tiles at either end.

@@ -224,7 +224,7 @@ impl<'a> Out<'a> {
     }
 
     /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
-    /// after value `starts[p]`. `map` is the same for every piece.
+    /// after value `starts[p]`. `map` is the same for every piece. Every few rows it pauses.
     ///
     /// # Safety
     /// As [`Self::put_rows`].

@@ -131,7 +131,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     /// [`Self::put`] of every row, with the target's summand and place.
     ///
     /// # Safety
-    /// As [`Self::put`].
+    /// As [`Self::put`]; what `pause` needs must be there.
     #[inline(always)]
     unsafe fn put_whole<V: Lanes>(
         &self,
@@ -154,7 +154,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     /// values from the target's first. The target's map is the same for every piece.
     ///
     /// # Safety
-    /// As [`Self::put`].
+    /// As [`Self::put`]; what `pause` needs must be there.
     #[inline(always)]
     pub unsafe fn put_pieces<V: Lanes>(
         &self,
@@ -181,7 +181,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     /// The same, of known length: copies without a call.
     ///
     /// # Safety
-    /// As [`Self::put`].
+    /// As [`Self::put_pieces`].
     #[inline(always)]
     unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize>(
         &self,
@@ -193,10 +193,14 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         // SAFETY: handed on from the caller; arrays of sixteen.
         unsafe {
             if !self.more.is_null() || self.plus.filter(|_| FINISHES).is_some() {
-                for (i, row) in rows.iter().enumerate() {
-                    for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
-                        let sums = few(piece.as_ptr(), EACH);
-                        self.put_few(start - first + i * EACH, V::load(sums.as_ptr()), EACH);
+                for (number, rows) in rows.chunks(ROWS).enumerate() {
+                    pause.pause();
+                    for (i, row) in rows.iter().enumerate() {
+                        for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
+                            let sums = few(piece.as_ptr(), EACH);
+                            let at = start - first + (number * ROWS + i) * EACH;
+                            self.put_few(at, V::load(sums.as_ptr()), EACH);
+                        }
                     }
                 }
                 return;
@@ -235,7 +239,8 @@ impl Pause for () {
     unsafe fn pause(self) {}
 }
 
-/// Whole rows of sums and what becomes of them.
+/// Whole rows of sums and what becomes of them. Running it is safe where sixteen values of every row may be read through
+/// `more` and `plus` and written through `out`, which nobody else uses, and where `pause` may run.
 struct Whole<'a, M, P, T, S> {
     rows: &'a [[f32; LANES]],
     /// What is added to the first row before it is mapped, and floats from there to what is added to the next.

@@ -3,8 +3,8 @@
 //! A product takes 16 cycles and a load of 16 rows that lie in L1 takes 8. 2 x 2 needs four loads for four products, 4 x 1
 //! five: both leave the multiplier busy. 1 x 1 is bound by the latency of a product, 52 cycles, three times as slow.
 //!
-//! That is so of lines in L1. A halo tile and the weights lie in L2, and rows of 16 channels begin in the middle of lines:
-//! loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring planes of outputs, of which
+//! That is so of lines in L1. A halo tile and the weights lie in L2, and rows of 16 channels begin, at a stride of 1, in
+//! the middle of lines: loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring planes of outputs, of which
 //! each reads what the ones before read, too: with three taps along d, six parts of A and three of B are loaded for twelve
 //! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
 //!
@@ -14,8 +14,9 @@
 //! by two for 20. In a column of four planes two of twelve are apart by three and one by two.
 //!
 //! Tile registers outlive a call: a reduction may be cut into calls with other work between them, which vector units do
-//! while products are under way. A multiplier that is left without a product for some 900 cycles falls asleep, and the next
-//! one takes 700 cycles longer (measured on a Xeon of model 207): other work is to [`keep_awake`] what it makes wait.
+//! while products are under way. A multiplier that has had no product for 840 to 1,200 cycles is asleep, and the next product
+//! takes some 700 longer (measured on a Xeon of model 207): vector units that write sums [`keep_awake`] the multiplier. Its
+//! product reads a register that the next call loads anew, which is where the first aim is missed.
 
 use crate::device::amx::{ROW_BYTES, load, multiply, store, zero};
 
