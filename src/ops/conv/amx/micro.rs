@@ -4,9 +4,10 @@
 //! five: both leave the multiplier busy. 1 x 1 is bound by the latency of a product, 52 cycles, three times as slow.
 //!
 //! That is so of lines in L1. A halo tile and the weights lie in L2, and rows of 16 channels begin, at a stride of 1, in
-//! the middle of lines: loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring planes of outputs, of which
-//! each reads what the ones before read, too: with three taps along d, six parts of A and three of B are loaded for twelve
-//! products. Three planes load eight parts for nine, two seven for six; fewer than three in all are left to 2 x 2 and 4 x 1.
+//! the middle of lines: loads take longer, and were what a forward pass waited for. A column is 4 x 1 of neighbouring
+//! planes of outputs, of which each reads what the ones before read, too: with three taps along d, six parts of A and three
+//! of B are loaded for twelve products. Three planes load eight parts for nine, two seven for six; fewer than three in all
+//! are left to 2 x 2 and 4 x 1.
 //!
 //! Kernels are listings, one instruction after the other, in an order with two aims. Between the last product that reads a
 //! register and the first that reads what the register is loaded with next there is at least another one. And products
