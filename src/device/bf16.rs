@@ -193,7 +193,7 @@ impl Dot for Plain {
 mod x86 {
     use super::{Dot, Pairs, narrowed};
     use crate::device::lanes::x86::{Avx2, Avx512};
-    use crate::device::lanes::{Job, Lanes};
+    use crate::device::lanes::{Job, Lanes, call_with};
     use std::arch::x86_64::*;
 
     /// See [`super::narrow`].
@@ -213,14 +213,7 @@ mod x86 {
     impl Dot for Avx512 {
         #[inline(always)]
         unsafe fn call_of_pairs<J: Job>(job: J) {
-            #[inline(never)]
-            #[target_feature(enable = "avx512f,avx512bf16,fma")]
-            unsafe fn call<J: Job>(job: J) {
-                // SAFETY: handed on from the caller.
-                unsafe { job.run::<Pairs<Avx512>>() }
-            }
-            // SAFETY: handed on from the caller.
-            unsafe { call(job) }
+            call_with!("avx512f,avx512bf16,fma", Pairs<Avx512>, job)
         }
         #[inline(always)]
         fn dot(self, a: Self, b: Self) -> Self {
@@ -243,14 +236,7 @@ mod x86 {
     impl Dot for Avx2 {
         #[inline(always)]
         unsafe fn call_of_pairs<J: Job>(job: J) {
-            #[inline(never)]
-            #[target_feature(enable = "avx2,fma")]
-            unsafe fn call<J: Job>(job: J) {
-                // SAFETY: handed on from the caller.
-                unsafe { job.run::<Pairs<Avx2>>() }
-            }
-            // SAFETY: handed on from the caller.
-            unsafe { call(job) }
+            call_with!("avx2,fma", Pairs<Avx2>, job)
         }
         #[inline(always)]
         fn dot(self, a: Self, b: Self) -> Self {

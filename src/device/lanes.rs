@@ -11,6 +11,24 @@ pub trait Job {
     unsafe fn run<V: Lanes>(self);
 }
 
+/// Runs `$job` over `$lanes` as a function of its own with the instructions of these features. Its place is in an unsafe
+/// function with the contract of [`Lanes::call`].
+#[cfg(target_arch = "x86_64")]
+macro_rules! call_with {
+    ($features:literal, $lanes:ty, $job:ident) => {{
+        #[inline(never)]
+        #[target_feature(enable = $features)]
+        unsafe fn call<J: Job>(job: J) {
+            // SAFETY: handed on from the caller.
+            unsafe { job.run::<$lanes>() }
+        }
+        // SAFETY: handed on from the caller.
+        unsafe { call($job) }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use call_with;
+
 /// Sixteen f32 lanes.
 pub trait Lanes: Copy {
     /// Floats that hold sixteen values as [`Lanes::fma`] multiplies them.
@@ -174,16 +192,10 @@ pub(crate) mod x86 {
     // SAFETY (all blocks below): AVX-512F is present because only entries chosen by `simd()` instantiate this
     // type; pointers are readable or writable for 16 floats by the trait's contract.
     impl Lanes for Avx512 {
+        // SAFETY: as all of these.
         #[inline(always)]
         unsafe fn call<J: Job>(job: J) {
-            #[inline(never)]
-            #[target_feature(enable = "avx512f,fma")]
-            unsafe fn call<J: Job>(job: J) {
-                // SAFETY: handed on from the caller.
-                unsafe { job.run::<Avx512>() }
-            }
-            // SAFETY: handed on from the caller.
-            unsafe { call(job) }
+            call_with!("avx512f,fma", Avx512, job)
         }
         #[inline(always)]
         fn zero() -> Self {
@@ -241,16 +253,10 @@ pub(crate) mod x86 {
 
     // SAFETY (all blocks below): as above, for AVX2 and FMA.
     impl Lanes for Avx2 {
+        // SAFETY: as all of these.
         #[inline(always)]
         unsafe fn call<J: Job>(job: J) {
-            #[inline(never)]
-            #[target_feature(enable = "avx2,fma")]
-            unsafe fn call<J: Job>(job: J) {
-                // SAFETY: handed on from the caller.
-                unsafe { job.run::<Avx2>() }
-            }
-            // SAFETY: handed on from the caller.
-            unsafe { call(job) }
+            call_with!("avx2,fma", Avx2, job)
         }
         #[inline(always)]
         fn zero() -> Self {
