@@ -19,6 +19,11 @@ impl<'a, T> Disjoint<'a, T> {
         Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
     }
 
+    /// Number of values.
+    pub fn size(&self) -> usize {
+        self.len
+    }
+
     /// Where the `len` values from `offset` begin, for writes that the caller keeps apart.
     pub fn at(&self, offset: usize, len: usize) -> *mut T {
         assert!(offset <= self.len && len <= self.len - offset, "{len} values at {offset} of {}", self.len);

@@ -186,16 +186,16 @@ pub struct Step<'a> {
 }
 
 /// What will be loaded after a step.
-pub struct Next<'a> {
+struct Next<'a> {
     /// Of which tile.
-    pub place: Place<'a>,
+    place: Place<'a>,
     /// Its blocks of source channels.
-    pub group: &'a [Block],
+    group: &'a [Block],
 }
 
 impl Next<'_> {
     /// Asks the cache for a part of it.
-    pub fn prefetch(&self, sources: &[Source], (part, parts): (usize, usize)) {
+    fn prefetch(&self, sources: &[Source], (part, parts): (usize, usize)) {
         for &block in self.group {
             self.place.prefetch(&sources[block.tensor], block, (part, parts));
         }

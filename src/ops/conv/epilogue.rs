@@ -6,12 +6,10 @@
 
 use super::plan::LANES;
 use super::row::Affine;
-use super::target::{Pause, Target};
+use super::target::Target;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
-use crate::device::cpu::{prefetch_to_read, prefetch_to_write};
 use crate::device::disjoint::Disjoint;
-use crate::device::lanes::Lanes;
 use crate::error::{Error, Result};
 use crate::tensor::{Activation, Pending, Shape, Tensor, Values, ValuesMut};
 use std::ptr::null_mut;
@@ -172,8 +170,8 @@ impl<'a> Out<'a> {
         stage.last && self.finish.is_some()
     }
 
-    /// Where to write some of the `len` values of the head from value `start` on, of lanes that `map` is of. FINISHES must
-    /// be what [`Self::finishes`] says.
+    /// Where to write some of the `len` values of the head from value `start` on, of lanes that `map` is of. FINISHES is false
+    /// only where [`Self::finishes`] is.
     #[inline(always)]
     pub fn target<'t, const FINISHES: bool>(
         &'t self,
@@ -182,8 +180,8 @@ impl<'a> Out<'a> {
         map: &'t LaneMap,
         stage: Stage,
     ) -> Target<'t, FINISHES> {
-        debug_assert_eq!(FINISHES, self.finishes(stage));
-        let finish = self.finish.as_ref().filter(|_| FINISHES);
+        debug_assert!(FINISHES || !self.finishes(stage));
+        let finish = self.finish.as_ref().filter(|_| FINISHES && stage.last);
         let half = finish.and_then(|f| f.half.as_ref()).map_or(null_mut(), |half| half.at(start, len));
         let unused = stage.first && !half.is_null();
         let sums = if unused { null_mut() } else { self.sums.at(start, len) };
@@ -194,84 +192,14 @@ impl<'a> Out<'a> {
             map,
             slope: finish.and_then(|f| f.map).map(|map| map.2),
             plus: finish.and_then(|f| f.plus).map(|plus| plus.part(start, len)),
+            len,
         }
     }
 
-    /// Stores, adds or finishes the first `len` values of every row; row i belongs `i * step` values after value `start`. Every
-    /// few rows it pauses.
-    ///
-    /// # Safety
-    /// Nobody else uses these values of the head; V's vector unit exists, and what `pause` needs.
+    /// All of the head as a target, whether it is finished or not.
     #[inline(always)]
-    pub unsafe fn put_rows<V: Lanes>(
-        &self,
-        (start, step): (usize, usize),
-        rows: &[[f32; LANES]],
-        len: usize,
-        (map, stage): (&LaneMap, Stage),
-        pause: impl Pause,
-    ) {
-        let Some(last) = rows.len().checked_sub(1) else { return };
-        let span = last * step + len;
-        // SAFETY: handed on from the caller.
-        unsafe {
-            if self.finishes(stage) {
-                self.target::<true>(start, span, map, stage).put_rows::<V>(step, rows, len, pause);
-            } else {
-                self.target::<false>(start, span, map, stage).put_rows::<V>(step, rows, len, pause);
-            }
-        }
+    pub fn whole<'t>(&'t self, map: &'t LaneMap, stage: Stage) -> Target<'t, true> {
+        let half = self.finish.as_ref().and_then(|f| f.half.as_ref());
+        self.target(0, half.map_or(self.sums.size(), Disjoint::size), map, stage)
     }
-
-    /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
-    /// after value `starts[p]`. `map` is the same for every piece. Every few rows it pauses.
-    ///
-    /// # Safety
-    /// As [`Self::put_rows`].
-    #[inline(always)]
-    pub unsafe fn put_pieces<V: Lanes>(
-        &self,
-        starts: &[usize],
-        rows: &[[f32; LANES]],
-        each: usize,
-        (map, stage): (&LaneMap, Stage),
-        pause: impl Pause,
-    ) {
-        let (Some(&first), Some(&last)) = (starts.iter().min(), starts.iter().max()) else { return };
-        let span = last - first + rows.len() * each;
-        // SAFETY: handed on from the caller.
-        unsafe {
-            if self.finishes(stage) {
-                let target = self.target::<true>(first, span, map, stage);
-                target.put_pieces::<V>(rows, each, (first, starts), pause);
-            } else {
-                let target = self.target::<false>(first, span, map, stage);
-                target.put_pieces::<V>(rows, each, (first, starts), pause);
-            }
-        }
-    }
-
-    /// Asks the cache for what writing `rows` rows to a target will write, and read, of the head: there is time until they
-    /// are.
-    #[inline(always)]
-    pub fn prefetch(&self, (start, step): (usize, usize), rows: usize, len: usize, stage: Stage) {
-        let Some(last) = rows.checked_sub(1) else { return };
-        let span = last * step + len;
-        let finish = self.finish.as_ref().filter(|_| stage.last);
-        match finish.and_then(|f| f.half.as_ref()) {
-            Some(half) => prefetch_lines(half.at(start, span), span, step, prefetch_to_write),
-            None => prefetch_lines(self.sums.at(start, span), span, step, prefetch_to_write),
-        }
-        match finish.and_then(|f| f.plus) {
-            Some(Values::Single(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
-            Some(Values::Bf16(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
-            None => {}
-        }
-    }
-}
-
-/// Asks for the lines of `span` values from `p` on, of which some of every `step` are used.
-#[inline(always)]
-fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const T)) {
-    (0..span).step_by(step.max(64 / size_of::<T>())).for_each(|i| ask(p.wrapping_add(i)));
 }

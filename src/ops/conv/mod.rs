@@ -45,6 +45,7 @@ mod pack;
 mod partials;
 mod plan;
 mod row;
+mod rows;
 mod run;
 mod target;
 mod thin_wgrad;

@@ -71,7 +71,7 @@ impl Pass<'_> {
             let out = &self.outs[block.tensor];
             let step = self.map.outputs() * out.channels;
             let start = row.first_voxel * out.channels + block.first;
-            out.prefetch((start, step), row.width, block.len, row.stage);
+            out.whole(&self.maps[lane], row.stage).prefetch((start, step), row.width, block.len);
         }
         let mut a = 0;
         while a < row.width {
@@ -148,7 +148,9 @@ impl Pass<'_> {
         let step = self.map.outputs() * out.channels;
         let start = row.first_voxel * out.channels + a * step + block.first;
         // SAFETY: handed on from the caller.
-        unsafe { out.put_rows::<V>((start, step), values, block.len, (&self.maps[lane], row.stage), ()) };
+        unsafe {
+            out.whole(&self.maps[lane], row.stage).put_rows::<V>((start, step), values, block.len, ());
+        }
     }
 
     /// Up to [`THIN_VOXELS`] anchors of at most [`THIN_CHANNELS`] channels from anchor `a` on; returns their number.
@@ -241,8 +243,9 @@ impl Pass<'_> {
                 let len = LANES.min(count - j * LANES);
                 // SAFETY: handed on from the caller.
                 unsafe {
-                    out.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, (map, row.stage), ())
-                };
+                    let target = out.whole(map, row.stage);
+                    target.put_rows::<V>((start + j * LANES, 0), &rows[j..j + 1], len, ());
+                }
             }
         }
     }

@@ -2,11 +2,15 @@
 
 use super::epilogue::LaneMap;
 use super::plan::LANES;
-use crate::device::lanes::{Job, Lanes};
+use super::rows::{Mapped, Pause, Plus, Value, Whole, mapped};
+use crate::device::cpu::{prefetch_to_read, prefetch_to_write};
+use crate::device::lanes::Lanes;
 use crate::tensor::Values;
+use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
 /// A part of a head, as one that writes lanes to it sees it.
+#[derive(Clone, Copy)]
 pub struct Target<'a, const FINISHES: bool> {
     /// Sums of the groups before, or null.
     pub(super) more: *const f32,
@@ -18,6 +22,8 @@ pub struct Target<'a, const FINISHES: bool> {
     /// If there is a map.
     pub(super) slope: Option<f32>,
     pub(super) plus: Option<Values<'a>>,
+    /// Number of the part's values: so many lie at `single` or `half`, at `more` and in `plus`, where those are there.
+    pub(super) len: usize,
 }
 
 impl<const FINISHES: bool> Target<'_, FINISHES> {
@@ -33,7 +39,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
             let sums = sums.add(V::load(more));
             let y = match self.slope.filter(|_| FINISHES) {
                 None => sums,
-                Some(slope) => (self.map, slope).of(sums),
+                Some(slope) => mapped(sums, (self.map, slope).load()),
             };
             let y = match self.plus.filter(|_| FINISHES) {
                 None => y,
@@ -80,6 +86,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
                 single: single.as_mut_ptr(),
                 half: if self.half.is_null() { null_mut() } else { half.as_mut_ptr() },
                 plus,
+                len: LANES,
                 ..*self
             };
             whole.put(0, sums);
@@ -91,56 +98,101 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// See [`super::epilogue::Out::put_rows`].
+    /// Stores, adds or finishes the first `len` values of every row; row i belongs `i * step` values after value `start`. Every
+    /// few rows it pauses.
+    ///
+    /// # Panics
+    /// If the target ends before.
     ///
     /// # Safety
-    /// As there.
+    /// Nobody else uses these values of the head; V's vector unit exists, and what `pause` needs.
     #[inline(always)]
     pub unsafe fn put_rows<V: Lanes>(
         &self,
-        step: usize,
+        (start, step): (usize, usize),
         rows: &[[f32; LANES]],
         len: usize,
         pause: impl Pause,
     ) {
         debug_assert!(len <= LANES);
-        // SAFETY: handed on from the caller.
+        let Some(last) = rows.len().checked_sub(1) else { return };
+        self.check(start, last * step + len);
+        // SAFETY: handed on from the caller; inside the target, as was checked.
         unsafe {
             if len < LANES {
-                for (number, rows) in rows.chunks(ROWS).enumerate() {
+                for (number, rows) in rows.chunks(FEW_ROWS).enumerate() {
                     pause.pause();
                     for (i, row) in rows.iter().enumerate() {
-                        self.put_few((number * ROWS + i) * step, V::load(row.as_ptr()), len);
+                        self.put_few(start + (number * FEW_ROWS + i) * step, V::load(row.as_ptr()), len);
                     }
                 }
                 return;
             }
             // What all rows have in common is asked once.
-            let rows = (rows, step);
+            let single = self.single.wrapping_add(start);
+            let half = self.half.wrapping_add(start);
+            let rows = (rows, start, step);
             match (self.plus.filter(|_| FINISHES), self.half.is_null()) {
-                (None, true) => self.put_whole::<V>(rows, (), self.single, pause),
-                (None, false) => self.put_whole::<V>(rows, (), self.half, pause),
-                (Some(Values::Single(x)), true) => self.put_whole::<V>(rows, x.as_ptr(), self.single, pause),
-                (Some(Values::Single(x)), false) => self.put_whole::<V>(rows, x.as_ptr(), self.half, pause),
-                (Some(Values::Bf16(x)), true) => self.put_whole::<V>(rows, x.as_ptr(), self.single, pause),
-                (Some(Values::Bf16(x)), false) => self.put_whole::<V>(rows, x.as_ptr(), self.half, pause),
+                (None, true) => self.put_whole::<V>(rows, (), single, pause),
+                (None, false) => self.put_whole::<V>(rows, (), half, pause),
+                (Some(Values::Single(x)), true) => {
+                    self.put_whole::<V>(rows, x.as_ptr().add(start), single, pause);
+                }
+                (Some(Values::Single(x)), false) => {
+                    self.put_whole::<V>(rows, x.as_ptr().add(start), half, pause);
+                }
+                (Some(Values::Bf16(x)), true) => {
+                    self.put_whole::<V>(rows, x.as_ptr().add(start), single, pause);
+                }
+                (Some(Values::Bf16(x)), false) => {
+                    self.put_whole::<V>(rows, x.as_ptr().add(start), half, pause);
+                }
             }
         }
     }
 
-    /// [`Self::put`] of every row, with the target's summand and place.
+    /// Asks the cache for what [`Self::put_rows`] will write, and read, of the head: there is time until it does.
+    ///
+    /// # Panics
+    /// If the target ends before.
+    #[inline(always)]
+    pub fn prefetch(&self, (start, step): (usize, usize), rows: usize, len: usize) {
+        let Some(last) = rows.checked_sub(1) else { return };
+        let span = last * step + len;
+        self.check(start, span);
+        match self.half.is_null() {
+            true => prefetch_lines(self.single.wrapping_add(start), span, step, prefetch_to_write),
+            false => prefetch_lines(self.half.wrapping_add(start), span, step, prefetch_to_write),
+        }
+        match self.plus {
+            Some(Values::Single(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
+            Some(Values::Bf16(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
+            None => {}
+        }
+    }
+
+    /// Panics if `len` values from `start` on do not lie in the target.
+    #[inline(always)]
+    fn check(&self, start: usize, len: usize) {
+        assert!(start <= self.len && len <= self.len - start, "{len} values at {start} of {}", self.len);
+    }
+
+    /// [`Self::put`] of every row, the first of which belongs at value `start`, with the summand and the place of that value.
     ///
     /// # Safety
     /// As [`Self::put`]; what `pause` needs must be there.
     #[inline(always)]
     unsafe fn put_whole<V: Lanes>(
         &self,
-        (rows, step): (&[[f32; LANES]], usize),
+        (rows, start, step): (&[[f32; LANES]], usize, usize),
         plus: impl Plus,
         out: *mut impl Value,
         pause: impl Pause,
     ) {
-        let more = if self.more.is_null() { (self.map.bias.as_ptr(), 0) } else { (self.more, step) };
+        let more = match self.more.is_null() {
+            true => (self.map.bias.as_ptr(), 0),
+            false => (self.more.wrapping_add(start), step),
+        };
         // SAFETY: handed on from the caller.
         unsafe {
             match self.slope.filter(|_| FINISHES) {
@@ -150,29 +202,33 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         }
     }
 
-    /// [`Self::put`] of every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `starts[p] - first + i * each`
-    /// values from the target's first. The target's map is the same for every piece.
+    /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
+    /// after value `starts[p]`. The target's map is the same for every piece. Every few rows it pauses.
+    ///
+    /// # Panics
+    /// If the target ends before, or rows have fewer pieces.
     ///
     /// # Safety
-    /// As [`Self::put`]; what `pause` needs must be there.
+    /// As [`Self::put_rows`].
     #[inline(always)]
     pub unsafe fn put_pieces<V: Lanes>(
         &self,
+        starts: &[usize],
         rows: &[[f32; LANES]],
         each: usize,
-        starts: (usize, &[usize]),
         pause: impl Pause,
     ) {
-        debug_assert!(starts.1.len() * each <= LANES);
-        // SAFETY: handed on from the caller.
+        assert!(starts.len() * each <= LANES, "{} pieces of {each} values", starts.len());
+        starts.iter().for_each(|&start| self.check(start, rows.len() * each));
+        // SAFETY: handed on from the caller; inside the target, as was checked.
         unsafe {
             match (each, self.half.is_null()) {
-                (2, true) => self.put_pieces_of::<V, _, 2>(rows, starts, self.single, pause),
-                (2, false) => self.put_pieces_of::<V, _, 2>(rows, starts, self.half, pause),
-                (4, true) => self.put_pieces_of::<V, _, 4>(rows, starts, self.single, pause),
-                (4, false) => self.put_pieces_of::<V, _, 4>(rows, starts, self.half, pause),
-                (8, true) => self.put_pieces_of::<V, _, 8>(rows, starts, self.single, pause),
-                (8, false) => self.put_pieces_of::<V, _, 8>(rows, starts, self.half, pause),
+                (2, true) => self.put_pieces_of::<V, _, 2>(starts, rows, self.single, pause),
+                (2, false) => self.put_pieces_of::<V, _, 2>(starts, rows, self.half, pause),
+                (4, true) => self.put_pieces_of::<V, _, 4>(starts, rows, self.single, pause),
+                (4, false) => self.put_pieces_of::<V, _, 4>(starts, rows, self.half, pause),
+                (8, true) => self.put_pieces_of::<V, _, 8>(starts, rows, self.single, pause),
+                (8, false) => self.put_pieces_of::<V, _, 8>(starts, rows, self.half, pause),
                 _ => unreachable!("pieces of {each} values"),
             }
         }
@@ -185,35 +241,32 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     #[inline(always)]
     unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize>(
         &self,
+        starts: &[usize],
         rows: &[[f32; LANES]],
-        (first, starts): (usize, &[usize]),
         out: *mut T,
         pause: impl Pause,
     ) {
-        // SAFETY: handed on from the caller; arrays of sixteen.
+        // SAFETY: handed on from the caller; arrays of sixteen. Pieces are read of rows that were just written whole.
         unsafe {
             if !self.more.is_null() || self.plus.filter(|_| FINISHES).is_some() {
-                for (number, rows) in rows.chunks(ROWS).enumerate() {
+                for (i, row) in rows.iter().enumerate() {
                     pause.pause();
-                    for (i, row) in rows.iter().enumerate() {
-                        for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
-                            let sums = few(piece.as_ptr(), EACH);
-                            let at = start - first + (number * ROWS + i) * EACH;
-                            self.put_few(at, V::load(sums.as_ptr()), EACH);
-                        }
+                    for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
+                        let sums = few(piece.as_ptr(), EACH);
+                        self.put_few(start + i * EACH, V::load(sums.as_ptr()), EACH);
                     }
                 }
                 return;
             }
             for (number, rows) in rows.chunks(LANES).enumerate() {
                 // Written whole and read in pieces, which need not wait for the cache as the other way round.
-                let mut values = [[T::default(); LANES]; LANES];
-                let place = values.as_mut_ptr().cast::<T>();
-                self.put_whole::<V>((rows, LANES), (), place, pause);
+                let mut values = MaybeUninit::<[[T; LANES]; LANES]>::uninit();
+                self.put_whole::<V>((rows, 0, LANES), (), values.as_mut_ptr().cast::<T>(), pause);
+                let pieces = values.as_ptr().cast::<[T; EACH]>();
                 for (piece, start) in starts.iter().enumerate() {
-                    let out = out.add(start - first + number * LANES * EACH).cast::<[T; EACH]>();
-                    for (i, values) in values[..rows.len()].iter().enumerate() {
-                        out.add(i).write_unaligned(values.as_chunks::<EACH>().0[piece]);
+                    let out = out.add(start + number * LANES * EACH).cast::<[T; EACH]>();
+                    for i in 0..rows.len() {
+                        out.add(i).write_unaligned(pieces.add(i * (LANES / EACH) + piece).read());
                     }
                 }
             }
@@ -221,164 +274,18 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     }
 }
 
-/// Rows from one pause to the next.
-const ROWS: usize = 4;
+/// Rows of fewer values than a vector has from one pause to the next: each takes as long as some whole ones.
+const FEW_ROWS: usize = 4;
 
-/// What has to be done now and then while rows are written.
-pub trait Pause: Copy {
-    /// Does it.
-    ///
-    /// # Safety
-    /// What it needs must be there; see the type.
-    unsafe fn pause(self);
-}
-
-/// Nothing has.
-impl Pause for () {
-    #[inline(always)]
-    unsafe fn pause(self) {}
-}
-
-/// Whole rows of sums and what becomes of them. Running it is safe where sixteen values of every row may be read through
-/// `more` and `plus` and written through `out`, which nobody else uses, and where `pause` may run.
-struct Whole<'a, M, P, T, S> {
-    rows: &'a [[f32; LANES]],
-    /// What is added to the first row before it is mapped, and floats from there to what is added to the next.
-    more: (*const f32, usize),
-    map: M,
-    plus: P,
-    /// Where the first row goes.
-    out: *mut T,
-    /// Values from row to row there and in `plus`.
-    step: usize,
-    pause: S,
-}
-
-impl<M: Mapped, P: Plus, T: Value, S: Pause> Job for Whole<'_, M, P, T, S> {
-    #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
-        let Whole { rows, more: (mut more, more_step), map, mut plus, mut out, step, pause } = self;
-        for rows in rows.chunks(ROWS) {
-            // SAFETY: handed on from the caller.
-            unsafe { pause.pause() };
-            for row in rows {
-                // SAFETY: handed on from the caller.
-                unsafe {
-                    let y = map.of(V::load(row.as_ptr()).add(V::load(more)));
-                    T::store(out, plus.add(y));
-                }
-                (more, plus, out) = (more.wrapping_add(more_step), plus.next(step), out.wrapping_add(step));
-            }
-        }
-    }
-}
-
-/// An epilogue's map, or none.
-trait Mapped: Copy {
-    /// Of a sum.
-    ///
-    /// # Safety
-    /// V's vector unit exists.
-    unsafe fn of<V: Lanes>(self, sum: V) -> V;
-}
-
-/// None.
-impl Mapped for () {
-    #[inline(always)]
-    unsafe fn of<V: Lanes>(self, sum: V) -> V {
-        sum
-    }
-}
-
-/// With this slope.
-impl Mapped for (&LaneMap, f32) {
-    #[inline(always)]
-    unsafe fn of<V: Lanes>(self, sum: V) -> V {
-        let (LaneMap { scale, shift, .. }, slope) = self;
-        // SAFETY: sixteen scales and shifts, and a slope.
-        unsafe {
-            sum.mul(V::load(scale.as_ptr())).add(V::load(shift.as_ptr())).prelu(V::splat(&raw const slope))
-        }
-    }
-}
-
-/// What an epilogue adds last.
-trait Plus: Copy {
-    /// `y` plus the sixteen values here.
-    ///
-    /// # Safety
-    /// They are readable; V's vector unit exists.
-    unsafe fn add<V: Lanes>(self, y: V) -> V;
-
-    /// What lies `step` values further.
-    fn next(self, step: usize) -> Self;
-}
-
-/// Nothing.
-impl Plus for () {
-    #[inline(always)]
-    unsafe fn add<V: Lanes>(self, y: V) -> V {
-        y
-    }
-
-    #[inline(always)]
-    fn next(self, _: usize) -> Self {}
-}
-
-impl<T: Value> Plus for *const T {
-    #[inline(always)]
-    unsafe fn add<V: Lanes>(self, y: V) -> V {
-        // SAFETY: handed on from the caller.
-        unsafe { y.add(T::load(self)) }
-    }
-
-    #[inline(always)]
-    fn next(self, step: usize) -> Self {
-        self.wrapping_add(step)
-    }
-}
-
-/// What activations are stored as.
-trait Value: Copy + Default {
-    /// Sixteen from `p` on.
-    ///
-    /// # Safety
-    /// They are readable; V's vector unit exists.
-    unsafe fn load<V: Lanes>(p: *const Self) -> V;
-
-    /// Writes sixteen from `p` on.
-    ///
-    /// # Safety
-    /// They are writable; V's vector unit exists.
-    unsafe fn store<V: Lanes>(p: *mut Self, y: V);
-}
-
-impl Value for f32 {
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(p: *const f32) -> V {
-        // SAFETY: handed on from the caller.
-        unsafe { V::load(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn store<V: Lanes>(p: *mut f32, y: V) {
-        // SAFETY: handed on from the caller.
-        unsafe { y.store(p) }
-    }
-}
-
-/// bfloat16.
-impl Value for u16 {
-    #[inline(always)]
-    unsafe fn load<V: Lanes>(p: *const u16) -> V {
-        // SAFETY: handed on from the caller.
-        unsafe { V::load_bf16(p) }
-    }
-
-    #[inline(always)]
-    unsafe fn store<V: Lanes>(p: *mut u16, y: V) {
-        // SAFETY: handed on from the caller.
-        unsafe { y.store_bf16(p) }
+/// Asks for the lines of `span` values from `p` on, of which some of every `step` are used.
+#[inline(always)]
+fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const T)) {
+    // Not an iterator that steps: it divides to know how often.
+    let step = step.max(64 / size_of::<T>());
+    let mut at = 0;
+    while at < span {
+        ask(p.wrapping_add(at));
+        at += step;
     }
 }
 

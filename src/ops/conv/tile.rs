@@ -6,10 +6,8 @@ use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
 use super::{Source, halves};
 use crate::device::bf16::{Operands, narrow, pair, widen};
-use crate::device::cpu::vectorised;
+use crate::device::cpu::{prefetch_to_read_later, vectorised};
 use crate::tensor::Values;
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
 use std::ops::Range;
 
 /// Order of a tile's elements, 32 bits each: floats, or pairs of bfloat16.
@@ -103,18 +101,30 @@ impl Place<'_> {
         (d < sd && h < sh).then(|| ((at.n * sd + d) * sh + h) * sw * c)
     }
 
+    /// The input rows that [`load`] is going to read.
+    pub fn rows_to_load(&self) -> Range<usize> {
+        let (map, Origin { size, .. }) = (self.map, self.origin);
+        let shared = self.before.map_or(0, |before| self.origin.shared_planes(map, before));
+        let eh = map.extent(size.h);
+        shared * eh..map.extent(size.d) * eh
+    }
+
+    /// What the source has of an input row from the block's first value to its last, if the row lies in the volume.
+    pub fn values<'s>(&self, source: &Source<'s>, block: Block, index: usize) -> Option<Values<'s>> {
+        let c = source.channels;
+        let start = self.source_row(index, c)? + block.first;
+        Some(source.data.part(start, (self.space[2] - 1) * c + block.len))
+    }
+
     /// Asks the cache for the `part`-th of `parts` equal parts of what [`load`] is going to read of these channels.
     pub fn prefetch(&self, source: &Source, block: Block, (part, parts): (usize, usize)) {
-        let (c, eh) = (source.channels, self.map.extent(self.origin.size.h));
-        let shared = self.before.map_or(0, |before| self.origin.shared_planes(self.map, before));
-        let (first, rows) = (shared * eh, (self.map.extent(self.origin.size.d) - shared) * eh);
+        let Range { start, end } = self.rows_to_load();
+        let rows = end - start;
         for index in part * rows / parts..(part + 1) * rows / parts {
-            if let Some(start) = self.source_row(first + index, c) {
-                let span = (self.space[2] - 1) * c + block.len;
-                match source.data {
-                    Values::Single(x) => prefetch_row(&x[start + block.first..][..span], block.len, c),
-                    Values::Bf16(x) => prefetch_row(&x[start + block.first..][..span], block.len, c),
-                }
+            match self.values(source, block, start + index) {
+                Some(Values::Single(x)) => prefetch_row(x, block.len, source.channels),
+                Some(Values::Bf16(x)) => prefetch_row(x, block.len, source.channels),
+                None => {}
             }
         }
     }
@@ -122,17 +132,11 @@ impl Place<'_> {
 
 /// Asks the second-level cache for `row`, of which blocks of `len` values every `pitch` values will be read.
 fn prefetch_row<T>(row: &[T], len: usize, pitch: usize) {
-    #[cfg(target_arch = "x86_64")]
     let values = 64 / size_of::<T>();
-    #[cfg(target_arch = "x86_64")]
     for block in row.chunks(pitch.max(values)) {
-        for line in block[..len.max(values).min(block.len())].chunks(values) {
-            // SAFETY: the address is readable, and a prefetch reads nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-        }
+        let lines = block[..len.max(values).min(block.len())].chunks(values);
+        lines.for_each(|line| prefetch_to_read_later(line.as_ptr()));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (row, len, pitch);
 }
 
 /// Copies one channel block of a tile into `tile`, mapped by the source's pending norm and PReLU.
@@ -174,9 +178,26 @@ pub fn load_rows(
     let inside_w = sw.min(ew - pad);
     let elements = element.of(len);
     let row_floats = order.row_floats(ew, elements);
+    let (inside, span) = (pad..pad + inside_w, (inside_w - 1) * c + len);
+    if let (Values::Bf16(x), Order::Voxels { pitch }) = (source.data, order)
+        && (element != Element::Channels || len.is_multiple_of(2))
+    {
+        // Copies: a loop of their own is short.
+        row.resize(ew * len, 0.0);
+        let row = &mut bytemuck::cast_slice_mut(row)[..ew * len];
+        for (index, out) in rows.zip(out.chunks_exact_mut(row_floats)) {
+            match place.source_row(index, c) {
+                Some(start) => {
+                    let x = (&x[start + block.first..][..span], c);
+                    place_halves(x, len, (element, stride), inside.clone(), (out, pitch), row);
+                }
+                None => out.fill(0.0),
+            }
+        }
+        return;
+    }
     let pending = source.affine(origin.n, block);
     // A mapped row, its channel rows, and what was widened.
-    let span = (inside_w - 1) * c + len;
     let is_bf16 = matches!(source.data, Values::Bf16(_));
     row.resize(2 * ew * len + if is_bf16 { span } else { 0 }, 0.0);
     let (row, rest) = row.split_at_mut(ew * len);
@@ -186,16 +207,8 @@ pub fn load_rows(
             out.fill(0.0);
             continue;
         };
-        let inside = pad..pad + inside_w;
         let x = match (source.data.part(start + block.first, span), order) {
             (Values::Single(x), _) => x,
-            (Values::Bf16(x), Order::Voxels { pitch })
-                if element != Element::Channels || len.is_multiple_of(2) =>
-            {
-                let row = &mut bytemuck::cast_slice_mut(row)[..ew * len];
-                place_halves((x, c), len, (element, stride), inside, (out, pitch), row);
-                continue;
-            }
             (Values::Bf16(x), Order::ChannelRows)
                 if element == Element::Channels && len.is_multiple_of(2) =>
             {

@@ -4,41 +4,33 @@ use super::LANE_BLOCKS;
 use super::micro::{SUMS, most_parts_of_a};
 use std::ops::Range;
 
-/// One call's sums: of several register tiles of a cover, or of one in several planes, by one lane block or two.
-#[derive(Clone, Debug)]
+/// One call's sums: parts of A, which are register tiles one after the other, or one register tile in planes one after the
+/// other, by one lane block or two.
+#[derive(Clone, Copy, Debug)]
 pub struct Call {
-    /// Planes of anchors by which register tiles lie further than in the cover; 0 alone where that holds all planes.
-    pub planes: Range<usize>,
-    /// Register tiles of the cover.
-    pub tiles: Range<usize>,
+    /// Planes of anchors by which the first part lies further than its register tile in the cover.
+    pub plane: usize,
+    /// Register tile of the first part.
+    pub tile: usize,
+    /// Parts of A.
+    pub parts: usize,
+    /// First lane block.
+    pub lane: usize,
     /// Lane blocks.
-    pub lanes: Range<usize>,
+    pub lanes: usize,
 }
 
 impl Call {
-    /// Number of parts of A.
-    pub fn parts_of_a(&self) -> usize {
-        self.planes.len() * self.tiles.len()
-    }
-
     /// Number of sums.
     pub fn sums(&self) -> usize {
-        self.parts_of_a() * self.lanes.len()
+        self.parts * self.lanes
     }
 
-    /// Plane and register tile of part `i` of A.
-    pub fn part_of_a(&self, i: usize) -> (usize, usize) {
-        match self.tiles.len() {
-            1 => (self.planes.start + i, self.tiles.start),
-            _ => (self.planes.start, self.tiles.start + i),
-        }
-    }
-
-    /// Plane and register tile, and lane block, of sum `i`: by parts of A, of each by lane blocks.
-    pub fn sum(&self, i: usize) -> ((usize, usize), usize) {
-        match self.lanes.len() {
-            1 => (self.part_of_a(i), self.lanes.start),
-            _ => (self.part_of_a(i / LANE_BLOCKS), self.lanes.start + i % LANE_BLOCKS),
+    /// Part of A and lane block of sum `i`: by parts of A, of each by lane blocks.
+    pub fn sum(&self, i: usize) -> (usize, usize) {
+        match self.lanes {
+            1 => (i, self.lane),
+            _ => (i / LANE_BLOCKS, self.lane + i % LANE_BLOCKS),
         }
     }
 }
@@ -50,9 +42,8 @@ pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec
     calls.clear();
     for lane in lanes {
         for part in 0..parts {
-            let planes = part * planes / parts..(part + 1) * planes / parts;
-            let of = |tile| Call { planes: planes.clone(), tiles: tile..tile + 1, lanes: lane..lane + 1 };
-            calls.extend((0..tiles).map(of));
+            let (plane, end) = (part * planes / parts, (part + 1) * planes / parts);
+            calls.extend((0..tiles).map(|tile| Call { plane, tile, parts: end - plane, lane, lanes: 1 }));
         }
     }
 }
@@ -62,9 +53,9 @@ pub fn columns(planes: usize, tiles: usize, lanes: Range<usize>, calls: &mut Vec
 pub fn tiles(tiles: usize, lanes: Range<usize>, calls: &mut Vec<Call>) {
     calls.clear();
     for lane in lanes.clone().step_by(LANE_BLOCKS) {
-        let lanes = lane..lanes.end.min(lane + LANE_BLOCKS);
-        let most = most_parts_of_a(lanes.len());
-        let of = |tile| Call { planes: 0..1, tiles: tile..tiles.min(tile + most), lanes: lanes.clone() };
+        let lanes = LANE_BLOCKS.min(lanes.end - lane);
+        let most = most_parts_of_a(lanes);
+        let of = |tile| Call { plane: 0, tile, parts: most.min(tiles - tile), lane, lanes };
         calls.extend((0..tiles).step_by(most).map(of));
     }
 }
@@ -87,8 +78,11 @@ mod tests {
                 let mut seen = vec![0; planes.unwrap_or(1) * count * lanes.end];
                 for call in &calls {
                     assert!((1..=SUMS).contains(&call.sums()));
-                    for ((plane, tile), lane) in (0..call.sums()).map(|i| call.sum(i)) {
-                        assert!(call.planes.contains(&plane) && call.tiles.contains(&tile));
+                    for (part, lane) in (0..call.sums()).map(|i| call.sum(i)) {
+                        let (plane, tile) = match planes {
+                            Some(_) => (call.plane + part, call.tile),
+                            None => (call.plane, call.tile + part),
+                        };
                         seen[(plane * count + tile) * lanes.end + lane] += 1;
                     }
                 }
@@ -98,7 +92,7 @@ mod tests {
         }
         for (planes, want) in [(4, vec![4]), (5, vec![2, 3]), (6, vec![3, 3]), (13, vec![3, 3, 3, 4])] {
             columns(planes, 1, 0..1, &mut calls);
-            assert_eq!(calls.iter().map(|call| call.planes.len()).collect::<Vec<_>>(), want);
+            assert_eq!(calls.iter().map(|call| call.parts).collect::<Vec<_>>(), want);
         }
     }
 }

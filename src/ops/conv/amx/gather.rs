@@ -1,7 +1,8 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
+use super::ahead::{Ahead, PARTS};
 use super::calls::{self, Call};
-use super::cover::{Cover, Run};
+use super::cover::{Anchors, Cover, Run};
 use super::fold::{Fold, OUTPUTS, parity};
 use super::halo::{Halo, SLACK};
 use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, keep_awake, store_sums};
@@ -13,14 +14,15 @@ use crate::device::arena::Buffer;
 use crate::device::bf16::Pairs;
 use crate::device::cpu::{Simd, simd_of_pairs};
 use crate::device::lanes::x86::{Avx2, Avx512};
-use crate::device::lanes::{Lanes, Plain};
+use crate::device::lanes::{Job, Lanes, Plain};
 use crate::device::scratch::Scratch;
-use crate::ops::conv::correlate::{Next, tasks, tiles_a_task};
+use crate::ops::conv::correlate::{tasks, tiles_a_task};
 use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
-use crate::ops::conv::plan::{Block, Class, LANES, Map, Origin, Tile, blocks};
-use crate::ops::conv::target::Pause;
+use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile, blocks};
+use crate::ops::conv::rows::Pause;
+use crate::ops::conv::target::Target;
 use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Problem, Source, Weights};
 use rayon::prelude::*;
@@ -74,9 +76,13 @@ pub fn correlate<'a>(
     let part = lanes.len().div_ceil(parts).next_multiple_of(LANE_BLOCKS);
     let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
     let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
-    let lane_map = |&lane: &Block| outs[lane.tensor].lane_map(|l| scheme.channel(lane, l));
-    let maps: Vec<_> = lanes.iter().map(lane_map).collect();
-    let pass = Pass { map, scheme, out_space, sources, lanes: &lanes, outs: &outs, maps: &maps };
+    let lane_of = |&block: &Block| Lane {
+        block,
+        map: outs[block.tensor].lane_map(|l| scheme.channel(block, l)),
+        pairs: pairs(block, scheme.fold, out_space),
+    };
+    let lane_list: Vec<_> = lanes.iter().map(lane_of).collect();
+    let pass = Pass { map, scheme, out_space, sources, lanes: &lane_list, outs: &outs };
     let run = tiles_a_task(tiles.len());
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
     tasks.into_par_iter().for_each_init(Scratch::take, |task: &mut Scratch<Task>, (origins, first)| {
@@ -99,8 +105,8 @@ pub fn correlate<'a>(
                     halo.load(&sources[block.tensor], block, &place(i), tile, &mut task.lines);
                 }
                 let next = match index + 1 < groups.len() {
-                    true => Some(Next { place: place(i), group: groups[index + 1] }),
-                    false if i + 1 < origins.len() => Some(Next { place: place(i + 1), group: groups[0] }),
+                    true => Some(Ahead::new(place(i), groups[index + 1])),
+                    false if i + 1 < origins.len() => Some(Ahead::new(place(i + 1), groups[0])),
                     false => None,
                 };
                 let (packed, lanes) = (&packed, lanes.clone());
@@ -134,10 +140,28 @@ struct Pass<'a> {
     scheme: &'a Scheme,
     out_space: [usize; 3],
     sources: &'a [Source<'a>],
-    lanes: &'a [Block],
+    lanes: &'a [Lane],
     outs: &'a [Out<'a>],
-    /// Of every lane block.
-    maps: &'a [LaneMap],
+}
+
+/// A lane block.
+struct Lane {
+    block: Block,
+    map: LaneMap,
+    /// Of folded outputs: voxels from an anchor's first output to the first of every two along w.
+    pairs: [usize; OUTPUTS / 2],
+}
+
+/// See [`Lane`].
+fn pairs(block: Block, fold: Option<Fold>, [_, out_h, out_w]: [usize; 3]) -> [usize; OUTPUTS / 2] {
+    let mut pairs = [0; OUTPUTS / 2];
+    if let Some(Fold::Outputs { channels }) = fold {
+        for (pair, first) in pairs.iter_mut().zip((0..block.len).step_by(2 * channels)) {
+            let [d, h, _] = parity((block.first + first) / channels);
+            *pair = (d * out_h + h) * out_w;
+        }
+    }
+    pairs
 }
 
 /// One halo tile, one group of source blocks, some lane blocks.
@@ -150,49 +174,93 @@ struct Group<'a> {
     packed: &'a Packed,
     origin: &'a Origin,
     lanes: std::ops::Range<usize>,
-    next: Option<Next<'a>>,
+    next: Option<Ahead<'a>>,
 }
 
 /// The sums of a group over one class.
 struct Reduction<'a> {
-    class: &'a Class,
     /// Register tiles: of every plane alike where calls take columns, of all planes if not.
     cover: &'a Cover,
     columns: bool,
+    /// Voxel of the first anchor's output in the head, samples outermost, and voxels from a plane of anchors to the next.
+    voxel: (usize, usize),
     steps: &'a [Step],
     /// The B of all steps, one lane block after the other.
     weights: &'a [f32],
+    /// What to ask for meanwhile, the parts of the classes before, and those of a sum.
+    next: Option<(&'a Ahead<'a>, usize, usize)>,
 }
 
-impl Reduction<'_> {
+/// A call from its first product until its sums are written.
+#[derive(Clone, Copy)]
+struct Issued<'a> {
+    sums: [Sum<'a>; SUMS],
+    /// Number of them.
+    count: usize,
+    /// Number of sums before them.
+    number: usize,
+    /// First lane block.
+    lane: usize,
+    /// Where those of its lane blocks go: one, or two.
+    targets: [Target<'a, true>; LANE_BLOCKS],
+}
+
+/// Where a sum belongs.
+#[derive(Clone, Copy)]
+struct Sum<'a> {
+    runs: &'a [Run],
+    /// From which the runs' voxels count.
+    voxel: usize,
+    lane: usize,
+}
+
+/// Writes a sum. Running it asks for what [`Pass::write`] does.
+struct Write<'a> {
+    pass: &'a Pass<'a>,
+    sum: &'a Sum<'a>,
+    target: &'a Target<'a, true>,
+    values: &'a [[f32; LANES]; ROWS],
+}
+
+impl Job for Write<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.pass.write::<V>(self.sum, self.target, self.values) }
+    }
+}
+
+impl<'a> Reduction<'a> {
     /// What a call reads.
     #[inline(always)]
     fn reads(&self, group: &Group, call: &Call) -> Reads {
         let (between, plane) = (group.halo.between(), group.halo.plane());
-        let (stride, parts_of_a, parts_of_b) = (4 * between, call.parts_of_a(), call.lanes.len());
-        let a = |part: usize| {
-            let (d, tile) = call.part_of_a(part.min(parts_of_a - 1));
-            super::bytes(group.tile[self.cover.start(tile) * between + d * plane..].as_ptr())
+        let (stride, &Call { parts: parts_of_a, lanes: parts_of_b, .. }) = (4 * between, call);
+        let a = |tile: usize| {
+            super::bytes(group.tile[self.cover.start(tile) * between + call.plane * plane..].as_ptr())
         };
         let b = |part: usize| {
-            let lane = call.lanes.start + part.min(parts_of_b - 1);
-            super::bytes(self.weights[lane * self.steps.len() * TILE_FLOATS..].as_ptr())
+            super::bytes(self.weights[(call.lane + part) * self.steps.len() * TILE_FLOATS..].as_ptr())
         };
-        match self.columns {
-            true => Reads::Column { a: a(0), stride, plane: 4 * plane, planes: parts_of_a, b: b(0) },
-            false => {
-                let (a, b) = (std::array::from_fn(a), std::array::from_fn(b));
-                Reads::Parts { a, parts_of_a, stride, b, parts_of_b }
-            }
+        if self.columns {
+            return Reads::Column { a: a(call.tile), stride, plane: 4 * plane, planes: parts_of_a, b: b(0) };
         }
+        let a = std::array::from_fn(|part| a(call.tile + part.min(parts_of_a - 1)));
+        Reads::Parts { a, parts_of_a, stride, b: [b(0), b(parts_of_b - 1)], parts_of_b }
     }
 
-    /// Anchors and lane block of sum `i` of a call.
+    /// Where the sums of a call belong.
     #[inline(always)]
-    fn sum(&self, call: &Call, i: usize) -> (impl Iterator<Item = Run>, usize) {
-        let ((plane, tile), lane) = call.sum(i);
-        let further = move |run: &Run| Run { place: (run.place.0 + plane, run.place.1), ..*run };
-        (self.cover.runs(tile).iter().map(further), lane)
+    fn sums(&self, call: &Call) -> [Sum<'a>; SUMS] {
+        let (first, plane_voxels) = self.voxel;
+        let mut sums = [Sum { runs: &[], voxel: 0, lane: call.lane }; SUMS];
+        for (i, sum) in sums.iter_mut().enumerate().take(call.sums()) {
+            let (part, lane) = call.sum(i);
+            let (plane, tile) = if self.columns { (part, 0) } else { (0, part) };
+            let voxel = first + (call.plane + plane) * plane_voxels;
+            *sum = Sum { runs: self.cover.runs(call.tile + tile), voxel, lane };
+        }
+        sums
     }
 }
 
@@ -227,24 +295,28 @@ impl Pass<'_> {
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes>(&self, group: &Group, room: &mut Room) {
         let Room { cover, steps, calls } = room;
-        let Origin { d: d0, h: h0, size, .. } = *group.origin;
+        let Origin { n, d: d0, h: h0, size } = *group.origin;
         let (depth, between) = (self.scheme.depth, group.halo.between());
         let along_d = self.scheme.has_columns(self.map);
         let columns = along_d && size.d >= COLUMNS_FROM;
-        let plane_elements = group.halo.plane();
+        let (outputs, [_, out_h, out_w]) = (self.map.outputs(), self.out_space);
+        let along_w = if depth == Depth::Band { BAND } else { outputs };
+        let voxels = [outputs * out_h * out_w, outputs * out_w, along_w];
+        let (rows, row) = group.halo.pitches();
         let mut sums = Accumulators([[[0.0; LANES]; ROWS]; SUMS]);
         // SAFETY: AMX is in use, or this would not run; no task starts another while it holds tiles.
         let _tiles = unsafe { Tiles::configure(depth.elements()) };
         for (class_index, class) in self.scheme.classes.iter().enumerate() {
-            let [out_d, out_h, width] = self.map.class_space(class, self.out_space);
-            let (d, h) = (size.d.min(out_d.saturating_sub(d0)), size.h.min(out_h.saturating_sub(h0)));
+            let [class_d, class_h, width] = self.map.class_space(class, self.out_space);
+            let (d, h) = (size.d.min(class_d.saturating_sub(d0)), size.h.min(class_h.saturating_sub(h0)));
             let covered = if columns { 1 } else { d };
-            cover.fill((covered, h, group.halo.positions(width)), group.halo.pitches());
+            let anchors = [covered, h, group.halo.positions(width)];
+            cover.fill(Anchors { size: anchors, pitches: (rows * row, row), voxels });
             group.halo.steps(class, group.blocks.len(), along_d, steps);
             let lane_floats = lane_block_floats(class, group.blocks, depth);
             assert_eq!(steps.len() * TILE_FLOATS, lane_floats, "a B tile a step");
             let last = cover.len().checked_sub(1).map_or(0, |last| cover.start(last) * between);
-            let last = last + (d - covered) * plane_elements;
+            let last = last + (d - covered) * group.halo.plane();
             let furthest = steps.iter().map(|step| step.a / 4).max().unwrap_or(0);
             let end = last + (ROWS - 1) * between + furthest + depth.elements();
             assert!(end <= group.tile.len(), "the last row of A ends in the slack");
@@ -256,21 +328,47 @@ impl Pass<'_> {
                 continue; // The tile has no output of this class.
             }
             let weights = group.packed.of(group.index, class_index);
-            let reduction = Reduction { class, cover, columns, steps, weights };
-            let next = group.next.as_ref().filter(|_| class_index == 0);
-            // One turn more: to write what the last call leaves.
-            for number in 0..=calls.len() {
-                let (call, before) = (calls.get(number), number.checked_sub(1).map(|before| &calls[before]));
-                if let Some(next) = next
-                    && call.is_some()
-                {
-                    next.prefetch(self.sources, (number, calls.len()));
-                }
+            let [first_d, first_h] = [(d0, 0), (h0, 1)].map(|(first, a)| first * outputs + class.parity[a]);
+            let first = ((n * self.out_space[0] + first_d) * out_h + first_h) * out_w + class.parity[2];
+            let of_class = cover.len() * if columns { d } else { 1 } * group.lanes.len();
+            let next = group.next.as_ref().map(|next| (next, class_index * PARTS, PARTS / of_class));
+            let reduction = Reduction { cover, columns, voxel: (first, voxels[0]), steps, weights, next };
+            let mut before = None;
+            for call in calls.iter() {
+                let reads = reduction.reads(group, call);
+                let issued = self.issued(group.stage, &reduction, call, before.as_ref());
                 // SAFETY: V's unit exists; this thread holds the tiles, and its task alone writes these voxels' lanes. What
                 // every register tile and plane reads in every step ends where was asserted.
-                unsafe { self.turn::<V>(group, &reduction, [call, before], &mut sums) };
+                unsafe {
+                    let call = Some((&reads, &issued));
+                    self.turn::<V>(&reduction, (call, before.as_ref()), &mut sums);
+                }
+                before = Some(issued);
             }
+            // SAFETY: as above.
+            unsafe { self.turn::<V>(&reduction, (None, before.as_ref()), &mut sums) };
         }
+    }
+
+    /// What will have to be known of a call that comes after `before`.
+    #[inline(always)]
+    fn issued<'s>(
+        &'s self,
+        stage: Stage,
+        reduction: &Reduction<'s>,
+        call: &Call,
+        before: Option<&Issued<'s>>,
+    ) -> Issued<'s> {
+        let target = |lane: usize| {
+            let Lane { block, map, .. } = &self.lanes[lane];
+            self.outs[block.tensor].whole(map, stage)
+        };
+        let targets = match before {
+            Some(before) if before.lane == call.lane => before.targets,
+            _ => [target(call.lane), target(call.lane + call.lanes - 1)],
+        };
+        let number = before.map_or(0, |before| before.number + before.count);
+        Issued { sums: reduction.sums(call), count: call.sums(), number, lane: call.lane, targets }
     }
 
     /// Computes the sums of a call and writes those of the one before, a part of each in turn: vector units write while tiles
@@ -283,39 +381,43 @@ impl Pass<'_> {
     #[inline(always)]
     unsafe fn turn<V: Lanes>(
         &self,
-        group: &Group,
         reduction: &Reduction,
-        [call, before]: [Option<&Call>; 2],
+        (call, before): (Option<(&Reads, &Issued)>, Option<&Issued>),
         sums: &mut Accumulators,
     ) {
-        let reads = call.map(|call| reduction.reads(group, call));
-        let [computed, written] = [call, before].map(|call| call.map_or(0, Call::sums));
+        let computed = call.map_or(0, |(_, issued)| issued.count);
+        let written = before.map_or(0, |before| before.count);
         let turns = computed.max(written);
         // An even number of steps each, so that the next one's first finds a kernel's registers where it began.
         let together = if reduction.columns { TAPS } else { 1 };
         let steps = (reduction.steps.len() / together).div_ceil(turns).next_multiple_of(2);
         let mut steps = reduction.steps.chunks(steps * together);
-        if reads.is_some() {
+        if call.is_some() {
             // SAFETY: handed on from the caller.
             unsafe { clear_sums() };
         }
         for i in 0..turns {
-            if let Some(reads) = &reads
-                && let Some(steps) = steps.next()
-            {
-                // SAFETY: handed on from the caller; B lies in the packed weights of its lane block.
-                unsafe { reads.multiply(steps) };
-            }
-            if let Some(call) = call
-                && i < computed
-            {
-                self.prefetch_outputs(group, reduction.class, reduction.sum(call, i));
+            if let Some((reads, issued)) = call {
+                if let Some(steps) = steps.next() {
+                    // SAFETY: handed on from the caller; B lies in the packed weights of its lane block.
+                    unsafe { reads.multiply(steps) };
+                }
+                if i < issued.count {
+                    if let Some((next, before, of_sum)) = reduction.next {
+                        let part = before + (issued.number + i) * of_sum;
+                        next.ask(self.sources, (part, self.scheme.classes.len() * PARTS));
+                    }
+                    let sum = &issued.sums[i];
+                    self.prefetch(sum, &issued.targets[sum.lane - issued.lane]);
+                }
             }
             if let Some(before) = before
                 && i < written
             {
+                let sum = &before.sums[i];
+                let target = &before.targets[sum.lane - before.lane];
                 // SAFETY: handed on from the caller.
-                unsafe { self.write::<V>(group, reduction.class, reduction.sum(before, i), &sums.0[i]) };
+                unsafe { V::call(Write { pass: self, sum, target, values: &sums.0[i] }) };
             }
         }
         let places = sums.0.each_mut().map(|sum| sum.as_mut_ptr().cast());
@@ -328,150 +430,69 @@ impl Pass<'_> {
     /// # Safety
     /// V's vector unit must exist; the thread must hold the tiles; nobody else may use these voxels' lanes.
     #[inline(always)]
-    unsafe fn write<V: Lanes>(
-        &self,
-        group: &Group,
-        class: &Class,
-        (runs, lane): (impl Iterator<Item = Run>, usize),
-        values: &[[f32; LANES]; ROWS],
-    ) {
-        for run in runs {
+    unsafe fn write<V: Lanes>(&self, sum: &Sum, target: &Target<true>, values: &[[f32; LANES]; ROWS]) {
+        let lane = &self.lanes[sum.lane];
+        for run in sum.runs {
             let values = &values[run.row..][..run.len];
             // SAFETY: handed on from the caller.
             unsafe {
                 match self.scheme.fold {
-                    None => self.write_run::<V>(group, class, &run, lane, values),
-                    Some(Fold::Outputs { channels }) => {
-                        self.write_outputs::<V>(group, channels, &run, lane, values);
+                    None => {
+                        let place = self.values(sum, run, lane.block);
+                        target.put_rows::<V>(place, values, lane.block.len, KeepAwake);
                     }
-                    Some(Fold::Band { channels }) => self.write_band::<V>(group, channels, &run, values),
+                    Some(Fold::Outputs { channels }) => {
+                        // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
+                        let starts = lane.pairs.map(|pair| (sum.voxel + run.voxel + pair) * channels);
+                        let starts = &starts[..lane.block.len / (2 * channels)];
+                        target.put_pieces::<V>(starts, values, 2 * channels, KeepAwake);
+                    }
+                    Some(Fold::Band { channels }) => {
+                        let (start, each) = ((sum.voxel + run.voxel) * channels, BAND * channels);
+                        let voxels = self.voxels_of_bands(run);
+                        let (whole, rest) = (voxels / BAND, voxels % BAND * channels);
+                        target.put_rows::<V>((start, each), &values[..whole], each, KeepAwake);
+                        if rest > 0 {
+                            let last = &values[whole..whole + 1];
+                            target.put_rows::<V>((start + whole * each, each), last, rest, KeepAwake);
+                        }
+                    }
                 }
             }
         }
     }
 
-    /// Number of an anchor's output voxel of this parity in the head, samples outermost.
-    fn voxel(&self, group: &Group, run: &Run, parity: [usize; 3]) -> usize {
-        let Origin { n, d: d0, h: h0, .. } = *group.origin;
-        let outputs = self.map.outputs();
-        let [d, h, w] = [d0 + run.place.0, h0 + run.place.1, run.w];
-        let [d, h, w] = [d * outputs + parity[0], h * outputs + parity[1], w * outputs + parity[2]];
-        ((n * self.out_space[0] + d) * self.out_space[1] + h) * self.out_space[2] + w
-    }
-
-    /// Asks the cache for the lines that [`Self::write`] will write when the next call's tiles are multiplied.
+    /// Asks the cache for the lines that [`Self::write`] will write, and read, when the next call's tiles are multiplied.
     #[inline(always)]
-    fn prefetch_outputs(
-        &self,
-        group: &Group,
-        class: &Class,
-        (runs, lane): (impl Iterator<Item = Run>, usize),
-    ) {
-        let (block, stage) = (self.lanes[lane], group.stage);
-        let out = &self.outs[block.tensor];
-        for run in runs {
+    fn prefetch(&self, sum: &Sum, target: &Target<true>) {
+        let lane = &self.lanes[sum.lane];
+        for run in sum.runs {
             match self.scheme.fold {
-                None => {
-                    let (start, step) = self.voxels(group, class, &run, block);
-                    out.prefetch((start, step), run.len, block.len, stage);
-                }
+                None => target.prefetch(self.values(sum, run, lane.block), run.len, lane.block.len),
                 Some(Fold::Outputs { channels }) => {
-                    for first in (0..block.len).step_by(2 * channels) {
-                        let voxel = self.voxel(group, &run, parity((block.first + first) / channels));
-                        out.prefetch((voxel * channels, 0), 1, run.len * 2 * channels, stage);
+                    for pair in &lane.pairs[..lane.block.len / (2 * channels)] {
+                        let start = (sum.voxel + run.voxel + pair) * channels;
+                        target.prefetch((start, 0), 1, run.len * 2 * channels);
                     }
                 }
                 Some(Fold::Band { channels }) => {
-                    let (voxel, voxels) = self.band(group, &run);
-                    out.prefetch((voxel * channels, 0), 1, voxels * channels, stage);
+                    let start = (sum.voxel + run.voxel) * channels;
+                    target.prefetch((start, 0), 1, self.voxels_of_bands(run) * channels);
                 }
             }
         }
     }
 
-    /// First value of a lane block of neighbouring voxels of a class, and values from one voxel to the next.
+    /// First value of a run's voxels of a lane block in the head, and values from one voxel to the next.
     #[inline(always)]
-    fn voxels(&self, group: &Group, class: &Class, run: &Run, block: Block) -> (usize, usize) {
+    fn values(&self, sum: &Sum, run: &Run, block: Block) -> (usize, usize) {
         let channels = self.outs[block.tensor].channels;
-        (self.voxel(group, run, class.parity) * channels + block.first, self.map.outputs() * channels)
+        ((sum.voxel + run.voxel) * channels + block.first, self.map.outputs() * channels)
     }
 
-    /// First output voxel of neighbouring bands and their number: the last band of a row may go beyond its end.
-    fn band(&self, group: &Group, run: &Run) -> (usize, usize) {
-        let voxel = self.voxel(group, &Run { w: run.w * BAND, ..*run }, [0; 3]);
-        (voxel, (run.len * BAND).min(self.out_space[2] - run.w * BAND))
-    }
-
-    /// Stores, adds or finishes a lane block of neighbouring voxels.
-    ///
-    /// # Safety
-    /// As [`Self::write`].
+    /// Voxels of neighbouring bands: the last band of a row may go beyond its end.
     #[inline(always)]
-    unsafe fn write_run<V: Lanes>(
-        &self,
-        group: &Group,
-        class: &Class,
-        run: &Run,
-        lane: usize,
-        values: &[[f32; LANES]],
-    ) {
-        let block = self.lanes[lane];
-        let place = self.voxels(group, class, run, block);
-        // SAFETY: handed on from the caller.
-        unsafe {
-            let out = &self.outs[block.tensor];
-            out.put_rows::<V>(place, values, block.len, (&self.maps[lane], group.stage), KeepAwake);
-        }
-    }
-
-    /// Stores, adds or finishes all outputs of neighbouring anchors that a lane block holds.
-    ///
-    /// # Safety
-    /// As [`Self::write`].
-    #[inline(always)]
-    unsafe fn write_outputs<V: Lanes>(
-        &self,
-        group: &Group,
-        channels: usize,
-        run: &Run,
-        lane: usize,
-        values: &[[f32; LANES]],
-    ) {
-        let block = self.lanes[lane];
-        // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
-        let pair = 2 * channels;
-        let mut starts = [0; OUTPUTS / 2];
-        for (start, first) in starts.iter_mut().zip((0..block.len).step_by(pair)) {
-            *start = self.voxel(group, run, parity((block.first + first) / channels)) * channels;
-        }
-        // SAFETY: handed on from the caller.
-        unsafe {
-            let starts = &starts[..block.len / pair];
-            self.outs[0].put_pieces::<V>(starts, values, pair, (&self.maps[lane], group.stage), KeepAwake);
-        }
-    }
-
-    /// Stores, adds or finishes neighbouring bands.
-    ///
-    /// # Safety
-    /// As [`Self::write`].
-    #[inline(always)]
-    unsafe fn write_band<V: Lanes>(
-        &self,
-        group: &Group,
-        channels: usize,
-        run: &Run,
-        values: &[[f32; LANES]],
-    ) {
-        let (voxel, voxels) = self.band(group, run);
-        let (out, finish) = (&self.outs[0], (&self.maps[0], group.stage));
-        let (start, each) = (voxel * channels, BAND * channels);
-        let (whole, rest) = (voxels / BAND, voxels % BAND * channels);
-        // SAFETY: handed on from the caller.
-        unsafe {
-            out.put_rows::<V>((start, each), &values[..whole], each, finish, KeepAwake);
-            let last = &values[whole..voxels.div_ceil(BAND)];
-            out.put_rows::<V>((start + whole * each, each), last, rest, finish, KeepAwake);
-        }
+    fn voxels_of_bands(&self, run: &Run) -> usize {
+        (run.len * BAND).min(self.out_space[2] - run.w * BAND)
     }
 }

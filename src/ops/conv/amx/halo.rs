@@ -75,28 +75,33 @@ impl Halo {
     /// Where the A of every product of a class begins, of each of `blocks` blocks. `along_d`: those that differ in their tap
     /// along d only come one after the other, for columns, and are added in that order wherever there is none, too.
     pub fn steps(&self, class: &Class, blocks: usize, along_d: bool, steps: &mut Vec<Step>) {
+        // Products differ in their tap along d only where they are a third of a block's apart.
+        let products = self.depth.steps(class);
+        let third = products / TAPS;
+        let place = |number: usize| match along_d {
+            true => number % third * TAPS + number / third,
+            false => number,
+        };
         steps.clear();
-        let mut push = |element: usize| steps.push(Step { a: 4 * element, b: steps.len() * TILE_BYTES });
-        for block in 0..blocks {
+        steps.resize(blocks * products, Step { a: 0, b: 0 });
+        for (block, of_block) in steps.chunks_exact_mut(products).enumerate() {
+            let mut number = 0;
+            let mut push = |element: usize| {
+                let b = (block * products + number) * TILE_BYTES;
+                of_block[place(number)] = Step { a: 4 * element, b };
+                number += 1;
+            };
             for &(dd, hh, _, _) in &class.rows {
-                let row =
-                    |hh: usize| block * self.len() + (dd * self.rows + hh) * self.row * self.depth.pitch();
+                let row = block * self.len() + (dd * self.rows + hh) * self.row * self.depth.pitch();
                 match self.depth {
                     Depth::Channels | Depth::Taps { .. } => self
                         .depth
                         .along_w(class.taps_w.len())
-                        .for_each(|(tap, _)| push(row(hh) + tap * self.depth.pitch())),
+                        .for_each(|(tap, _)| push(row + tap * self.depth.pitch())),
                     Depth::Records { .. } if hh > 0 => {}
-                    Depth::Records { .. } | Depth::Band => push(row(hh)),
+                    Depth::Records { .. } | Depth::Band => push(row),
                 }
             }
-        }
-        if along_d {
-            let products = self.depth.steps(class);
-            steps.sort_unstable_by_key(|step| {
-                let number = step.b / TILE_BYTES;
-                (number / products, number % (products / TAPS), number)
-            });
         }
     }
 

@@ -16,6 +16,7 @@
 //!
 //! Sums have one order, whatever the number of threads, but another one than on the vector units.
 
+mod ahead;
 mod calls;
 mod cover;
 mod fold;

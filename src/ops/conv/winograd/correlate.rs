@@ -351,9 +351,10 @@ impl Pass<'_> {
     fn prefetch_outputs(&self, slab: &Slab, lane: usize, run: &Run) {
         let block = self.lanes[lane];
         let out = &self.outs[block.tensor];
+        let target = out.whole(&self.maps[lane], STAGE);
         for row in 0..run.height {
             let voxel = run.voxel + row * slab.problem.out_space[2];
-            out.prefetch((voxel * out.channels + block.first, out.channels), run.width, block.len, STAGE);
+            target.prefetch((voxel * out.channels + block.first, out.channels), run.width, block.len);
         }
     }
 
