@@ -153,8 +153,8 @@ impl<V: Dot> Lanes for Pairs<V> {
         Pairs(self.0.prelu(slope.0))
     }
     #[inline(always)]
-    fn interleave(self, other: Self) -> [Self; 2] {
-        let [low, high] = self.0.interleave(other.0);
+    fn interleave<const EACH: usize>(self, other: Self) -> [Self; 2] {
+        let [low, high] = self.0.interleave::<EACH>(other.0);
         [Pairs(low), Pairs(high)]
     }
     #[inline(always)]

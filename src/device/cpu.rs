@@ -181,6 +181,9 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
+/// Bytes of a line of a cache.
+pub const LINE: usize = 64;
+
 /// Asks the first-level cache for the line of an address that will be written. It reads and writes nothing. Every x86-64
 /// CPU executes the instruction, some old ones as no operation; the compiler makes it a prefetch for reading unless it is
 /// told so of the whole function.

@@ -16,11 +16,17 @@ pub trait Job {
 #[cfg(target_arch = "x86_64")]
 macro_rules! call_with {
     ($features:literal, $lanes:ty, $job:ident) => {{
-        #[inline(never)]
         #[target_feature(enable = $features)]
-        unsafe fn call<J: Job>(job: J) {
+        unsafe fn with_features<J: Job>(job: J) {
             // SAFETY: handed on from the caller.
             unsafe { job.run::<$lanes>() }
+        }
+        // Of a function with features of its own rustc 1.95 forgets that it is not to be inlined. This one has none, so that
+        // the other one cannot be inlined into it.
+        #[inline(never)]
+        unsafe fn call<J: Job>(job: J) {
+            // SAFETY: handed on from the caller.
+            unsafe { with_features(job) }
         }
         // SAFETY: handed on from the caller.
         unsafe { call($job) }
@@ -78,8 +84,9 @@ pub trait Lanes: Copy {
     fn mul(self, other: Self) -> Self;
     /// Lanes above 0 as they are, all others times `slope`.
     fn prelu(self, slope: Self) -> Self;
-    /// Lanes of both in turn: those of the first eight of each, those of the last eight.
-    fn interleave(self, other: Self) -> [Self; 2];
+    /// Pieces of EACH lanes, a power of two up to 8, of both in turn: those of the first eight lanes of each, those of the
+    /// last eight.
+    fn interleave<const EACH: usize>(self, other: Self) -> [Self; 2];
     /// The bfloat16 `p[0..16]`.
     /// # Safety
     /// Sixteen values from `p` must be readable.
@@ -165,20 +172,31 @@ impl Lanes for Plain {
         Plain(std::array::from_fn(|i| if self.0[i] > 0.0 { self.0[i] } else { slope.0[i] * self.0[i] }))
     }
     #[inline(always)]
-    fn interleave(self, other: Self) -> [Self; 2] {
-        let half = |start: usize| {
-            let lane = |i: usize| [self.0, other.0][i % 2][start + i / 2];
-            Plain(std::array::from_fn(lane))
-        };
-        [half(0), half(8)]
+    fn interleave<const EACH: usize>(self, other: Self) -> [Self; 2] {
+        let lane = |i: usize| [self.0, other.0][i / EACH % 2][i / (2 * EACH) * EACH + i % EACH];
+        [Plain(std::array::from_fn(lane)), Plain(std::array::from_fn(|i| lane(16 + i)))]
     }
+}
+
+/// Pieces of EACH lanes of N vectors, a power of two, in turn: piece p of vector v is piece `p * N + v` of all the result's.
+/// Of as many vectors as a vector has pieces that is their transpose.
+#[inline(always)]
+pub fn interleaved<V: Lanes, const EACH: usize, const N: usize>(mut vectors: [V; N]) -> [V; N] {
+    // Every turn takes the number of a vector's half for the lowest bit of its pieces' numbers.
+    for _ in 0..N.trailing_zeros() {
+        let halves = vectors;
+        for i in 0..N / 2 {
+            [vectors[2 * i], vectors[2 * i + 1]] = halves[i].interleave::<EACH>(halves[i + N / 2]);
+        }
+    }
+    vectors
 }
 
 /// AVX-512 and AVX2 lanes. Their methods must be inlined into a function with the target feature enabled, which
 /// only a `#[target_feature]` entry chosen by [`super::cpu::simd`] does.
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86 {
-    use super::{Job, Lanes};
+    use super::{Job, Lanes, Plain};
     use std::arch::x86_64::*;
 
     /// One 512-bit register.
@@ -238,10 +256,10 @@ pub(crate) mod x86 {
         }
         // SAFETY: as all of these.
         #[inline(always)]
-        fn interleave(self, other: Self) -> [Self; 2] {
+        fn interleave<const EACH: usize>(self, other: Self) -> [Self; 2] {
+            let [low, high] = const { [lanes_in_turn(EACH, 0), lanes_in_turn(EACH, 8)] };
             unsafe {
-                let low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+                let (low, high) = (_mm512_loadu_epi32(low.as_ptr()), _mm512_loadu_epi32(high.as_ptr()));
                 // No closure: it would not have the unit's instructions.
                 [
                     Avx512(_mm512_permutex2var_ps(self.0, low, other.0)),
@@ -249,6 +267,16 @@ pub(crate) mod x86 {
                 ]
             }
         }
+    }
+
+    /// Which lanes of two vectors, the second one's from 16 on, pieces of `each` in turn are, from `first` of each vector on.
+    const fn lanes_in_turn(each: usize, first: usize) -> [i32; 16] {
+        let (mut lanes, mut i) = ([0; 16], 0);
+        while i < 16 {
+            lanes[i] = (i / each % 2 * 16 + first + i / (2 * each) * each + i % each) as i32;
+            i += 1;
+        }
+        lanes
     }
 
     // SAFETY (all blocks below): as above, for AVX2 and FMA.
@@ -301,8 +329,17 @@ pub(crate) mod x86 {
         }
         // SAFETY: as all of these.
         #[inline(always)]
-        fn interleave(self, other: Self) -> [Self; 2] {
-            unsafe { [interleave(self.0, other.0), interleave(self.1, other.1)] }
+        fn interleave<const EACH: usize>(self, other: Self) -> [Self; 2] {
+            if EACH == 1 {
+                return unsafe { [interleave(self.0, other.0), interleave(self.1, other.1)] };
+            }
+            let [mut a, mut b] = [[0.0; 16]; 2];
+            unsafe {
+                self.store(a.as_mut_ptr());
+                other.store(b.as_mut_ptr());
+                let [low, high] = Plain(a).interleave::<EACH>(Plain(b));
+                [Self::load(low.0.as_ptr()), Self::load(high.0.as_ptr())]
+            }
         }
     }
 
@@ -329,6 +366,72 @@ pub(crate) mod x86 {
         unsafe {
             let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
             Avx2(_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The lanes of N vectors, numbered, with their pieces in turn.
+    struct Interleaved<'a, const EACH: usize, const N: usize>(&'a mut [[f32; 16]; N]);
+
+    impl<const EACH: usize, const N: usize> Job for Interleaved<'_, EACH, N> {
+        #[inline(always)]
+        unsafe fn run<V: Lanes>(self) {
+            let mut vectors = [V::zero(); N];
+            // SAFETY: sixteen floats each.
+            unsafe {
+                for v in 0..N {
+                    let numbers: [f32; 16] = std::array::from_fn(|lane| (v * 16 + lane) as f32);
+                    vectors[v] = V::load(numbers.as_ptr());
+                }
+                let vectors = interleaved::<V, EACH, N>(vectors);
+                for v in 0..N {
+                    vectors[v].store(self.0[v].as_mut_ptr());
+                }
+            }
+        }
+    }
+
+    fn check<V: Lanes, const EACH: usize, const N: usize>(unit: &str) {
+        let mut lanes = [[0.0; 16]; N];
+        // SAFETY: the callers found the unit.
+        unsafe { V::call(Interleaved::<EACH, N>(&mut lanes)) };
+        for (i, &lane) in lanes.as_flattened().iter().enumerate() {
+            let (piece, within) = (i / EACH, i % EACH);
+            assert_eq!(
+                lane,
+                (piece % N * 16 + piece / N * EACH + within) as f32,
+                "{unit}, {EACH} of {N}: {i}"
+            );
+        }
+    }
+
+    fn check_all<V: Lanes>(unit: &str) {
+        check::<V, 1, 4>(unit);
+        check::<V, 2, 8>(unit);
+        check::<V, 4, 2>(unit);
+        check::<V, 4, 4>(unit);
+        check::<V, 8, 2>(unit);
+    }
+
+    #[test]
+    fn pieces_are_interleaved_on_every_unit() {
+        check_all::<Plain>("portable");
+        check_all::<bf16::Pairs<Plain>>("portable, pairs");
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                check_all::<x86::Avx2>("AVX2");
+            }
+            if is_x86_feature_detected!("avx512f") {
+                check_all::<x86::Avx512>("AVX-512");
+            }
+            if is_x86_feature_detected!("avx512bf16") {
+                check_all::<bf16::Pairs<x86::Avx512>>("AVX-512, pairs");
+            }
         }
     }
 }

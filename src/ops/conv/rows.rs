@@ -2,13 +2,11 @@
 
 use super::epilogue::LaneMap;
 use super::plan::LANES;
-use crate::device::lanes::{Job, Lanes};
+use crate::device::lanes::{Job, Lanes, interleaved};
+use std::mem::MaybeUninit;
 
-/// Whole rows from one pause to the next.
-const ROWS: usize = 8;
-
-/// Rows that are written without asking whether there are more.
-const TOGETHER: usize = 4;
+/// Rows that are written without asking whether there are more, and from one pause to the next.
+const TOGETHER: usize = 8;
 
 /// What has to be done now and then while rows are written.
 pub trait Pause: Copy {
@@ -26,67 +24,198 @@ impl Pause for () {
 }
 
 /// Whole rows of sums and what becomes of them. Running it is safe where sixteen values of every row may be read through
-/// `more` and `plus` and written through `out`, which nobody else uses, and where `pause` may run.
-pub struct Whole<'a, M, P, T, S> {
+/// `before` and `plus` and written through `out`, which nobody else uses, and where `pause` may run.
+pub struct Whole<'a, B, M, P, T, A, S> {
     pub rows: &'a [[f32; LANES]],
-    /// What is added to the first row before it is mapped, and floats from there to what is added to the next.
-    pub more: (*const f32, usize),
+    /// What is added to a row before it is mapped.
+    pub before: B,
     pub map: M,
+    /// What is added to the first row when it has been mapped.
     pub plus: P,
     /// Where the first row goes.
     pub out: *mut T,
-    /// Values from row to row there and in `plus`.
-    pub step: usize,
+    /// Values from row to row there, in `before` and in `plus`.
+    pub apart: A,
     pub pause: S,
 }
 
-impl<M: Mapped, P: Plus, T: Value, S: Pause> Job for Whole<'_, M, P, T, S> {
+impl<B: Before, M: Mapped, P: Plus, T: Value, A: Apart, S: Pause> Job for Whole<'_, B, M, P, T, A, S> {
     #[inline(always)]
-    unsafe fn run<V: Lanes>(mut self) {
-        // SAFETY: handed on from the caller.
+    unsafe fn run<V: Lanes>(self) {
+        let mut first = 0;
+        // SAFETY: handed on from the caller; there are so many rows.
         unsafe {
-            let map = self.map.load::<V>();
-            let mut left = 0;
-            while self.rows.len() >= TOGETHER {
-                if left == 0 {
-                    self.pause.pause();
-                    left = ROWS;
+            let constants = (self.before.load::<V>(), self.map.load::<V>());
+            while first + TOGETHER <= self.rows.len() {
+                self.pause.pause();
+                for i in first..first + TOGETHER {
+                    self.put(i, constants);
                 }
-                self.put::<V, TOGETHER>(map);
-                left -= TOGETHER;
+                first += TOGETHER;
             }
-            if left == 0 && !self.rows.is_empty() {
+            if first < self.rows.len() {
                 self.pause.pause();
             }
-            while !self.rows.is_empty() {
-                self.put::<V, 1>(map);
+            for i in first..self.rows.len() {
+                self.put(i, constants);
             }
         }
     }
 }
 
-impl<M: Mapped, P: Plus, T: Value, S: Pause> Whole<'_, M, P, T, S> {
-    /// Writes the first N rows, which are taken away.
+impl<B: Before, M: Mapped, P: Plus, T: Value, A: Apart, S: Pause> Whole<'_, B, M, P, T, A, S> {
+    /// Writes row `i`.
     ///
     /// # Safety
-    /// There are so many; as running the job.
+    /// There is such a row; as running the job.
     #[inline(always)]
-    unsafe fn put<V: Lanes, const N: usize>(&mut self, map: Option<[V; 3]>) {
-        let (more, more_step) = self.more;
-        for i in 0..N {
-            // SAFETY: handed on from the caller.
-            unsafe {
-                let sum = V::load(self.rows.get_unchecked(i).as_ptr());
-                let sum = sum.add(V::load(more.wrapping_add(i * more_step)));
-                let y = self.plus.next(i * self.step).add(mapped(sum, map));
-                T::store(self.out.wrapping_add(i * self.step), y);
+    unsafe fn put<V: Lanes>(&self, i: usize, (bias, map): (V, Option<[V; 3]>)) {
+        let at = i * self.apart.values();
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let sum = self.before.add(V::load(self.rows.get_unchecked(i).as_ptr()), at, bias);
+            T::store(self.out.wrapping_add(at), self.plus.add(mapped(sum, map), at));
+        }
+    }
+}
+
+/// Rows of which pieces of EACH values, PIECES of them a row, go to places of their own, each behind that of the row before.
+/// Running it is safe where `rows.len() * EACH` values from each start on may be written, which nobody else uses, and where
+/// `pause` may run.
+pub struct Pieces<'a, M, T, S, const EACH: usize, const PIECES: usize> {
+    pub rows: &'a [[f32; LANES]],
+    /// Of the rows.
+    pub bias: &'a LaneMap,
+    pub map: M,
+    pub out: *mut T,
+    /// Where the first row's pieces go: values from `out` on, of at most PIECES.
+    pub starts: &'a [usize],
+    pub pause: S,
+}
+
+impl<M: Mapped, T: Value, S: Pause, const EACH: usize, const PIECES: usize> Job
+    for Pieces<'_, M, T, S, EACH, PIECES>
+{
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        const { assert!(EACH * PIECES == LANES, "a square's pieces are whole vectors") };
+        let (squares, rest) = self.rows.as_chunks::<PIECES>();
+        // SAFETY: handed on from the caller.
+        unsafe {
+            let constants = (self.bias.load::<V>(), self.map.load::<V>());
+            let mut first = 0;
+            for square in squares {
+                if first % TOGETHER == 0 {
+                    self.pause.pause();
+                }
+                let pieces = Self::pieces::<V>(square, constants);
+                for i in 0..PIECES {
+                    let Some(&start) = self.starts.get(i) else { break };
+                    T::store(self.out.wrapping_add(start + first * EACH), pieces[i]);
+                }
+                first += PIECES;
+            }
+            if rest.is_empty() {
+                return;
+            }
+            self.pause.pause();
+            let mut square = [[0.0; LANES]; PIECES];
+            square[..rest.len()].copy_from_slice(rest);
+            for (piece, start) in Self::pieces::<V>(&square, constants).into_iter().zip(self.starts) {
+                let mut values = MaybeUninit::<[T; LANES]>::uninit();
+                T::store(values.as_mut_ptr().cast(), piece);
+                let out = self.out.wrapping_add(start + first * EACH);
+                out.copy_from_nonoverlapping(values.as_ptr().cast(), rest.len() * EACH);
             }
         }
+    }
+}
+
+impl<M: Mapped, T: Value, S: Pause, const EACH: usize, const PIECES: usize>
+    Pieces<'_, M, T, S, EACH, PIECES>
+{
+    /// A row's pieces of as many rows as it has, each in one vector.
+    ///
+    /// # Safety
+    /// V's vector unit exists.
+    #[inline(always)]
+    unsafe fn pieces<V: Lanes>(
+        rows: &[[f32; LANES]; PIECES],
+        (bias, map): (V, Option<[V; 3]>),
+    ) -> [V; PIECES] {
+        let mut vectors = [V::zero(); PIECES];
+        for i in 0..PIECES {
+            // SAFETY: sixteen floats.
+            vectors[i] = mapped(unsafe { V::load(rows[i].as_ptr()) }.add(bias), map);
+        }
+        interleaved::<V, EACH, PIECES>(vectors)
+    }
+}
+
+/// Values from a row's first to the next one's.
+pub trait Apart: Copy {
+    /// Their number.
+    fn values(self) -> usize;
+}
+
+/// A row's values: rows lie one behind the other.
+#[derive(Clone, Copy)]
+pub struct Dense;
+
+impl Apart for Dense {
+    #[inline(always)]
+    fn values(self) -> usize {
+        LANES
+    }
+}
+
+impl Apart for usize {
+    #[inline(always)]
+    fn values(self) -> usize {
+        self
+    }
+}
+
+/// What is added to sums before they are mapped.
+pub trait Before: Copy {
+    /// What is the same for all rows.
+    ///
+    /// # Safety
+    /// V's vector unit exists.
+    unsafe fn load<V: Lanes>(self) -> V;
+
+    /// `sum` plus what belongs to the row `at` values from the first; `same` was loaded.
+    ///
+    /// # Safety
+    /// It is readable; V's vector unit exists.
+    unsafe fn add<V: Lanes>(self, sum: V, at: usize, same: V) -> V;
+}
+
+/// Biases.
+impl Before for &LaneMap {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(self) -> V {
+        // SAFETY: sixteen biases.
+        unsafe { V::load(self.bias.as_ptr()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, sum: V, _: usize, bias: V) -> V {
+        sum.add(bias)
+    }
+}
+
+/// Sums of the groups before.
+impl Before for *const f32 {
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(self) -> V {
+        V::zero()
+    }
+
+    #[inline(always)]
+    unsafe fn add<V: Lanes>(self, sum: V, at: usize, _: V) -> V {
         // SAFETY: handed on from the caller.
-        self.rows = unsafe { self.rows.get_unchecked(N..) };
-        self.more.0 = more.wrapping_add(N * more_step);
-        self.plus = self.plus.next(N * self.step);
-        self.out = self.out.wrapping_add(N * self.step);
+        unsafe { sum.add(V::load(self.wrapping_add(at))) }
     }
 }
 
@@ -128,37 +257,26 @@ impl Mapped for (&LaneMap, f32) {
 
 /// What an epilogue adds last.
 pub trait Plus: Copy {
-    /// `y` plus the sixteen values here.
+    /// `y` plus the sixteen values `at` values from here.
     ///
     /// # Safety
     /// They are readable; V's vector unit exists.
-    unsafe fn add<V: Lanes>(self, y: V) -> V;
-
-    /// What lies `step` values further.
-    fn next(self, step: usize) -> Self;
+    unsafe fn add<V: Lanes>(self, y: V, at: usize) -> V;
 }
 
 /// Nothing.
 impl Plus for () {
     #[inline(always)]
-    unsafe fn add<V: Lanes>(self, y: V) -> V {
+    unsafe fn add<V: Lanes>(self, y: V, _: usize) -> V {
         y
     }
-
-    #[inline(always)]
-    fn next(self, _: usize) -> Self {}
 }
 
 impl<T: Value> Plus for *const T {
     #[inline(always)]
-    unsafe fn add<V: Lanes>(self, y: V) -> V {
+    unsafe fn add<V: Lanes>(self, y: V, at: usize) -> V {
         // SAFETY: handed on from the caller.
-        unsafe { y.add(T::load(self)) }
-    }
-
-    #[inline(always)]
-    fn next(self, step: usize) -> Self {
-        self.wrapping_add(step)
+        unsafe { y.add(T::load(self.wrapping_add(at))) }
     }
 }
 

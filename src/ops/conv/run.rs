@@ -5,7 +5,7 @@ use super::epilogue::{LaneMap, Out, Stage};
 use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxels};
 use super::plan::{Block, LANES};
 use super::target::Target;
-use crate::device::lanes::Lanes;
+use crate::device::lanes::{Lanes, interleaved};
 use std::mem::MaybeUninit;
 
 /// Channels of the widest output whose voxels, not channels, fill the lanes.
@@ -282,11 +282,5 @@ unsafe fn by_anchors<V: Lanes, const J: usize>(columns: &[[f32; LANES]; J]) -> [
         // SAFETY: sixteen floats.
         lanes[j] = unsafe { V::load(columns[j].as_ptr()) };
     }
-    for _ in 0..J.trailing_zeros() {
-        let halves = lanes;
-        for j in 0..J / 2 {
-            [lanes[2 * j], lanes[2 * j + 1]] = halves[j].interleave(halves[j + J / 2]);
-        }
-    }
-    lanes
+    interleaved::<V, 1, J>(lanes)
 }

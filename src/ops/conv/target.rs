@@ -2,11 +2,10 @@
 
 use super::epilogue::LaneMap;
 use super::plan::LANES;
-use super::rows::{Mapped, Pause, Plus, Value, Whole, mapped};
-use crate::device::cpu::{prefetch_to_read, prefetch_to_write};
-use crate::device::lanes::Lanes;
+use super::rows::{Apart, Before, Dense, Mapped, Pause, Pieces, Plus, Value, Whole, mapped};
+use crate::device::cpu::{LINE, prefetch_to_read, prefetch_to_write};
+use crate::device::lanes::{Job, Lanes};
 use crate::tensor::Values;
-use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 
 /// A part of a head, as one that writes lanes to it sees it.
@@ -43,8 +42,8 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
             };
             let y = match self.plus.filter(|_| FINISHES) {
                 None => y,
-                Some(Values::Single(x)) => Plus::add(x.as_ptr().add(at), y),
-                Some(Values::Bf16(x)) => Plus::add(x.as_ptr().add(at), y),
+                Some(Values::Single(x)) => Plus::add(x.as_ptr(), y, at),
+                Some(Values::Bf16(x)) => Plus::add(x.as_ptr(), y, at),
             };
             if self.half.is_null() { y.store(self.single.add(at)) } else { y.store_bf16(self.half.add(at)) }
         }
@@ -120,13 +119,7 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         // SAFETY: handed on from the caller; inside the target, as was checked.
         unsafe {
             if len < LANES {
-                for (number, rows) in rows.chunks(FEW_ROWS).enumerate() {
-                    pause.pause();
-                    for (i, row) in rows.iter().enumerate() {
-                        self.put_few(start + (number * FEW_ROWS + i) * step, V::load(row.as_ptr()), len);
-                    }
-                }
-                return;
+                return V::call(Few { target: self, start, starts: &[0], rows, len, step, pause });
             }
             // What all rows have in common is asked once.
             let single = self.single.wrapping_add(start);
@@ -152,21 +145,21 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
     }
 
     /// Asks the cache for what [`Self::put_rows`] will write, and read, of the head: there is time until it does.
-    ///
-    /// # Panics
-    /// If the target ends before.
     #[inline(always)]
     pub fn prefetch(&self, (start, step): (usize, usize), rows: usize, len: usize) {
         let Some(last) = rows.checked_sub(1) else { return };
         let span = last * step + len;
-        self.check(start, span);
         match self.half.is_null() {
             true => prefetch_lines(self.single.wrapping_add(start), span, step, prefetch_to_write),
             false => prefetch_lines(self.half.wrapping_add(start), span, step, prefetch_to_write),
         }
         match self.plus {
-            Some(Values::Single(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
-            Some(Values::Bf16(x)) => prefetch_lines(x[start..].as_ptr(), span, step, prefetch_to_read),
+            Some(Values::Single(x)) => {
+                prefetch_lines(x.as_ptr().wrapping_add(start), span, step, prefetch_to_read);
+            }
+            Some(Values::Bf16(x)) => {
+                prefetch_lines(x.as_ptr().wrapping_add(start), span, step, prefetch_to_read);
+            }
             None => {}
         }
     }
@@ -189,103 +182,147 @@ impl<const FINISHES: bool> Target<'_, FINISHES> {
         out: *mut impl Value,
         pause: impl Pause,
     ) {
-        let more = match self.more.is_null() {
-            true => (self.map.bias.as_ptr(), 0),
-            false => (self.more.wrapping_add(start), step),
-        };
+        let before = self.more.wrapping_add(start);
+        let mapped = self.slope.filter(|_| FINISHES).map(|slope| (self.map, slope));
         // SAFETY: handed on from the caller.
         unsafe {
-            match self.slope.filter(|_| FINISHES) {
-                None => V::call(Whole { rows, more, map: (), plus, out, step, pause }),
-                Some(slope) => V::call(Whole { rows, more, map: (self.map, slope), plus, out, step, pause }),
+            match (self.more.is_null(), step == LANES) {
+                (true, true) => put_all::<V>(rows, self.map, mapped, plus, out, Dense, pause),
+                (true, false) => put_all::<V>(rows, self.map, mapped, plus, out, step, pause),
+                (false, _) => put_all::<V>(rows, before, mapped, plus, out, step, pause),
             }
         }
     }
 
     /// Stores, adds or finishes every row in pieces of `each` values, 2, 4 or 8: piece p of row i belongs `i * each` values
-    /// after value `starts[p]`. The target's map is the same for every piece. Every few rows it pauses.
+    /// after value `start + starts[p]`. The target's map is the same for every piece. Every few rows it pauses.
     ///
     /// # Panics
     /// If the target ends before, or rows have fewer pieces.
     ///
     /// # Safety
-    /// As [`Self::put_rows`].
+    /// As [`Self::put_rows`]; starts ascend.
     #[inline(always)]
     pub unsafe fn put_pieces<V: Lanes>(
         &self,
-        starts: &[usize],
+        (start, starts): (usize, &[usize]),
         rows: &[[f32; LANES]],
         each: usize,
         pause: impl Pause,
     ) {
         assert!(starts.len() * each <= LANES, "{} pieces of {each} values", starts.len());
-        starts.iter().for_each(|&start| self.check(start, rows.len() * each));
+        debug_assert!(starts.is_sorted());
+        let Some(last) = starts.last() else { return };
+        self.check(start + last, rows.len() * each);
+        let place = (start, starts);
         // SAFETY: handed on from the caller; inside the target, as was checked.
         unsafe {
+            if !self.more.is_null() || self.plus.filter(|_| FINISHES).is_some() {
+                return V::call(Few { target: self, start, starts, rows, len: each, step: each, pause });
+            }
             match (each, self.half.is_null()) {
-                (2, true) => self.put_pieces_of::<V, _, 2>(starts, rows, self.single, pause),
-                (2, false) => self.put_pieces_of::<V, _, 2>(starts, rows, self.half, pause),
-                (4, true) => self.put_pieces_of::<V, _, 4>(starts, rows, self.single, pause),
-                (4, false) => self.put_pieces_of::<V, _, 4>(starts, rows, self.half, pause),
-                (8, true) => self.put_pieces_of::<V, _, 8>(starts, rows, self.single, pause),
-                (8, false) => self.put_pieces_of::<V, _, 8>(starts, rows, self.half, pause),
+                (2, true) => self.put_pieces_of::<V, _, 2, 8>(place, rows, self.single, pause),
+                (2, false) => self.put_pieces_of::<V, _, 2, 8>(place, rows, self.half, pause),
+                (4, true) => self.put_pieces_of::<V, _, 4, 4>(place, rows, self.single, pause),
+                (4, false) => self.put_pieces_of::<V, _, 4, 4>(place, rows, self.half, pause),
+                (8, true) => self.put_pieces_of::<V, _, 8, 2>(place, rows, self.single, pause),
+                (8, false) => self.put_pieces_of::<V, _, 8, 2>(place, rows, self.half, pause),
                 _ => unreachable!("pieces of {each} values"),
             }
         }
     }
 
-    /// The same, of known length: copies without a call.
+    /// The same, of known length, PIECES of EACH are sixteen values, and with nothing to add but biases.
     ///
     /// # Safety
     /// As [`Self::put_pieces`].
     #[inline(always)]
-    unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize>(
+    unsafe fn put_pieces_of<V: Lanes, T: Value, const EACH: usize, const PIECES: usize>(
         &self,
-        starts: &[usize],
+        (start, starts): (usize, &[usize]),
         rows: &[[f32; LANES]],
         out: *mut T,
         pause: impl Pause,
     ) {
-        // SAFETY: handed on from the caller; arrays of sixteen. Pieces are read of rows that were just written whole.
+        // SAFETY: handed on from the caller.
         unsafe {
-            if !self.more.is_null() || self.plus.filter(|_| FINISHES).is_some() {
-                for (i, row) in rows.iter().enumerate() {
-                    pause.pause();
-                    for (piece, start) in row.as_chunks::<EACH>().0.iter().zip(starts) {
-                        let sums = few(piece.as_ptr(), EACH);
-                        self.put_few(start + i * EACH, V::load(sums.as_ptr()), EACH);
-                    }
-                }
-                return;
+            let (bias, out) = (self.map, out.add(start));
+            match self.slope.filter(|_| FINISHES).map(|slope| (self.map, slope)) {
+                None => V::call(Pieces::<_, _, _, EACH, PIECES> { rows, bias, map: (), out, starts, pause }),
+                Some(map) => V::call(Pieces::<_, _, _, EACH, PIECES> { rows, bias, map, out, starts, pause }),
             }
-            for (number, rows) in rows.chunks(LANES).enumerate() {
-                // Written whole and read in pieces, which need not wait for the cache as the other way round.
-                let mut values = MaybeUninit::<[[T; LANES]; LANES]>::uninit();
-                self.put_whole::<V>((rows, 0, LANES), (), values.as_mut_ptr().cast::<T>(), pause);
-                let pieces = values.as_ptr().cast::<[T; EACH]>();
-                for (piece, start) in starts.iter().enumerate() {
-                    let out = out.add(start + number * LANES * EACH).cast::<[T; EACH]>();
-                    for i in 0..rows.len() {
-                        out.add(i).write_unaligned(pieces.add(i * (LANES / EACH) + piece).read());
+        }
+    }
+}
+
+/// Runs [`Whole`], with a map or without.
+///
+/// # Safety
+/// As there; V's vector unit exists.
+#[inline(always)]
+unsafe fn put_all<V: Lanes>(
+    rows: &[[f32; LANES]],
+    before: impl Before,
+    map: Option<(&LaneMap, f32)>,
+    plus: impl Plus,
+    out: *mut impl Value,
+    apart: impl Apart,
+    pause: impl Pause,
+) {
+    // SAFETY: handed on from the caller.
+    unsafe {
+        match map {
+            None => V::call(Whole { rows, before, map: (), plus, out, apart, pause }),
+            Some(map) => V::call(Whole { rows, before, map, plus, out, apart, pause }),
+        }
+    }
+}
+
+/// Rows of which less than a vector goes to one place: piece p of row i, `len` values, `start + starts[p] + i * step` values
+/// after the target's first. Running it is safe where [`Target::put_few`] of each is, and where `pause` may run.
+struct Few<'a, const FINISHES: bool, S> {
+    target: &'a Target<'a, FINISHES>,
+    start: usize,
+    starts: &'a [usize],
+    rows: &'a [[f32; LANES]],
+    len: usize,
+    step: usize,
+    pause: S,
+}
+
+impl<const FINISHES: bool, S: Pause> Job for Few<'_, FINISHES, S> {
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        for (i, row) in self.rows.iter().enumerate() {
+            for (p, start) in self.starts.iter().enumerate() {
+                // SAFETY: handed on from the caller; arrays of sixteen.
+                unsafe {
+                    if (i * self.starts.len() + p).is_multiple_of(FEW) {
+                        self.pause.pause();
                     }
+                    let piece = few(row[p * self.len..].as_ptr(), self.len);
+                    self.target.put_few(
+                        self.start + start + i * self.step,
+                        V::load(piece.as_ptr()),
+                        self.len,
+                    );
                 }
             }
         }
     }
 }
 
-/// Rows of fewer values than a vector has from one pause to the next: each takes as long as some whole ones.
-const FEW_ROWS: usize = 4;
+/// Such pieces from one pause to the next: each takes as long as some whole rows.
+const FEW: usize = 4;
 
 /// Asks for the lines of `span` values from `p` on, of which some of every `step` are used.
 #[inline(always)]
-fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const T)) {
+fn prefetch_lines<T>(p: *const T, span: usize, step: usize, ask: fn(*const u8)) {
+    let (mut p, end, step) = (p.cast::<u8>(), p.wrapping_add(span).cast(), LINE.max(step * size_of::<T>()));
     // Not an iterator that steps: it divides to know how often.
-    let step = step.max(64 / size_of::<T>());
-    let mut at = 0;
-    while at < span {
-        ask(p.wrapping_add(at));
-        at += step;
+    while p < end {
+        ask(p);
+        p = p.wrapping_add(step);
     }
 }
 
@@ -319,6 +356,139 @@ unsafe fn copy_few<T: Copy>(values: &[T; LANES], p: *mut T, len: usize) {
         match len {
             8 => p.copy_from_nonoverlapping(values.as_ptr(), 8),
             _ => p.copy_from_nonoverlapping(values.as_ptr(), len),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::bf16::{Pairs, narrowed, widened};
+    use crate::device::lanes::Plain;
+    #[cfg(target_arch = "x86_64")]
+    use crate::device::lanes::x86::{Avx2, Avx512};
+
+    /// Where values of rows go: piece p of row i, `each` values, `FIRST + starts[p] + i * step` values after the head's first.
+    struct Places {
+        starts: Vec<usize>,
+        each: usize,
+        step: usize,
+        count: usize,
+    }
+
+    const FIRST: usize = 3;
+
+    /// What is done to them.
+    struct Case<'a> {
+        map: LaneMap,
+        slope: Option<f32>,
+        more: Option<&'a [f32]>,
+        plus: Option<Values<'a>>,
+        half: bool,
+    }
+
+    /// Puts rows by `put`, in all ways there are, and compares with what becomes of value by value.
+    fn check(places: &Places, put: impl Fn(&Target<true>, &[[f32; LANES]])) {
+        let Places { starts, each, step, count } = places;
+        let len = FIRST + starts[starts.len() - 1] + count * step + 7;
+        let before: Vec<f32> = (0..len).map(|i| 0.37 * (i % 23) as f32 - 3.0).collect();
+        let single: Vec<f32> = (0..len).map(|i| 0.29 * (i % 31) as f32 - 5.0).collect();
+        let half: Vec<u16> = single.iter().map(|&x| narrowed(x)).collect();
+        let row = |i: usize| std::array::from_fn(|l| 0.75 * i as f32 - 0.41 * l as f32);
+        let rows: Vec<[f32; LANES]> = (0..*count).map(row).collect();
+        for slope in [None, Some(0.3)] {
+            for more in [None, Some(&before[..])] {
+                for plus in [None, Some(Values::Single(&single)), Some(Values::Bf16(&half))] {
+                    for half in [false, true] {
+                        // The same for every piece.
+                        let numbers = |scale: f32| std::array::from_fn(|l| scale * ((l % each) as f32 - 7.3));
+                        let map =
+                            LaneMap { bias: numbers(0.5), scale: numbers(-0.25), shift: numbers(0.125) };
+                        let case = Case { map, slope, more, plus, half };
+                        let got = case.got(len, |target| put(target, &rows));
+                        assert_eq!(
+                            got,
+                            case.want(len, places, &rows),
+                            "{count} rows, {starts:?} of {each}, {step} apart"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    impl Case<'_> {
+        fn want(&self, len: usize, places: &Places, rows: &[[f32; LANES]]) -> Vec<f32> {
+            let sums_stay = self.more.filter(|_| !self.half);
+            let mut want = sums_stay.map_or(vec![f32::INFINITY; len], <[f32]>::to_vec);
+            for (i, row) in rows.iter().enumerate() {
+                for l in 0..places.starts.len() * places.each {
+                    let at = FIRST + places.starts[l / places.each] + i * places.step + l % places.each;
+                    let sum = row[l] + self.more.map_or(self.map.bias[l], |more| more[at]);
+                    let y = sum * self.map.scale[l] + self.map.shift[l];
+                    let y = self.slope.map_or(sum, |slope| if y > 0.0 { y } else { slope * y });
+                    let y = match self.plus {
+                        Some(Values::Single(x)) => y + x[at],
+                        Some(Values::Bf16(x)) => y + widened(x[at]),
+                        None => y,
+                    };
+                    want[at] = if self.half { widened(narrowed(y)) } else { y };
+                }
+            }
+            want
+        }
+
+        /// What `put` leaves of sums before, or infinities.
+        fn got(&self, len: usize, put: impl FnOnce(&Target<true>)) -> Vec<f32> {
+            let mut sums = self.more.map_or(vec![f32::INFINITY; len], <[f32]>::to_vec);
+            let mut halves = vec![narrowed(f32::INFINITY); len];
+            let single = sums.as_mut_ptr();
+            put(&Target {
+                more: if self.more.is_some() { single } else { null_mut() },
+                single,
+                half: if self.half { halves.as_mut_ptr() } else { null_mut() },
+                map: &self.map,
+                slope: self.slope,
+                plus: self.plus,
+                len,
+            });
+            if self.half { halves.into_iter().map(widened).collect() } else { sums }
+        }
+    }
+
+    fn check_unit<V: Lanes>() {
+        for count in 1..=17 {
+            for (each, step) in [(16, 16), (16, 24), (5, 24), (8, 8)] {
+                let places = Places { starts: vec![0], each, step, count };
+                // SAFETY: nobody else has the head; the caller found the unit.
+                check(&places, |target, rows| unsafe { target.put_rows::<V>((FIRST, step), rows, each, ()) });
+            }
+            for (each, pieces) in [(2, 4), (2, 8), (4, 3), (4, 4), (8, 1), (8, 2)] {
+                let starts: Vec<usize> = (0..pieces).map(|p| p * (count * each + 1)).collect();
+                let places = Places { starts, each, step: each, count };
+                // SAFETY: as above.
+                check(&places, |target, rows| unsafe {
+                    target.put_pieces::<V>((FIRST, &places.starts), rows, each, ());
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn rows_and_pieces_go_where_they_belong_on_every_unit() {
+        check_unit::<Plain>();
+        check_unit::<Pairs<Plain>>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                check_unit::<Avx2>();
+            }
+            if is_x86_feature_detected!("avx512f") {
+                check_unit::<Avx512>();
+            }
+            if is_x86_feature_detected!("avx512bf16") {
+                check_unit::<Pairs<Avx512>>();
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use super::row::{copy_voxels, mapped_row, transform_row};
 use super::transpose::transpose;
 use super::{Source, halves};
 use crate::device::bf16::{Operands, narrow, pair, widen};
-use crate::device::cpu::{prefetch_to_read_later, vectorised};
+use crate::device::cpu::{LINE, prefetch_to_read_later, vectorised};
 use crate::tensor::Values;
 use std::ops::Range;
 
@@ -132,7 +132,7 @@ impl Place<'_> {
 
 /// Asks the second-level cache for `row`, of which blocks of `len` values every `pitch` values will be read.
 fn prefetch_row<T>(row: &[T], len: usize, pitch: usize) {
-    let values = 64 / size_of::<T>();
+    let values = LINE / size_of::<T>();
     for block in row.chunks(pitch.max(values)) {
         let lines = block[..len.max(values).min(block.len())].chunks(values);
         lines.for_each(|line| prefetch_to_read_later(line.as_ptr()));

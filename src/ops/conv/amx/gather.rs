@@ -1,27 +1,26 @@
 //! The gather core: register tiles of 16 output voxels by 16 output channels.
 
-use super::ahead::{Ahead, PARTS};
+use super::ahead::Ahead;
 use super::calls::{self, Call};
-use super::cover::{Anchors, Cover, Run};
-use super::fold::{Fold, OUTPUTS, parity};
+use super::cover::{Anchors, Cover};
 use super::halo::{Halo, SLACK};
-use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, keep_awake, store_sums};
+use super::micro::{COLUMNS_FROM, Reads, SUMS, Step, TAPS, clear_sums, store_sums};
 use super::pack::{TILE_FLOATS, lane_block_floats, pack};
 use super::scheme::{BAND, Depth, Scheme};
+use super::write::{Lane, Sum};
 use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, ROWS, Tiles};
 use crate::device::arena::Buffer;
 use crate::device::bf16::Pairs;
 use crate::device::cpu::{Simd, simd_of_pairs};
 use crate::device::lanes::x86::{Avx2, Avx512};
-use crate::device::lanes::{Job, Lanes, Plain};
+use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use crate::ops::conv::correlate::{tasks, tiles_a_task};
-use crate::ops::conv::epilogue::{Head, LaneMap, Out, Stage};
+use crate::ops::conv::epilogue::{Head, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
 use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile, blocks};
-use crate::ops::conv::rows::Pause;
 use crate::ops::conv::target::Target;
 use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Problem, Source, Weights};
@@ -37,18 +36,6 @@ const LARGER: usize = 2;
 /// The accumulators of a call of a kernel, before they are stored, added to the output or finished.
 #[repr(align(64))]
 struct Accumulators([[[f32; LANES]; ROWS]; SUMS]);
-
-/// Keeps the multiplier awake; the thread must hold [`Tiles`].
-#[derive(Clone, Copy)]
-struct KeepAwake;
-
-impl Pause for KeepAwake {
-    #[inline(always)]
-    unsafe fn pause(self) {
-        // SAFETY: handed on from the caller.
-        unsafe { keep_awake() };
-    }
-}
 
 /// See [`crate::ops::conv::correlate()`]; `scheme` is that of the pass.
 pub fn correlate<'a>(
@@ -76,13 +63,9 @@ pub fn correlate<'a>(
     let part = lanes.len().div_ceil(parts).next_multiple_of(LANE_BLOCKS);
     let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
     let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
-    let lane_of = |&block: &Block| Lane {
-        block,
-        map: outs[block.tensor].lane_map(|l| scheme.channel(block, l)),
-        pairs: pairs(block, scheme.fold, out_space),
-    };
-    let lane_list: Vec<_> = lanes.iter().map(lane_of).collect();
-    let pass = Pass { map, scheme, out_space, sources, lanes: &lane_list, outs: &outs };
+    let lane_list: Vec<_> =
+        lanes.iter().map(|&block| Lane::new(block, (map, scheme), &outs, out_space)).collect();
+    let pass = Pass { map, scheme, out_space, lanes: &lane_list };
     let run = tiles_a_task(tiles.len());
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
     tasks.into_par_iter().for_each_init(Scratch::take, |task: &mut Scratch<Task>, (origins, first)| {
@@ -105,8 +88,8 @@ pub fn correlate<'a>(
                     halo.load(&sources[block.tensor], block, &place(i), tile, &mut task.lines);
                 }
                 let next = match index + 1 < groups.len() {
-                    true => Some(Ahead::new(place(i), groups[index + 1])),
-                    false if i + 1 < origins.len() => Some(Ahead::new(place(i + 1), groups[0])),
+                    true => Some(Ahead::new(place(i), sources, groups[index + 1])),
+                    false if i + 1 < origins.len() => Some(Ahead::new(place(i + 1), sources, groups[0])),
                     false => None,
                 };
                 let (packed, lanes) = (&packed, lanes.clone());
@@ -139,29 +122,7 @@ struct Pass<'a> {
     map: Map,
     scheme: &'a Scheme,
     out_space: [usize; 3],
-    sources: &'a [Source<'a>],
-    lanes: &'a [Lane],
-    outs: &'a [Out<'a>],
-}
-
-/// A lane block.
-struct Lane {
-    block: Block,
-    map: LaneMap,
-    /// Of folded outputs: voxels from an anchor's first output to the first of every two along w.
-    pairs: [usize; OUTPUTS / 2],
-}
-
-/// See [`Lane`].
-fn pairs(block: Block, fold: Option<Fold>, [_, out_h, out_w]: [usize; 3]) -> [usize; OUTPUTS / 2] {
-    let mut pairs = [0; OUTPUTS / 2];
-    if let Some(Fold::Outputs { channels }) = fold {
-        for (pair, first) in pairs.iter_mut().zip((0..block.len).step_by(2 * channels)) {
-            let [d, h, _] = parity((block.first + first) / channels);
-            *pair = (d * out_h + h) * out_w;
-        }
-    }
-    pairs
+    lanes: &'a [Lane<'a>],
 }
 
 /// One halo tile, one group of source blocks, some lane blocks.
@@ -187,8 +148,8 @@ struct Reduction<'a> {
     steps: &'a [Step],
     /// The B of all steps, one lane block after the other.
     weights: &'a [f32],
-    /// What to ask for meanwhile, the parts of the classes before, and those of a sum.
-    next: Option<(&'a Ahead<'a>, usize, usize)>,
+    /// What to ask for meanwhile, and lines for a sum.
+    next: Option<(&'a Ahead<'a>, usize)>,
 }
 
 /// A call from its first product until its sums are written.
@@ -197,37 +158,10 @@ struct Issued<'a> {
     sums: [Sum<'a>; SUMS],
     /// Number of them.
     count: usize,
-    /// Number of sums before them.
-    number: usize,
     /// First lane block.
     lane: usize,
     /// Where those of its lane blocks go: one, or two.
     targets: [Target<'a, true>; LANE_BLOCKS],
-}
-
-/// Where a sum belongs.
-#[derive(Clone, Copy)]
-struct Sum<'a> {
-    runs: &'a [Run],
-    /// From which the runs' voxels count.
-    voxel: usize,
-    lane: usize,
-}
-
-/// Writes a sum. Running it asks for what [`Pass::write`] does.
-struct Write<'a> {
-    pass: &'a Pass<'a>,
-    sum: &'a Sum<'a>,
-    target: &'a Target<'a, true>,
-    values: &'a [[f32; LANES]; ROWS],
-}
-
-impl Job for Write<'_> {
-    #[inline(always)]
-    unsafe fn run<V: Lanes>(self) {
-        // SAFETY: handed on from the caller.
-        unsafe { self.pass.write::<V>(self.sum, self.target, self.values) }
-    }
 }
 
 impl<'a> Reduction<'a> {
@@ -249,16 +183,21 @@ impl<'a> Reduction<'a> {
         Reads::Parts { a, parts_of_a, stride, b: [b(0), b(parts_of_b - 1)], parts_of_b }
     }
 
-    /// Where the sums of a call belong.
+    /// Where the sums of a call belong; those after its last one are of no use.
     #[inline(always)]
     fn sums(&self, call: &Call) -> [Sum<'a>; SUMS] {
         let (first, plane_voxels) = self.voxel;
-        let mut sums = [Sum { runs: &[], voxel: 0, lane: call.lane }; SUMS];
-        for (i, sum) in sums.iter_mut().enumerate().take(call.sums()) {
+        let first = first + call.plane * plane_voxels;
+        let mut sums = [Sum { runs: self.cover.runs(call.tile), voxel: first, lane: call.lane }; SUMS];
+        if self.columns {
+            for plane in 0..SUMS {
+                sums[plane].voxel = first + plane * plane_voxels;
+            }
+            return sums;
+        }
+        for i in 1..call.sums() {
             let (part, lane) = call.sum(i);
-            let (plane, tile) = if self.columns { (part, 0) } else { (0, part) };
-            let voxel = first + (call.plane + plane) * plane_voxels;
-            *sum = Sum { runs: self.cover.runs(call.tile + tile), voxel, lane };
+            sums[i] = Sum { runs: self.cover.runs(call.tile + part), voxel: first, lane };
         }
         sums
     }
@@ -331,7 +270,10 @@ impl Pass<'_> {
             let [first_d, first_h] = [(d0, 0), (h0, 1)].map(|(first, a)| first * outputs + class.parity[a]);
             let first = ((n * self.out_space[0] + first_d) * out_h + first_h) * out_w + class.parity[2];
             let of_class = cover.len() * if columns { d } else { 1 } * group.lanes.len();
-            let next = group.next.as_ref().map(|next| (next, class_index * PARTS, PARTS / of_class));
+            let next = group
+                .next
+                .as_ref()
+                .map(|next| (next, next.share((self.scheme.classes.len() - class_index) * of_class)));
             let reduction = Reduction { cover, columns, voxel: (first, voxels[0]), steps, weights, next };
             let mut before = None;
             for call in calls.iter() {
@@ -359,16 +301,12 @@ impl Pass<'_> {
         call: &Call,
         before: Option<&Issued<'s>>,
     ) -> Issued<'s> {
-        let target = |lane: usize| {
-            let Lane { block, map, .. } = &self.lanes[lane];
-            self.outs[block.tensor].whole(map, stage)
-        };
+        let target = |lane: usize| self.lanes[lane].target(stage);
         let targets = match before {
             Some(before) if before.lane == call.lane => before.targets,
             _ => [target(call.lane), target(call.lane + call.lanes - 1)],
         };
-        let number = before.map_or(0, |before| before.number + before.count);
-        Issued { sums: reduction.sums(call), count: call.sums(), number, lane: call.lane, targets }
+        Issued { sums: reduction.sums(call), count: call.sums(), lane: call.lane, targets }
     }
 
     /// Computes the sums of a call and writes those of the one before, a part of each in turn: vector units write while tiles
@@ -403,12 +341,11 @@ impl Pass<'_> {
                     unsafe { reads.multiply(steps) };
                 }
                 if i < issued.count {
-                    if let Some((next, before, of_sum)) = reduction.next {
-                        let part = before + (issued.number + i) * of_sum;
-                        next.ask(self.sources, (part, self.scheme.classes.len() * PARTS));
+                    if let Some((next, lines)) = reduction.next {
+                        next.ask(lines);
                     }
                     let sum = &issued.sums[i];
-                    self.prefetch(sum, &issued.targets[sum.lane - issued.lane]);
+                    self.lanes[sum.lane].prefetch(sum, &issued.targets[sum.lane - issued.lane]);
                 }
             }
             if let Some(before) = before
@@ -417,82 +354,11 @@ impl Pass<'_> {
                 let sum = &before.sums[i];
                 let target = &before.targets[sum.lane - before.lane];
                 // SAFETY: handed on from the caller.
-                unsafe { V::call(Write { pass: self, sum, target, values: &sums.0[i] }) };
+                unsafe { self.lanes[sum.lane].write::<V>(sum, target, &sums.0[i]) };
             }
         }
         let places = sums.0.each_mut().map(|sum| sum.as_mut_ptr().cast());
         // SAFETY: this thread holds the tiles; accumulators have a register tile's rows.
         unsafe { store_sums(&places[..computed], ROW_BYTES) };
-    }
-
-    /// Stores, adds or finishes the anchors of a register tile.
-    ///
-    /// # Safety
-    /// V's vector unit must exist; the thread must hold the tiles; nobody else may use these voxels' lanes.
-    #[inline(always)]
-    unsafe fn write<V: Lanes>(&self, sum: &Sum, target: &Target<true>, values: &[[f32; LANES]; ROWS]) {
-        let lane = &self.lanes[sum.lane];
-        for run in sum.runs {
-            let values = &values[run.row..][..run.len];
-            // SAFETY: handed on from the caller.
-            unsafe {
-                match self.scheme.fold {
-                    None => {
-                        let place = self.values(sum, run, lane.block);
-                        target.put_rows::<V>(place, values, lane.block.len, KeepAwake);
-                    }
-                    Some(Fold::Outputs { channels }) => {
-                        // Both outputs along w of every channel: neighbours in memory, of one anchor after the other.
-                        let starts = lane.pairs.map(|pair| (sum.voxel + run.voxel + pair) * channels);
-                        let starts = &starts[..lane.block.len / (2 * channels)];
-                        target.put_pieces::<V>(starts, values, 2 * channels, KeepAwake);
-                    }
-                    Some(Fold::Band { channels }) => {
-                        let (start, each) = ((sum.voxel + run.voxel) * channels, BAND * channels);
-                        let voxels = self.voxels_of_bands(run);
-                        let (whole, rest) = (voxels / BAND, voxels % BAND * channels);
-                        target.put_rows::<V>((start, each), &values[..whole], each, KeepAwake);
-                        if rest > 0 {
-                            let last = &values[whole..whole + 1];
-                            target.put_rows::<V>((start + whole * each, each), last, rest, KeepAwake);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Asks the cache for the lines that [`Self::write`] will write, and read, when the next call's tiles are multiplied.
-    #[inline(always)]
-    fn prefetch(&self, sum: &Sum, target: &Target<true>) {
-        let lane = &self.lanes[sum.lane];
-        for run in sum.runs {
-            match self.scheme.fold {
-                None => target.prefetch(self.values(sum, run, lane.block), run.len, lane.block.len),
-                Some(Fold::Outputs { channels }) => {
-                    for pair in &lane.pairs[..lane.block.len / (2 * channels)] {
-                        let start = (sum.voxel + run.voxel + pair) * channels;
-                        target.prefetch((start, 0), 1, run.len * 2 * channels);
-                    }
-                }
-                Some(Fold::Band { channels }) => {
-                    let start = (sum.voxel + run.voxel) * channels;
-                    target.prefetch((start, 0), 1, self.voxels_of_bands(run) * channels);
-                }
-            }
-        }
-    }
-
-    /// First value of a run's voxels of a lane block in the head, and values from one voxel to the next.
-    #[inline(always)]
-    fn values(&self, sum: &Sum, run: &Run, block: Block) -> (usize, usize) {
-        let channels = self.outs[block.tensor].channels;
-        ((sum.voxel + run.voxel) * channels + block.first, self.map.outputs() * channels)
-    }
-
-    /// Voxels of neighbouring bands: the last band of a row may go beyond its end.
-    #[inline(always)]
-    fn voxels_of_bands(&self, run: &Run) -> usize {
-        (run.len * BAND).min(self.out_space[2] - run.w * BAND)
     }
 }

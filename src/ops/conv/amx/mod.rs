@@ -27,6 +27,7 @@ mod pack;
 mod planes;
 mod scheme;
 mod wgrad;
+mod write;
 
 pub use fold::Fold;
 pub use gather::correlate;
