@@ -1,7 +1,7 @@
 //! Asking the cache for the next halo tile while this one's sums are computed, in as few instructions as can be.
 //!
-//! The vector units have [`Place::prefetch`], which takes several times as many a line: at its pace their forward passes are
-//! 2 to 5 % faster on the CPU that could be measured (benches/RESULTS.md). So there are two.
+//! The vector units have [`Place::prefetch`], which takes several times as many a line: three ways in fewer made their forward
+//! passes 2 to 5 % slower on the CPU that could be measured (benches/RESULTS.md). Equal shares, as here, were not tried there.
 
 use crate::device::cpu::{LINE, prefetch_to_read_later};
 use crate::ops::conv::Source;
@@ -145,11 +145,10 @@ impl Runs {
     /// Those of the first `len` of every `pitch` values. What lies between them belongs to them if it is less than a line.
     fn of<T>(values: &[T], len: usize, pitch: usize) -> Self {
         let [all, len, apart] = [values.len(), len, pitch].map(|values| values * size_of::<T>());
-        let (count, len) = match () {
-            () if all == 0 => return Runs::default(),
-            () if len + LINE > apart => (1, all),
-            () => (all.div_ceil(apart), len),
-        };
+        if all == 0 {
+            return Runs::default();
+        }
+        let (count, len) = if len + LINE > apart { (1, all) } else { (all.div_ceil(apart), len) };
         let address = values.as_ptr().addr();
         let before = address % LINE;
         // Runs that begin elsewhere in a line may end in one more.

@@ -29,6 +29,14 @@ pub struct Sum<'a> {
     pub lane: usize,
 }
 
+impl Sum<'_> {
+    /// Value of a head of `channels` channels at which a run's first voxel begins.
+    #[inline(always)]
+    fn at(&self, run: &Run, channels: usize) -> usize {
+        (self.voxel + run.voxel) * channels
+    }
+}
+
 impl<'a> Lane<'a> {
     /// Of one of the heads `outs`, whose spaces are `out_space`.
     pub fn new(
@@ -119,7 +127,7 @@ trait Place: Copy {
     #[inline(always)]
     fn prefetch_all(self, sum: &Sum, channels: usize, target: &Target<true>) {
         for run in sum.runs {
-            self.prefetch(target, (sum.voxel + run.voxel) * channels, run);
+            self.prefetch(target, sum.at(run, channels), run);
         }
     }
 }
@@ -226,7 +234,7 @@ impl<P: Place> Job for Write<'_, P> {
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
         for run in self.sum.runs {
-            let at = (self.sum.voxel + run.voxel) * self.channels;
+            let at = self.sum.at(run, self.channels);
             // SAFETY: handed on from the caller.
             unsafe { self.place.put::<V>(self.target, at, run, &self.values[run.row..][..run.len]) };
         }
