@@ -59,7 +59,7 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
                     for p in 0..P {
                         let a = V::splat(x.add(p * step));
                         for q in 0..Q {
-                            acc[p][q] = acc[p][q].fma(a, b[q]);
+                            acc[p][q] = acc[p][q].fma(b[q], a);
                         }
                     }
                     w = w.add(LANES);
@@ -216,7 +216,7 @@ pub unsafe fn outer_product<V: Lanes, const P: usize, const RP: usize, const Q: 
                 for p in 0..RP {
                     let a = V::splat(x.add(p / P * group + p % P));
                     for q in 0..Q {
-                        acc[p][q] = acc[p][q].fma(a, b[q]);
+                        acc[p][q] = acc[p][q].fma(b[q], a);
                     }
                 }
                 x = x.add(x_pitch);
