@@ -90,6 +90,14 @@ pub trait Dot: Lanes {
         // SAFETY: handed on from the caller.
         unsafe { self.store_bf16(p) }
     }
+    /// [`Lanes::store_pairs`] where the unit has an instruction for it.
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    unsafe fn narrow_pairs(self, odd: Self, p: *mut f32) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.store_pairs(odd, p) }
+    }
 }
 
 /// Lanes whose operands are pairs: [`Lanes::fma`] adds both products of each lane.
@@ -167,6 +175,11 @@ impl<V: Dot> Lanes for Pairs<V> {
         // SAFETY: handed on from the caller.
         unsafe { self.0.narrow(p) }
     }
+    #[inline(always)]
+    unsafe fn store_pairs(self, odd: Self, p: *mut f32) {
+        // SAFETY: handed on from the caller.
+        unsafe { self.0.narrow_pairs(odd.0, p) }
+    }
 }
 
 impl Dot for Plain {
@@ -229,6 +242,24 @@ mod x86 {
             unsafe {
                 let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
                 _mm256_storeu_si256(p.cast(), halves);
+            }
+        }
+        #[inline(always)]
+        unsafe fn narrow_pairs(self, odd: Self, p: *mut f32) {
+            // Value l of the first sixteen, then of the second.
+            const IN_TURN: [u16; 32] = {
+                let (mut values, mut i) = ([0; 32], 0);
+                while i < 32 {
+                    values[i] = (i / 2 + i % 2 * 16) as u16;
+                    i += 1;
+                }
+                values
+            };
+            // SAFETY: as above; they found AVX512BW, too, which AVX512_BF16 builds on.
+            unsafe {
+                let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd.0, self.0));
+                let in_turn = _mm512_loadu_si512(IN_TURN.as_ptr().cast());
+                _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi16(in_turn, halves));
             }
         }
     }

@@ -136,10 +136,12 @@ fn amx_available() -> bool {
     false
 }
 
-/// The unit that products of bfloat16 pairs run on: AVX-512 only where it has the instruction for them.
+/// The unit that products of bfloat16 pairs run on: AVX-512 only where it has the instructions for them.
 pub fn simd_of_pairs() -> Simd {
     #[cfg(target_arch = "x86_64")]
-    if simd() == Simd::Avx512 && !is_x86_feature_detected!("avx512bf16") {
+    if simd() == Simd::Avx512
+        && !(is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw"))
+    {
         return Simd::Avx2;
     }
     simd()

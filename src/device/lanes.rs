@@ -60,6 +60,21 @@ pub trait Lanes: Copy {
         // SAFETY: handed on from the caller.
         unsafe { self.store(p) }
     }
+    /// Writes the lanes of both as pairs of bfloat16: one of `self` and one of `odd`, rounded.
+    /// # Safety
+    /// Sixteen floats from `p` must be writable.
+    #[inline(always)]
+    unsafe fn store_pairs(self, odd: Self, p: *mut f32) {
+        let mut lanes = [[0.0; 16]; 2];
+        // SAFETY: sixteen floats of our own each; then handed on from the caller.
+        unsafe {
+            self.store(lanes[0].as_mut_ptr());
+            odd.store(lanes[1].as_mut_ptr());
+            for l in 0..16 {
+                *p.add(l) = bf16::pair(lanes[0][l], lanes[1][l]);
+            }
+        }
+    }
     /// All lanes 0.
     fn zero() -> Self;
     /// All lanes `*p`.

@@ -403,6 +403,9 @@ impl Layer {
             let dy = side_by_side(dys.iter().zip(case.outputs).map(|(dy, &c)| (&dy[..], c)));
             let mirrored = |c: usize, o: usize, tap: usize| value(o, c, 26 - tap);
             result.dx[0] = winograd::correlate(filtering, case.n, spaces, (&dy, outputs), cin, mirrored);
+            let dw = winograd::wgrad(case.n, case.space, (&x, cin), (&dy, outputs));
+            let mut dw = dw.into_iter();
+            result.dw = result.dw.iter().map(|of| dw.by_ref().take(of.len()).collect()).collect();
         }
         result
     }

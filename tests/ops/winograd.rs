@@ -64,6 +64,18 @@ impl Filtering {
         }
     }
 
+    /// What inputs' transforms are multiplied by for the gradients of products: the transpose of [`Self::output`], in f32 likewise.
+    fn output_gradient(self, y: &[f32]) -> Vec<f32> {
+        assert_eq!(self, Filtering::Dense, "others' gradients are of direct sums");
+        vec![y[0], y[0] + y[1], y[0] - y[1], y[1]]
+    }
+
+    /// The gradients of taps from those of products: the transpose of [`Self::filter`].
+    fn filter_gradient(self, m: &[f64]) -> Vec<f64> {
+        assert_eq!(self, Filtering::Dense, "others' gradients are of direct sums");
+        vec![m[0] + 0.5 * (m[1] + m[2]), 0.5 * (m[1] - m[2]), 0.5 * (m[1] + m[2]) + m[3]]
+    }
+
     /// The first input of tile `t` and how many it reads.
     fn inputs(self, t: usize) -> (isize, usize) {
         let t = t as isize;
@@ -111,13 +123,7 @@ pub fn correlate(
     outputs: usize,
     weight: impl Fn(usize, usize, usize) -> f32,
 ) -> Vec<f64> {
-    let [d, h, w] = space.map(|s| s as isize);
-    let rounded = |v: Vec<f32>| -> Vec<f64> { v.iter().map(|&v| bf16::from_f32(v).to_f64()).collect() };
-    let value = |n: usize, [z, y, x_]: [isize; 3], c: usize| {
-        let inside = (0..d).contains(&z) && (0..h).contains(&y) && (0..w).contains(&x_);
-        let voxel = ((n as isize * d + z) * h + y) * w + x_;
-        if inside { x[voxel as usize * channels + c] as f32 } else { 0.0 }
-    };
+    let x = Volume { values: x, space, channels };
     let mut filters = Vec::with_capacity(outputs * channels * 3);
     for (o, c, kd) in triples([outputs, channels, 3]) {
         let taps: Vec<f32> = (0..9).map(|tap| weight(o, c, 9 * kd + tap)).collect();
@@ -132,9 +138,7 @@ pub fn correlate(
         let ((h0, reads), (w0, _)) = (filtering.inputs(th), filtering.inputs(tw));
         let depth = filtering.direct(z);
         let tile = |c: usize, z: isize| {
-            let voxel = |i: usize| value(n, [z, h0 + (i / reads) as isize, w0 + (i % reads) as isize], c);
-            let x: Vec<f32> = (0..reads * reads).map(voxel).collect();
-            rounded(both(&x, reads, |d| filtering.input(d)))
+            rounded(both(&x.square(n, [z, h0, w0], reads, c), reads, |d| filtering.input(d)))
         };
         let tiles: Vec<(usize, Vec<f64>)> = (0..channels)
             .flat_map(|c| depth.iter().map(move |&(z, kd)| (c, z, kd)))
@@ -154,6 +158,67 @@ pub fn correlate(
         }
     }
     y
+}
+
+/// `dw(o, c, tap) = sum over voxels of dy[o] * x[c]` of stride 1, `[o][c][tap]`. The x and dy are values of bfloat16.
+pub fn wgrad(
+    n: usize,
+    space: [usize; 3],
+    (x, channels): (&[f64], usize),
+    (dy, outputs): (&[f64], usize),
+) -> Vec<f64> {
+    let filtering = Filtering::Dense;
+    let (x, dy) = (Volume { values: x, space, channels }, Volume { values: dy, space, channels: outputs });
+    let products = filtering.products().pow(2);
+    // [o][c][kd][product]
+    let mut m = vec![0.0; outputs * channels * 3 * products];
+    let [d, h, w] = space;
+    for (n, (z, th, tw)) in
+        (0..n).flat_map(|n| triples([d, h.div_ceil(2), w.div_ceil(2)]).map(move |t| (n, t)))
+    {
+        let ((h0, reads), (w0, _)) = (filtering.inputs(th), filtering.inputs(tw));
+        let z = z as isize;
+        let inputs = |c: usize, kd: usize| {
+            let x = x.square(n, [z - 1 + kd as isize, h0, w0], reads, c);
+            rounded(both(&x, reads, |d| filtering.input(d)))
+        };
+        let inputs: Vec<Vec<f64>> = triples([1, channels, 3]).map(|(_, c, kd)| inputs(c, kd)).collect();
+        for o in 0..outputs {
+            let dy = dy.square(n, [z, 2 * th as isize, 2 * tw as isize], 2, o);
+            let dy = rounded(both(&dy, 2, |y| filtering.output_gradient(y)));
+            let of_output = m.chunks_mut(channels * 3 * products).nth(o).expect("one an output");
+            for (m, x) in of_output.chunks_mut(products).zip(&inputs) {
+                m.iter_mut().zip(x.iter().zip(&dy)).for_each(|(m, (x, dy))| *m += x * dy);
+            }
+        }
+    }
+    let taps = |m: &[f64]| both(m, filtering.products(), |m| filtering.filter_gradient(m));
+    m.chunks(products).flat_map(taps).collect()
+}
+
+/// Values of bfloat16, NDHWC.
+struct Volume<'a> {
+    values: &'a [f64],
+    space: [usize; 3],
+    channels: usize,
+}
+
+impl Volume<'_> {
+    /// `side` rows of as many voxels from one on, which may lie outside, where values are 0.
+    fn square(&self, n: usize, [z, h0, w0]: [isize; 3], side: usize, c: usize) -> Vec<f32> {
+        let [d, h, w] = self.space.map(|s| s as isize);
+        let value = |i: usize| {
+            let (y, x) = (h0 + (i / side) as isize, w0 + (i % side) as isize);
+            let inside = (0..d).contains(&z) && (0..h).contains(&y) && (0..w).contains(&x);
+            let voxel = ((n as isize * d + z) * h + y) * w + x;
+            if inside { self.values[voxel as usize * self.channels + c] as f32 } else { 0.0 }
+        };
+        (0..side * side).map(value).collect()
+    }
+}
+
+fn rounded(v: Vec<f32>) -> Vec<f64> {
+    v.iter().map(|&v| bf16::from_f32(v).to_f64()).collect()
 }
 
 fn triples([a, b, c]: [usize; 3]) -> impl Iterator<Item = (usize, usize, usize)> {

@@ -289,14 +289,17 @@ impl Job<'_> {
                 self.steps,
             )
         };
+        let last = (RP / P - 1) * self.rows + row + P - 1;
+        let sum = sum[..last * self.width + lane + Q * LANES].as_mut_ptr();
         for p in 0..RP {
+            let row = p / P * self.rows + row + p % P;
             for q in 0..Q {
-                let to =
-                    &mut sum[(p / P * self.rows + row + p % P) * self.width + lane + q * LANES..][..LANES];
-                // SAFETY: `to` has 16 floats.
+                // SAFETY: the last row was checked to have Q lane blocks from `lane` on. Through pointers: with a check of each the
+                // loops stay loops, which puts all accumulators into memory.
                 unsafe {
-                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to.as_ptr())) };
-                    sum.store(to.as_mut_ptr());
+                    let to = sum.add(row * self.width + lane + q * LANES);
+                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to)) };
+                    sum.store(to);
                 }
             }
         }

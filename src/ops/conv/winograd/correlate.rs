@@ -234,7 +234,7 @@ impl Pass<'_> {
         for (index, &block) in self.blocks.iter().enumerate() {
             let to = Destination { floats: &mut v[index * block_floats..], pitch, step: V::OPERANDS };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<F, V>(&self.sources[block.tensor], block, to, lines) };
+            unsafe { slab.transform::<F, V, 1>(&self.sources[block.tensor], block, to, lines) };
         }
         rows.clear();
         let mut sums = Sums { starts: [[(0, 0); MOST * MOST + 1]; 2] };

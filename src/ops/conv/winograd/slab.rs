@@ -33,7 +33,8 @@ pub struct Run {
     pub width: usize,
 }
 
-/// Where the transforms of one channel block go: `[element][plane][tile row][tile][operands of 16 channels]`.
+/// Where the transforms of one channel block go: `[element][plane][tile row][tile][operands of 16 channels]`, or `[pair of
+/// tiles][16 pairs]`.
 pub struct Destination<'a> {
     /// All elements', from the block's first float on.
     pub floats: &'a mut [f32],
@@ -104,12 +105,12 @@ impl Slab<'_> {
         })
     }
 
-    /// Transforms one channel block; lanes beyond its channels are unspecified.
+    /// Transforms one channel block; lanes beyond its channels are unspecified. TILES are those of [`inputs()`].
     ///
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    pub unsafe fn transform<E: Elements, V: Lanes>(
+    pub unsafe fn transform<E: Elements, V: Lanes, const TILES: usize>(
         &self,
         source: &Source,
         block: Block,
@@ -131,8 +132,9 @@ impl Slab<'_> {
         let (planes, rows) = (map.extent(size.d), map.extent(size.h));
         let row_floats = place.row * V::OPERANDS;
         let rows_of_tile = 2 * map.stride();
-        let last = (planes * self.plane_tiles() - 1) * step + V::OPERANDS;
+        let last = (planes * self.plane_tiles() - TILES) * step + TILES * V::OPERANDS;
         let elements = E::ELEMENTS * E::ELEMENTS;
+        assert!(self.tiles_w.is_multiple_of(TILES), "rows are of whole pairs");
         assert!((elements - 1) * pitch + last <= floats.len(), "all elements of all tiles fit");
         let tile_row =
             |d: usize, h: usize| (self.plane(map, d) * self.origin.size.h + h) * self.tiles_w * step;
@@ -163,7 +165,7 @@ impl Slab<'_> {
                 }
                 let to = floats[tile_row(d, h)..].as_mut_ptr();
                 // SAFETY: rows are as long as was checked, or of zeros; elements as was asserted.
-                unsafe { inputs::<E, V>(&halves, self.tiles_w, to, (pitch, step)) };
+                unsafe { inputs::<E, V, TILES>(&halves, self.tiles_w, to, (pitch, step)) };
             }
             return;
         }
@@ -179,7 +181,7 @@ impl Slab<'_> {
                 // SAFETY: the rows of a tile are in the plane, as long as the map reads, and every element of a row of tiles is in
                 // `floats`, as was asserted.
                 unsafe {
-                    inputs::<E, V>(&Plane { x, row: row_floats }, self.tiles_w, to, (pitch, step));
+                    inputs::<E, V, TILES>(&Plane { x, row: row_floats }, self.tiles_w, to, (pitch, step));
                 }
             }
         }

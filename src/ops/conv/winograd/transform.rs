@@ -77,10 +77,12 @@ impl Rows for Halves {
 /// Transforms a row of `tiles` tiles along w of one channel block to sixteen operands of each element in
 /// `v[element * pitch + tile * step..]`; element `ELEMENTS i + j` of a tile is number i along h and j along w.
 ///
+/// Where TILES is 2, of which `tiles` is a multiple, sixteen pairs of values of both stand for two neighbouring tiles.
+///
 /// # Safety
 /// All voxels of the tiles must be readable and all of these writable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn inputs<E: Elements, V: Lanes>(
+pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     x: &impl Rows,
     tiles: usize,
     v: *mut f32,
@@ -88,29 +90,38 @@ pub unsafe fn inputs<E: Elements, V: Lanes>(
 ) {
     let stride = 2 * E::MAP.stride();
     let halo = E::READS - stride;
-    let mut columns = [[V::zero(); MOST]; MOST];
+    let last = (TILES - 1) * stride;
+    // Those of a stride of 1 are the only ones of two tiles.
+    let mut columns = [[V::zero(); MOST]; MOST + 2];
     // SAFETY: inside both by the caller's promise.
     unsafe {
         for w in 0..halo {
             columns[w] = x.column::<E, V>(w);
         }
-        for tile in 0..tiles {
-            for w in halo..E::READS {
+        for tile in (0..tiles).step_by(TILES) {
+            for w in halo..last + E::READS {
                 columns[w] = x.column::<E, V>(stride * tile + w);
             }
             let v = v.add(tile * step);
             for i in 0..E::ELEMENTS {
-                let mut line = [V::zero(); MOST];
-                for w in 0..E::READS {
-                    line[w] = columns[w][i];
+                let mut elements = [[V::zero(); MOST]; TILES];
+                for t in 0..TILES {
+                    let mut line = [V::zero(); MOST];
+                    for w in 0..E::READS {
+                        line[w] = columns[t * stride + w][i];
+                    }
+                    elements[t] = E::elements(line);
                 }
-                let elements = E::elements(line);
                 for j in 0..E::ELEMENTS {
-                    elements[j].store_operands(v.add((E::ELEMENTS * i + j) * pitch));
+                    let v = v.add((E::ELEMENTS * i + j) * pitch);
+                    match TILES {
+                        1 => elements[0][j].store_operands(v),
+                        _ => elements[0][j].store_pairs(elements[1][j], v),
+                    }
                 }
             }
             for w in 0..halo {
-                columns[w] = columns[stride + w];
+                columns[w] = columns[last + stride + w];
             }
         }
     }
@@ -201,7 +212,7 @@ mod tests {
         let mut v = vec![0.0; E::ELEMENTS * E::ELEMENTS * LANES];
         let plane = Plane { x: x.as_ptr(), row: E::READS * LANES };
         // SAFETY: as many rows and voxels as are read, and room for all elements; plain Rust needs no feature.
-        unsafe { inputs::<E, Plain>(&plane, 1, v.as_mut_ptr(), (LANES, LANES)) };
+        unsafe { inputs::<E, Plain, 1>(&plane, 1, v.as_mut_ptr(), (LANES, LANES)) };
         v
     }
 

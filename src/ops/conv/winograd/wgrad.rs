@@ -1,15 +1,20 @@
 //! Gradients of weights.
+//!
+//! The sums run over tiles: of bfloat16, pairs are of neighbouring tiles along w, and a row that has an odd number of them gets
+//! another one, whose gradients are 0.
 
 use super::super::micro::outer_product;
 use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
+use super::super::tile::Element;
 use super::super::{Problem, Source};
 use super::filtering::{Dense, DenseGradients, Elements};
 use super::slab::{Destination, Lines, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
 use crate::device::arena::Buffer;
-use crate::device::cpu::{Simd, simd};
+use crate::device::bf16::{Operands, Pairs};
+use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
@@ -24,11 +29,15 @@ const CHANNELS: usize = 8;
 
 /// See [`super::super::wgrad()`].
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
-    let tiles = tiles(Dense::MAP, problem.out_space);
+    let mut tiles = tiles(Dense::MAP, problem.out_space);
+    if problem.operands == Operands::Bf16 {
+        tiles[2] = tiles[2].next_multiple_of(2);
+    }
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
     let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
-        largest = choose::<Dense>(tiles, 2 * channels.next_multiple_of(CHANNEL_BLOCK));
+        let blocks = 2 * channels.div_ceil(CHANNEL_BLOCK);
+        largest = choose::<Dense>(tiles, blocks * Element::of_voxels(problem.operands).of(CHANNEL_BLOCK));
         origins = largest.origins(problem.n, tiles);
         origins.len()
     });
@@ -78,8 +87,9 @@ impl Pass<'_> {
         let plane = largest.h * self.tiles_w;
         let blocks = self.task.block.len.div_ceil(CHANNEL_BLOCK);
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
+        let floats = Element::of_voxels(self.problem.operands).of(LANES);
         let buffer = |tiles: usize, blocks: usize| {
-            Buffer::dirty((PRODUCTS * tiles * blocks * LANES).next_multiple_of(SLAB_FLOATS / 2))
+            Buffer::dirty((PRODUCTS * tiles * blocks * floats).next_multiple_of(SLAB_FLOATS / 2))
         };
         let v = buffer((largest.d + 2) * plane, blocks);
         let dm = buffer(largest.d * plane, self.task.lanes.len());
@@ -93,15 +103,23 @@ impl Pass<'_> {
 
     /// Writes a slab's products to the sum, or adds them.
     fn run(&self, slab: &Slab, room: &mut Room) {
-        match simd() {
+        match (self.problem.operands, simd(), simd_of_pairs()) {
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { self.run_avx512(slab, room) },
+            (Operands::Single, Simd::Avx512, _) => unsafe { self.run_avx512(slab, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx2 => unsafe { self.run_avx2(slab, room) },
+            (Operands::Single, Simd::Avx2, _) => unsafe { self.run_avx2::<Avx2, 1>(slab, room) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, 2>(slab, room) },
+            (Operands::Single, ..) => unsafe { self.run_lanes::<Plain, 2, 1>(slab, room) },
+            // SAFETY: `simd_of_pairs()` found the features.
+            #[cfg(target_arch = "x86_64")]
+            (Operands::Bf16, _, Simd::Avx512) => unsafe { self.run_avx512_bf16(slab, room) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Operands::Bf16, _, Simd::Avx2) => unsafe { self.run_avx2::<Pairs<Avx2>, 2>(slab, room) },
+            // SAFETY: plain Rust needs no feature.
+            (Operands::Bf16, ..) => unsafe { self.run_lanes::<Pairs<Plain>, 2, 2>(slab, room) },
         }
     }
 
@@ -109,50 +127,59 @@ impl Pass<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, ACCUMULATORS>(slab, room) }
+        unsafe { self.run_lanes::<Avx512, ACCUMULATORS, 1>(slab, room) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bf16,fma")]
+    unsafe fn run_avx512_bf16(&self, slab: &Slab, room: &mut Room) {
+        // SAFETY: the features are enabled here.
+        unsafe { self.run_lanes::<Pairs<Avx512>, ACCUMULATORS, 2>(slab, room) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_avx2<V: Lanes, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx2, 6>(slab, room) }
+        unsafe { self.run_lanes::<V, 6, TILES>(slab, room) }
     }
 
+    /// With register tiles of at most N accumulators; an operand has values of so many TILES.
+    ///
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes, const N: usize>(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_lanes<V: Lanes, const N: usize, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
         let Room { v, dm, sum, first, lines } = room;
         let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
-        let block_floats = slab.input_tiles(Dense::MAP) * CHANNEL_BLOCK;
+        let block_floats = slab.input_tiles(Dense::MAP) * V::OPERANDS;
         // Not `spread`: it gains nothing here.
         let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
         for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
             let to =
-                Destination { floats: &mut v[index * block_floats..], pitch: v_pitch, step: CHANNEL_BLOCK };
+                Destination { floats: &mut v[index * block_floats..], pitch: v_pitch, step: V::OPERANDS };
             let len = CHANNEL_BLOCK.min(block.len - first);
             let part = Block { first: block.first + first, len, ..*block };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<Dense, V>(&self.sources[block.tensor], part, to, lines) };
+            unsafe { slab.transform::<Dense, V, TILES>(&self.sources[block.tensor], part, to, lines) };
         }
-        let dm_pitch = slab.tiles() * width;
+        let dm_pitch = slab.tiles() / TILES * width;
         for (index, &lane) in lanes.iter().enumerate() {
-            let to = Destination { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width };
+            let to = Destination { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width / TILES };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<DenseGradients, V>(source, lane, to, lines) };
+            unsafe { slab.transform::<DenseGradients, V, TILES>(source, lane, to, lines) };
         }
         let channels = block.len.next_multiple_of(CHANNELS);
         for product in 0..PRODUCTS {
             let job = Job {
                 v: &v[product * v_pitch..],
-                plane: slab.plane_tiles() * CHANNEL_BLOCK,
+                plane: slab.plane_tiles() * V::OPERANDS,
                 dm: &dm[product * dm_pitch..],
                 width,
-                tiles: slab.tiles(),
+                steps: slab.tiles() / TILES,
                 channels,
                 first,
             };
@@ -181,14 +208,15 @@ impl Pass<'_> {
 
 /// One product of a slab: three planes of channels by lanes.
 struct Job<'a> {
-    /// `[block][plane][tile][16 channels]`
+    /// `[block][plane][tile, or pair of them][16 channels]`
     v: &'a [f32],
     /// Floats of a plane.
     plane: usize,
-    /// `[tile][lane]`
+    /// `[tile, or pair of them][lane]`
     dm: &'a [f32],
     width: usize,
-    tiles: usize,
+    /// Tiles, or pairs of them.
+    steps: usize,
     /// Channels of the sum.
     channels: usize,
     /// Whether this is the first slab of a sum: it writes, the others add.
@@ -215,17 +243,20 @@ impl Job<'_> {
                 (v, CHANNEL_BLOCK, self.plane),
                 (dm, self.width),
                 &[(0, 0)],
-                self.tiles,
+                self.steps,
             )
         };
+        let last = (RP / P - 1) * self.channels + channel + P - 1;
+        let sum = sum[..last * self.width + lane + Q * LANES].as_mut_ptr();
         for p in 0..RP {
+            let row = p / P * self.channels + channel + p % P;
             for q in 0..Q {
-                let row = p / P * self.channels + channel + p % P;
-                let to = &mut sum[row * self.width + lane + q * LANES..][..LANES];
-                // SAFETY: `to` has 16 floats.
+                // SAFETY: the last row was checked to have Q lane blocks from `lane` on. Through pointers: with a check of each the
+                // loops stay loops, which puts all accumulators into memory.
                 unsafe {
-                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to.as_ptr())) };
-                    sum.store(to.as_mut_ptr());
+                    let to = sum.add(row * self.width + lane + q * LANES);
+                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to)) };
+                    sum.store(to);
                 }
             }
         }
