@@ -17,8 +17,8 @@ pub enum Operands {
     #[default]
     Single,
     /// bfloat16, rounded to nearest even when a tile is loaded or weights are packed, or before, when what convolutions read is
-    /// stored, as in torch's CPU autocast. Where transforms are multiplied, those of inputs are rounded, too, and those of
-    /// weights instead of the weights.
+    /// stored, as in torch's CPU autocast. Where transforms are multiplied, those of inputs and of gradients of outputs are
+    /// rounded, too, and those of weights instead of the weights.
     Bf16,
 }
 
@@ -322,11 +322,61 @@ mod tests {
         assert_eq!(rounded(-f32::MIN_POSITIVE / 2.0).to_bits(), (-0.0f32).to_bits());
     }
 
+    /// Zeros, a denormal, what is no number or not finite, what rounds to the next power or to infinity, a tie.
+    const SPECIAL: [f32; 9] =
+        [0.0, -0.0, 1e-40, f32::INFINITY, f32::NAN, 1.0 + f32::EPSILON, f32::MAX, -257.0, 0.1];
+
+    /// Stores the lanes of both as pairs.
+    struct StorePairs<'a>(&'a [[f32; 16]; 2], &'a mut [f32; 16]);
+
+    impl Job for StorePairs<'_> {
+        #[inline(always)]
+        unsafe fn run<V: Lanes>(self) {
+            let [even, odd] = self.0;
+            // SAFETY: sixteen floats each.
+            unsafe { V::load(even.as_ptr()).store_pairs(V::load(odd.as_ptr()), self.1.as_mut_ptr()) };
+        }
+    }
+
+    fn check_pairs<V: Dot>(unit: &str) {
+        let special = |start: usize| -> [f32; 16] {
+            std::array::from_fn(|i| match start + i {
+                // A payload in the lower half alone.
+                13 => f32::from_bits(0x7f80_0001),
+                i => SPECIAL[i % SPECIAL.len()],
+            })
+        };
+        for start in 0..SPECIAL.len() {
+            let values = [special(0), special(start)];
+            let mut pairs = [0.0; 16];
+            // SAFETY: the callers found the unit.
+            unsafe { Pairs::<V>::call(StorePairs(&values, &mut pairs)) };
+            for (l, got) in pairs.into_iter().enumerate() {
+                let want = pair(values[0][l], values[1][l]);
+                assert_eq!(got.to_bits(), want.to_bits(), "{unit}: {} and {}", values[0][l], values[1][l]);
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_are_stored_as_one_by_one_on_every_unit() {
+        check_pairs::<Plain>("portable");
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::device::lanes::x86::{Avx2, Avx512};
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                check_pairs::<Avx2>("AVX2");
+            }
+            if simd_of_pairs() == Simd::Avx512 {
+                check_pairs::<Avx512>("AVX-512");
+            }
+        }
+    }
+
     #[test]
     fn rows_are_narrowed_as_one_by_one() {
-        let special = [0.0, -0.0, 1e-40, f32::INFINITY, f32::NAN, 1.0 + f32::EPSILON, f32::MAX, -257.0, 0.1];
         for len in [0, 1, 15, 16, 17, 100] {
-            let x: Vec<f32> = special.into_iter().cycle().take(len).collect();
+            let x: Vec<f32> = SPECIAL.into_iter().cycle().take(len).collect();
             let mut out = vec![0; len];
             narrow(&x, &mut out);
             assert_eq!(out, x.iter().map(|&x| narrowed(x)).collect::<Vec<_>>());

@@ -54,6 +54,13 @@ impl Case {
         let filtering = Filtering::of(self.stride, self.transposed);
         (self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs)).then_some(filtering)
     }
+
+    /// Whether they do for gradients of weights: of stride 1, where pairs of tiles pay as well.
+    pub fn filters_wgrad(&self) -> bool {
+        let [d, h, w] = self.out_space();
+        let pairs = [d, h, w.next_multiple_of(4)];
+        self.filtering() == Some(Filtering::Dense) && Filtering::Dense.saves(pairs, [d, h, w])
+    }
 }
 
 /// Odd sizes, sizes of one, thin and wide channels, block tails (33 = 32 + 1, 20 = 16 + 4), siblings and concats.
@@ -92,6 +99,10 @@ pub const CASES: &[Case] = &[
     conv([1, 3, 9], &[23], &[16, 3, 13], 3, 1),
     conv([1, 2, 2], &[16], &[16], 3, 1),
     conv([14, 9, 10], &[16], &[16], 3, 1).alone(),
+    // Sums of gradients of weights so large that a task adds several slabs up; tiles too few for whole pairs of them.
+    conv([1, 4, 6], &[160], &[144], 3, 1),
+    conv([3, 4, 2], &[20], &[18], 3, 1),
+    conv([2, 5, 5], &[16], &[17], 3, 1),
     // Of stride 2, one way or the other, in inference: odd and even sizes, siblings, concats, channels that fill no block, more than
     // 64 lanes, one tile, tiles that end beyond the volume, a second slab of planes and of rows; 8 channels in f32 alone.
     conv([3, 8, 8], &[16], &[16, 20], 3, 2),
@@ -403,9 +414,10 @@ impl Layer {
             let dy = side_by_side(dys.iter().zip(case.outputs).map(|(dy, &c)| (&dy[..], c)));
             let mirrored = |c: usize, o: usize, tap: usize| value(o, c, 26 - tap);
             result.dx[0] = winograd::correlate(filtering, case.n, spaces, (&dy, outputs), cin, mirrored);
-            let dw = winograd::wgrad(case.n, case.space, (&x, cin), (&dy, outputs));
-            let mut dw = dw.into_iter();
-            result.dw = result.dw.iter().map(|of| dw.by_ref().take(of.len()).collect()).collect();
+            if case.filters_wgrad() {
+                let mut dw = winograd::wgrad(case.n, case.space, (&x, cin), (&dy, outputs)).into_iter();
+                result.dw = result.dw.iter().map(|of| dw.by_ref().take(of.len()).collect()).collect();
+            }
         }
         result
     }

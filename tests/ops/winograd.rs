@@ -100,10 +100,16 @@ impl Filtering {
     /// Whether the library multiplies transforms of bfloat16: from 16 channels on both sides, where a third at least (stride 1, or a
     /// quarter) of 9 products an anchor of a plane is saved.
     pub fn pays(self, out_space: [usize; 3], inputs: usize, outputs: usize) -> bool {
-        let [_, h, w] = out_space.map(|s| s.div_ceil(self.outputs() / 2));
-        let products = self.products().pow(2) * h.div_ceil(2) * w.div_ceil(2);
+        inputs.min(outputs) >= 16 && self.saves(out_space, out_space)
+    }
+
+    /// Whether the tiles of `tiled` have as few products as that beside the anchors of `out_space`.
+    pub fn saves(self, tiled: [usize; 3], out_space: [usize; 3]) -> bool {
+        let anchors = |space: [usize; 3]| space.map(|s| s.div_ceil(self.outputs() / 2));
+        let ([_, h, w], [_, tiled_h, tiled_w]) = (anchors(out_space), anchors(tiled));
+        let products = self.products().pow(2) * tiled_h.div_ceil(2) * tiled_w.div_ceil(2);
         let [left, of] = if self == Filtering::Dense { [2, 3] } else { [3, 4] };
-        inputs.min(outputs) >= 16 && of * products <= left * 9 * h * w
+        of * products <= left * 9 * h * w
     }
 }
 

@@ -4,6 +4,9 @@
 //! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. AVX2 holds 6 of these 16-lane
 //! accumulators in 12 of its 16 registers.
 //!
+//! A broadcast is a multiply-add's last operand: of products of bfloat16 that one alone may be a broadcast from memory, which
+//! takes no instruction of its own where it is used once.
+//!
 //! What is done with the accumulators afterwards must be loops of constant length and one store each: an index that
 //! is not a constant would put them all into memory, in the reduction too.
 

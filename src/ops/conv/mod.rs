@@ -15,8 +15,8 @@
 //! A task copies an input tile with its halo into a buffer that fits L2, applying the pending norm and PReLU once,
 //! and multiplies shifted views of it: there is no im2col matrix. Several inputs (concat) and several
 //! outputs (a convolution and its residual sibling) share one tile. With bfloat16 operands tile and weights hold pairs, of
-//! channels (gather core; of voxels where a stride of 2 meets a single channel) or of voxels (outer products); the micro-kernels
-//! are the same code over other lanes.
+//! channels (gather core; of voxels where a stride of 2 meets a single channel) or of voxels or tiles (outer products); the
+//! micro-kernels are the same code over other lanes.
 //!
 //! Passes of kernel 3 and stride 1 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input
 //! instead, which takes fewer products (`winograd`). Strided and transposed convolutions do in inference alone, and of stride 1

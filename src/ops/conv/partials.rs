@@ -168,6 +168,16 @@ mod tests {
     use super::*;
     use crate::tensor::Values;
 
+    /// A case of tests/ops and the bottom of the bundle's network: their tasks add to what they have written.
+    #[test]
+    fn large_sums_are_each_of_all_tiles() {
+        for (channels, lanes, tiles) in [(160, 144, 2), (256, 256, 8)] {
+            let of = |channels| [Source { data: Values::Single(&[]), channels, pending: None }];
+            let partials = Partials::new(48, &of(channels), &of(lanes), 8, |_| tiles);
+            assert!((0..partials.tasks()).all(|number| partials.task(number).tiles == (0..tiles)));
+        }
+    }
+
     #[test]
     fn every_tile_of_every_block_and_lane_is_in_one_task_and_no_task_is_empty() {
         for (tiles, channels, lanes) in [(1, 1, 1), (65, 16, 16), (288, 32, 48), (7, 256, 250), (4, 64, 512)]

@@ -40,7 +40,7 @@ pub struct Destination<'a> {
     pub floats: &'a mut [f32],
     /// Floats between elements.
     pub pitch: usize,
-    /// Floats between tiles.
+    /// Floats between tiles: half of those between pairs.
     pub step: usize,
 }
 

@@ -88,6 +88,7 @@ pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     v: *mut f32,
     (pitch, step): (usize, usize),
 ) {
+    const { assert!(TILES == 1 || TILES == 2) };
     let stride = 2 * E::MAP.stride();
     let halo = E::READS - stride;
     let last = (TILES - 1) * stride;

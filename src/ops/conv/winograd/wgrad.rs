@@ -11,7 +11,7 @@ use super::super::{Problem, Source};
 use super::filtering::{Dense, DenseGradients, Elements};
 use super::slab::{Destination, Lines, Slab};
 use super::transform::{PRODUCTS, filter_gradients};
-use super::{ACCUMULATORS, SLAB_FLOATS, choose, tiles};
+use super::{ACCUMULATORS, SLAB_FLOATS, choose};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
 use crate::device::cpu::{Simd, simd, simd_of_pairs};
@@ -27,12 +27,18 @@ const TAPS: usize = 3 * PRODUCTS;
 /// Channels of a sum are a multiple of this, so that no register tile has fewer.
 const CHANNELS: usize = 8;
 
+/// (D, H, W) in tiles: of bfloat16, whole pairs of them along W.
+pub fn tiles(problem: &Problem) -> [usize; 3] {
+    let [d, h, w] = super::tiles(Dense::MAP, problem.out_space);
+    match problem.operands {
+        Operands::Single => [d, h, w],
+        Operands::Bf16 => [d, h, w.next_multiple_of(2)],
+    }
+}
+
 /// See [`super::super::wgrad()`].
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
-    let mut tiles = tiles(Dense::MAP, problem.out_space);
-    if problem.operands == Operands::Bf16 {
-        tiles[2] = tiles[2].next_multiple_of(2);
-    }
+    let tiles = tiles(&problem);
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
     let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
@@ -150,6 +156,7 @@ impl Pass<'_> {
     /// V's vector unit must exist.
     #[inline(always)]
     unsafe fn run_lanes<V: Lanes, const N: usize, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
+        const { assert!(TILES * V::OPERANDS == LANES, "sixteen values a tile fill sixteen lanes") };
         let Room { v, dm, sum, first, lines } = room;
         let first = *first;
         let Task { block, lanes, .. } = self.task;
