@@ -250,16 +250,18 @@ impl Layer {
         self
     }
 
-    /// Leaves NaN in all scratch that a pass like this one will find.
+    /// Leaves NaN in all scratch that passes like these will find.
     pub fn poison(&self, case: &Case, operands: Operands) {
-        let nan = |x: &Activation| {
+        let nan = |shape: Shape| Tensor::from_slice(shape, &vec![f32::NAN; shape.len()]);
+        let input = |x: &Activation| {
             let p = x.pending().expect("inputs are lazy");
             let pending = Pending { scale: p.scale.clone(), shift: p.shift.clone(), slope: p.slope };
-            Activation::lazy(Tensor::from_slice(x.shape(), &vec![f32::NAN; x.shape().len()]), pending)
+            Activation::lazy(nan(x.shape()), pending)
         };
-        let inputs = self.inputs.iter().map(nan).collect();
+        let inputs = self.inputs.iter().map(input).collect();
+        let dy = self.dy.iter().map(|dy| nan(dy.shape())).collect();
         let [weights, biases] = [&self.weights, &self.biases].map(Vec::clone);
-        Layer { inputs, weights, biases, dy: vec![], maps: vec![] }.inferred(case, operands);
+        Layer { inputs, weights, biases, dy, maps: vec![] }.run(case, operands);
     }
 
     /// Outputs in inference.
