@@ -92,7 +92,7 @@ pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     let stride = 2 * E::MAP.stride();
     let halo = E::READS - stride;
     let last = (TILES - 1) * stride;
-    // Those of a stride of 1 are the only ones of two tiles.
+    // Two tiles are taken of stride 1 alone: as many columns more.
     let mut columns = [[V::zero(); MOST]; MOST + 2];
     // SAFETY: inside both by the caller's promise.
     unsafe {
