@@ -229,3 +229,32 @@ pub unsafe fn outer_product<V: Lanes, const P: usize, const RP: usize, const Q: 
     }
     acc
 }
+
+/// Writes the accumulators of [`outer_product`], r P + p, to `sum`'s rows r `group` + `row` + p, from `lane` on, or adds them; rows have
+/// `width` floats.
+///
+/// # Safety
+/// V's vector unit must exist.
+#[inline(always)]
+pub unsafe fn store_rows<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
+    acc: [[V; Q]; RP],
+    sum: &mut [f32],
+    (row, group): (usize, usize),
+    (lane, width): (usize, usize),
+    adds: bool,
+) {
+    let last = (RP / P - 1) * group + row + P - 1;
+    let sum = sum[..last * width + lane + Q * LANES].as_mut_ptr();
+    for p in 0..RP {
+        let row = p / P * group + row + p % P;
+        for q in 0..Q {
+            // SAFETY: the last row was checked to have Q lane blocks from `lane` on. Through pointers: with a check of each the loops
+            // stay loops, which puts all accumulators into memory.
+            unsafe {
+                let to = sum.add(row * width + lane + q * LANES);
+                let sum = if adds { V::load(to).add(acc[p][q]) } else { acc[p][q] };
+                sum.store(to);
+            }
+        }
+    }
+}

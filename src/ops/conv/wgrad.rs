@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::halves::widen_voxels;
-use super::micro::outer_product;
+use super::micro::{outer_product, store_rows};
 use super::narrow::transform_neighbours;
 use super::partials::{Partials, Task};
 use super::plan::{Block, LANES, Origin, Tile};
@@ -281,27 +281,14 @@ impl Job<'_> {
     ) -> usize {
         let (x, dy) = (self.x[row..].as_ptr(), self.dy[lane..].as_ptr());
         // SAFETY: every voxel of the tile has `rows` floats from its own on in every group, and 16 Q lanes.
-        let acc = unsafe {
-            outer_product::<V, P, RP, Q>(
+        unsafe {
+            let acc = outer_product::<V, P, RP, Q>(
                 (x, self.x_pitch, self.group),
                 (dy, self.width),
                 self.pairs,
                 self.steps,
-            )
-        };
-        let last = (RP / P - 1) * self.rows + row + P - 1;
-        let sum = sum[..last * self.width + lane + Q * LANES].as_mut_ptr();
-        for p in 0..RP {
-            let row = p / P * self.rows + row + p % P;
-            for q in 0..Q {
-                // SAFETY: the last row was checked to have Q lane blocks from `lane` on. Through pointers: with a check of each the
-                // loops stay loops, which puts all accumulators into memory.
-                unsafe {
-                    let to = sum.add(row * self.width + lane + q * LANES);
-                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to)) };
-                    sum.store(to);
-                }
-            }
+            );
+            store_rows::<V, P, RP, Q>(acc, sum, (row, self.rows), (lane, self.width), !self.first);
         }
         P
     }

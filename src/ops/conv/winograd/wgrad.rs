@@ -3,7 +3,7 @@
 //! The sums run over tiles: of bfloat16, pairs are of neighbouring tiles along w, and a row that has an odd number of them gets
 //! another one, whose gradients are 0.
 
-use super::super::micro::outer_product;
+use super::super::micro::{outer_product, store_rows};
 use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
 use super::super::tile::Element;
@@ -245,27 +245,14 @@ impl Job<'_> {
     ) -> usize {
         let (v, dm) = (self.v[at..].as_ptr(), self.dm[lane..].as_ptr());
         // SAFETY: every tile has P channels from `at` on in three planes, and 16 Q lanes from `lane` on.
-        let acc = unsafe {
-            outer_product::<V, P, RP, Q>(
+        unsafe {
+            let acc = outer_product::<V, P, RP, Q>(
                 (v, CHANNEL_BLOCK, self.plane),
                 (dm, self.width),
                 &[(0, 0)],
                 self.steps,
-            )
-        };
-        let last = (RP / P - 1) * self.channels + channel + P - 1;
-        let sum = sum[..last * self.width + lane + Q * LANES].as_mut_ptr();
-        for p in 0..RP {
-            let row = p / P * self.channels + channel + p % P;
-            for q in 0..Q {
-                // SAFETY: the last row was checked to have Q lane blocks from `lane` on. Through pointers: with a check of each the
-                // loops stay loops, which puts all accumulators into memory.
-                unsafe {
-                    let to = sum.add(row * self.width + lane + q * LANES);
-                    let sum = if self.first { acc[p][q] } else { acc[p][q].add(V::load(to)) };
-                    sum.store(to);
-                }
-            }
+            );
+            store_rows::<V, P, RP, Q>(acc, sum, (channel, self.channels), (lane, self.width), !self.first);
         }
         P
     }
