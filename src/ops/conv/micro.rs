@@ -113,18 +113,53 @@ pub unsafe fn lanes_of_voxels<V: Lanes, const P: usize, const C: usize>(
 }
 
 /// The same for a scatter along w: `acc[p][c]` of the outputs 2a, `acc[p][C + c]` of the outputs 2a + 1 of anchors a. An
-/// output 2a reads input a, by `even`; an output 2a + 1 reads inputs a and a + 1, by `odd`'s taps 0 and 1.
+/// output 2a reads input a, by `even`; an output 2a + 1 reads inputs a and a + 1, by `odd`'s taps 0 and 1. APART: one after the
+/// other, for a unit that has no registers for both.
 ///
 /// # Safety
 /// As [`lanes_of_voxels`]; `J` is 2 C.
 #[inline(always)]
-pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J: usize>(
+pub unsafe fn lanes_of_anchors<
+    V: Lanes,
+    const P: usize,
+    const C: usize,
+    const J: usize,
+    const APART: bool,
+>(
     tile: *const f32,
-    [even, odd]: [*const f32; 2],
+    weights: [*const f32; 2],
     r: &Reduction,
 ) -> [[V; J]; P] {
-    let mut acc = [[V::zero(); J]; P];
-    let (mut even, mut odd) = (even, odd);
+    let acc = [[V::zero(); J]; P];
+    // SAFETY: handed on from the caller.
+    unsafe {
+        if APART {
+            let acc = lanes_of_outputs::<V, P, C, J, true, false>(acc, tile, weights, r);
+            lanes_of_outputs::<V, P, C, J, false, true>(acc, tile, weights, r)
+        } else {
+            lanes_of_outputs::<V, P, C, J, true, true>(acc, tile, weights, r)
+        }
+    }
+}
+
+/// Adds the sums of the outputs 2a, 2a + 1 or both, see [`lanes_of_anchors`].
+///
+/// # Safety
+/// As [`lanes_of_anchors`].
+#[inline(always)]
+unsafe fn lanes_of_outputs<
+    V: Lanes,
+    const P: usize,
+    const C: usize,
+    const J: usize,
+    const EVEN: bool,
+    const ODD: bool,
+>(
+    mut acc: [[V; J]; P],
+    tile: *const f32,
+    [mut even, mut odd]: [*const f32; 2],
+    r: &Reduction,
+) -> [[V; J]; P] {
     for &(row, channels) in r.rows {
         // SAFETY: in the tile and the packed weights by the caller's promise.
         unsafe {
@@ -138,8 +173,12 @@ pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J
                 for c in 0..C {
                     let w = [V::splat(even.add(c)), V::splat(odd.add(c)), V::splat(next.add(c))];
                     for p in 0..P {
-                        acc[p][c] = acc[p][c].fma(a[p][0], w[0]);
-                        acc[p][C + c] = acc[p][C + c].fma(a[p][0], w[1]).fma(a[p][1], w[2]);
+                        if EVEN {
+                            acc[p][c] = acc[p][c].fma(a[p][0], w[0]);
+                        }
+                        if ODD {
+                            acc[p][C + c] = acc[p][C + c].fma(a[p][0], w[1]).fma(a[p][1], w[2]);
+                        }
                     }
                 }
                 even = even.add(LANES);
@@ -154,33 +193,33 @@ pub unsafe fn lanes_of_anchors<V: Lanes, const P: usize, const C: usize, const J
 }
 
 /// Sums of products of neighbouring voxels along w, lane by lane: `acc[i][tap][j]` = sum over rows and their vectors of
-/// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for C channels i of x and C channels j of dy. Elements
+/// `x[row + i * x_pitch + tap + lane] * dy[row + j * dy_pitch + lane]`, for I channels i of x and J channels j of dy. Elements
 /// have BYTES bytes: a lane is one of f32, or a pair of bfloat16.
 ///
 /// # Safety
 /// For every pair of `rows` (offset in x, offset in dy), `vectors` times 64 bytes of each dy channel and two elements more of
 /// each x channel must be readable; V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn lanes_of_products<V: Lanes, const C: usize, const BYTES: usize>(
+pub unsafe fn lanes_of_products<V: Lanes, const I: usize, const J: usize, const BYTES: usize>(
     (x, x_pitch): (*const u8, usize),
     (dy, dy_pitch): (*const u8, usize),
     rows: &[(usize, usize)],
     vectors: usize,
-) -> [[[V; C]; 3]; C] {
-    let mut acc = [[[V::zero(); C]; 3]; C];
+) -> [[[V; J]; 3]; I] {
+    let mut acc = [[[V::zero(); J]; 3]; I];
     for &(x_row, dy_row) in rows {
         for v in 0..vectors {
             // SAFETY: readable by the caller's promise; loads need no alignment.
             unsafe {
                 let (x, dy) = (x.add(x_row * BYTES + 64 * v), dy.add(dy_row * BYTES + 64 * v));
-                let mut b = [V::zero(); C];
-                for j in 0..C {
+                let mut b = [V::zero(); J];
+                for j in 0..J {
                     b[j] = V::load(dy.add(j * dy_pitch * BYTES).cast());
                 }
-                for i in 0..C {
+                for i in 0..I {
                     for tap in 0..3 {
                         let a = V::load(x.add((i * x_pitch + tap) * BYTES).cast());
-                        for j in 0..C {
+                        for j in 0..J {
                             acc[i][tap][j] = acc[i][tap][j].fma(a, b[j]);
                         }
                     }

@@ -182,11 +182,11 @@ impl Pass<'_> {
             };
         }
         macro_rules! scatter {
-            ($p:literal, $c:literal, $columns:literal) => {
+            ($p:literal, $c:literal, $columns:literal, $apart:literal) => {
                 // SAFETY: as above.
                 run!($p, $columns, unsafe {
                     let weights = [row.w, row.odd];
-                    lanes_of_anchors::<V, $p, $c, $columns>(row.x.add(a), weights, &row.reduction)
+                    lanes_of_anchors::<V, $p, $c, $columns, $apart>(row.x.add(a), weights, &row.reduction)
                 })
             };
         }
@@ -195,15 +195,16 @@ impl Pass<'_> {
             (1, 1) if left > 32 && ACCUMULATORS >= 24 => gather!(6, 1),
             (1, 1) => gather!(1, 1),
             (1, 2) if left > 48 && ACCUMULATORS >= 24 => gather!(6, 2),
-            (1, 2) if left > 16 && ACCUMULATORS >= 6 => gather!(3, 2),
+            (1, 2) if left > 16 && ACCUMULATORS >= 6 => gather!(2, 2),
             (1, 2) => gather!(1, 2),
             (1, 3) => gather!(1, 3),
             (1, _) => gather!(1, 4),
-            (_, 1) => scatter!(1, 1, 2),
-            (_, 2) if left > 16 && ACCUMULATORS >= 24 => scatter!(3, 2, 4),
-            (_, 2) => scatter!(1, 2, 4),
-            (_, 3) => scatter!(1, 3, 6),
-            _ => scatter!(1, 4, 8),
+            (_, 1) => scatter!(1, 1, 2, false),
+            (_, 2) if left > 16 && ACCUMULATORS >= 24 => scatter!(3, 2, 4, false),
+            (_, 2) if left > 16 && ACCUMULATORS >= 6 => scatter!(2, 2, 4, true),
+            (_, 2) => scatter!(1, 2, 4, false),
+            (_, 3) => scatter!(1, 3, 6, false),
+            _ => scatter!(1, 4, 8, false),
         }
     }
 

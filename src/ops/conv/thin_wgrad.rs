@@ -167,7 +167,7 @@ impl Job<'_> {
             // SAFETY: `simd()` found the features.
             Simd::Avx2 => unsafe { self.run_avx2::<Avx2, _, 4>(x, dy, sum) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Plain, _, 4>(x, dy, sum) },
+            _ => unsafe { self.run_lanes::<Plain, _, 4, 1>(x, dy, sum) },
         }
     }
 
@@ -181,7 +181,7 @@ impl Job<'_> {
             // SAFETY: `simd_of_pairs()` found the features.
             Simd::Avx2 => unsafe { self.run_avx2::<Pairs<Avx2>, _, 2>(x, dy, sum) },
             // SAFETY: plain Rust needs no feature.
-            _ => unsafe { self.run_lanes::<Pairs<Plain>, _, 2>(x, dy, sum) },
+            _ => unsafe { self.run_lanes::<Pairs<Plain>, _, 2, 1>(x, dy, sum) },
         }
     }
 
@@ -189,37 +189,47 @@ impl Job<'_> {
     #[target_feature(enable = "avx512f,fma")]
     unsafe fn run_avx512(&self, x: &[f32], dy: &[f32], sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, _, 4>(x, dy, sum) }
+        unsafe { self.run_lanes::<Avx512, _, 4, C>(x, dy, sum) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bf16,fma")]
     unsafe fn run_avx512_bf16(&self, x: &[u16], dy: &[u16], sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Pairs<Avx512>, _, 2>(x, dy, sum) }
+        unsafe { self.run_lanes::<Pairs<Avx512>, _, 2, C>(x, dy, sum) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn run_avx2<V: Lanes, T, const BYTES: usize>(&self, x: &[T], dy: &[T], sum: &mut [f32]) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<V, T, BYTES>(x, dy, sum) }
+        unsafe { self.run_lanes::<V, T, BYTES, 1>(x, dy, sum) }
     }
 
+    /// TOGETHER channels of x at once, which have 6 TOGETHER accumulators.
+    ///
     /// # Safety
     /// V's vector unit must exist, and elements have BYTES bytes.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes, T, const BYTES: usize>(&self, x: &[T], dy: &[T], sum: &mut [f32]) {
-        let (x, dy) = ((x.as_ptr().cast(), self.extent), (dy.as_ptr().cast(), self.width));
+    unsafe fn run_lanes<V: Lanes, T, const BYTES: usize, const TOGETHER: usize>(
+        &self,
+        x: &[T],
+        dy: &[T],
+        sum: &mut [f32],
+    ) {
+        let dy = (dy.as_ptr().cast(), self.width);
         let vectors = self.width * BYTES / 64;
-        // SAFETY: rows lie in their tiles, which `wgrad` made long enough for the last vector.
-        let acc = unsafe { lanes_of_products::<V, C, BYTES>(x, dy, self.rows, vectors) };
-        for i in 0..C {
-            for tap in 0..3 {
-                for j in 0..C {
-                    let to = &mut sum[((i * 3 + tap) * C + j) * LANES..][..LANES];
-                    // SAFETY: `to` has 16 floats.
-                    unsafe { acc[i][tap][j].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+        for first in (0..C).step_by(TOGETHER) {
+            let x = (x[first * self.extent..].as_ptr().cast(), self.extent);
+            // SAFETY: rows lie in their tiles, which `wgrad` made long enough for the last vector.
+            let acc = unsafe { lanes_of_products::<V, TOGETHER, C, BYTES>(x, dy, self.rows, vectors) };
+            for i in 0..TOGETHER {
+                for tap in 0..3 {
+                    for j in 0..C {
+                        let to = &mut sum[(((first + i) * 3 + tap) * C + j) * LANES..][..LANES];
+                        // SAFETY: `to` has 16 floats.
+                        unsafe { acc[i][tap][j].add(V::load(to.as_ptr())).store(to.as_mut_ptr()) };
+                    }
                 }
             }
         }

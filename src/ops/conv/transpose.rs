@@ -10,20 +10,38 @@ pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
     if len == 1 {
         return out[..voxels].copy_from_slice(x);
     }
+    // SAFETY: `simd()` found the unit; lengths were just checked.
+    unsafe { transpose_on(simd(), x, len, out, pitch) }
+}
+
+/// [`transpose()`] of two channels or more.
+///
+/// # Safety
+/// The CPU must have the unit; voxels and channel rows must fit.
+unsafe fn transpose_on(unit: Simd, x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
+    let voxels = x.len() / len;
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if simd() == Simd::Avx512 && matches!(len, 2 | 8 | 16) {
-        while done + 16 <= voxels {
-            // SAFETY: `simd()` found AVX-512F; 16 voxels are left in `x`, and `out` was just seen to be long enough.
-            unsafe {
-                let (x, out) = (x.as_ptr().add(done * len), out.as_mut_ptr().add(done));
-                match len {
-                    2 => x86::voxels_2(x, out, pitch),
-                    8 => x86::voxels_8(x, out, pitch),
-                    _ => x86::voxels_16(x, out, pitch),
+    {
+        /// Whole steps of voxels by a function of them.
+        macro_rules! whole {
+            ($step:literal, $voxels:expr) => {
+                while done + $step <= voxels {
+                    // SAFETY: the unit exists; so many voxels are left in `x`, and `out` is long enough.
+                    unsafe { $voxels(x.as_ptr().add(done * len), out.as_mut_ptr().add(done)) };
+                    done += $step;
                 }
+            };
+        }
+        match (unit, len) {
+            (Simd::Avx512, 2) => whole!(16, |x, out| avx512::voxels_2(x, out, pitch)),
+            (Simd::Avx512, 8) => whole!(16, |x, out| avx512::voxels_8(x, out, pitch)),
+            (Simd::Avx512, 16) => whole!(16, |x, out| avx512::voxels_16(x, out, pitch)),
+            (Simd::Avx2, 2) => whole!(8, |x, out| avx2::voxels_2(x, out, pitch)),
+            (Simd::Avx2, _) if len.is_multiple_of(8) => {
+                whole!(8, |x, out| avx2::voxels_8n(x, len, out, pitch));
             }
-            done += 16;
+            _ => {}
         }
     }
     if done == voxels {
@@ -36,7 +54,68 @@ pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    /// Eight voxels of two channels.
+    ///
+    /// # Safety
+    /// AVX2 must be present, 16 floats of `x` readable, 8 of `out` and of `out + pitch` writable.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn voxels_2(x: *const f32, out: *mut f32, pitch: usize) {
+        // SAFETY: by the caller's promise.
+        unsafe {
+            let (a, b) = (_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8)));
+            // Voxels 0, 1, 4, 5 and 2, 3, 6, 7: of each half of both.
+            let (even, odd) = (_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b));
+            for (i, channel) in [even, odd].into_iter().enumerate() {
+                let in_order = _mm256_permute4x64_pd::<0xd8>(_mm256_castps_pd(channel));
+                _mm256_storeu_pd(out.add(i * pitch).cast(), in_order);
+            }
+        }
+    }
+
+    /// Eight voxels of `len` channels, a multiple of eight.
+    ///
+    /// # Safety
+    /// AVX2 must be present, 8 `len` floats of `x` readable, 8 of `out + c * pitch` writable for every channel c.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn voxels_8n(x: *const f32, len: usize, out: *mut f32, pitch: usize) {
+        for first in (0..len).step_by(8) {
+            // SAFETY: by the caller's promise.
+            unsafe {
+                // Channels 0 to 4 of voxel v in the lower half of low[v], of voxel 4 + v in the upper one; 4 to 8 in high[v].
+                let (mut low, mut high) = ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4]);
+                for v in 0..4 {
+                    let (x, after) = (x.add(v * len + first), x.add((4 + v) * len + first));
+                    low[v] = _mm256_loadu2_m128(after, x);
+                    high[v] = _mm256_loadu2_m128(after.add(4), x.add(4));
+                }
+                for (half, rows) in [low, high].into_iter().enumerate() {
+                    for (i, channel) in quarters(rows).into_iter().enumerate() {
+                        _mm256_storeu_ps(out.add((first + 4 * half + i) * pitch), channel);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Transposes the 4 x 4 floats in each half of four rows.
+    #[target_feature(enable = "avx2")]
+    fn quarters([r0, r1, r2, r3]: [__m256; 4]) -> [__m256; 4] {
+        let low = (_mm256_unpacklo_ps(r0, r1), _mm256_unpacklo_ps(r2, r3));
+        let high = (_mm256_unpackhi_ps(r0, r1), _mm256_unpackhi_ps(r2, r3));
+        [
+            _mm256_shuffle_ps::<0x44>(low.0, low.1),
+            _mm256_shuffle_ps::<0xee>(low.0, low.1),
+            _mm256_shuffle_ps::<0x44>(high.0, high.1),
+            _mm256_shuffle_ps::<0xee>(high.0, high.1),
+        ]
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
     use std::arch::x86_64::*;
 
     /// Sixteen voxels of two channels.
@@ -139,16 +218,38 @@ mod tests {
 
     #[test]
     fn every_value_lands_in_its_channel() {
-        for (voxels, len) in [(1, 1), (16, 2), (37, 2), (16, 16), (50, 16), (33, 5), (16, 8), (47, 8), (5, 1)]
-        {
-            let x: Vec<f32> = (0..voxels * len).map(|i| i as f32).collect();
-            let pitch = voxels + 3;
-            let mut out = vec![-1.0; len * pitch];
-            transpose(&x, len, &mut out, pitch);
-            for (i, &o) in out.iter().enumerate() {
-                let (c, v) = (i / pitch, i % pitch);
-                assert_eq!(o, if v < voxels { (v * len + c) as f32 } else { -1.0 }, "{voxels} {len} {i}");
+        for unit in [Simd::Avx512, Simd::Avx2, Simd::Portable].into_iter().filter(|&unit| unit >= simd()) {
+            for (voxels, len) in [
+                (16, 2),
+                (37, 2),
+                (7, 2),
+                (16, 16),
+                (50, 16),
+                (33, 5),
+                (16, 8),
+                (47, 8),
+                (6, 8),
+                (21, 24),
+                (24, 32),
+            ] {
+                let x: Vec<f32> = (0..voxels * len).map(|i| i as f32).collect();
+                let pitch = voxels + 3;
+                let mut out = vec![-1.0; len * pitch];
+                // SAFETY: `simd()` is the best unit there is, and there is room.
+                unsafe { transpose_on(unit, &x, len, &mut out, pitch) };
+                for (i, &o) in out.iter().enumerate() {
+                    let (c, v) = (i / pitch, i % pitch);
+                    let want = if v < voxels { (v * len + c) as f32 } else { -1.0 };
+                    assert_eq!(o, want, "{unit:?} {voxels} {len} {i}");
+                }
             }
         }
+    }
+
+    #[test]
+    fn one_channel_is_copied() {
+        let mut out = [0.0; 6];
+        transpose(&[1.0, 2.0, 3.0], 1, &mut out, 6);
+        assert_eq!(out, [1.0, 2.0, 3.0, 0.0, 0.0, 0.0]);
     }
 }

@@ -238,7 +238,10 @@ impl Job<'_> {
                 row += unsafe {
                     match (self.groups, two) {
                         (3, true) if ACCUMULATORS >= 24 => self.add::<V, 3, 9, 2>(row, lane, sum),
-                        (3, _) if ACCUMULATORS >= 6 => self.add::<V, 3, 9, 1>(row, lane, sum),
+                        (3, _) if ACCUMULATORS >= 24 => self.add::<V, 3, 9, 1>(row, lane, sum),
+                        (3, _) if ACCUMULATORS >= 6 && row + 2 <= self.rows => {
+                            self.add::<V, 2, 6, 1>(row, lane, sum)
+                        }
                         (3, _) => self.add::<V, 1, 3, 1>(row, lane, sum),
                         (_, true) if ACCUMULATORS >= 24 => self.run_rows::<V, 12, 2>(row, lane, sum),
                         _ if ACCUMULATORS >= 24 => self.run_rows::<V, 24, 1>(row, lane, sum),
