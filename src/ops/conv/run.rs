@@ -191,6 +191,7 @@ impl Pass<'_> {
             };
         }
         let left = row.width - a;
+        // Voxels are operands of every channel and stay in registers, too: on AVX2 beside four accumulators, not six.
         match (self.map.outputs(), self.lanes[row.lane].len) {
             (1, 1) if left > 32 && ACCUMULATORS >= 24 => gather!(6, 1),
             (1, 1) => gather!(1, 1),
