@@ -114,7 +114,7 @@ pub unsafe fn lanes_of_voxels<V: Lanes, const P: usize, const C: usize>(
 
 /// The same for a scatter along w: `acc[p][c]` of the outputs 2a, `acc[p][C + c]` of the outputs 2a + 1 of anchors a. An
 /// output 2a reads input a, by `even`; an output 2a + 1 reads inputs a and a + 1, by `odd`'s taps 0 and 1. APART: one after the
-/// other, for a unit that has no registers for both.
+/// other, for a unit that has too few registers for both.
 ///
 /// # Safety
 /// As [`lanes_of_voxels`]; `J` is 2 C.

@@ -191,7 +191,8 @@ impl Pass<'_> {
             };
         }
         let left = row.width - a;
-        // Voxels are operands of every channel and stay in registers, too: on AVX2 beside four accumulators, not six.
+        // AVX2: a gather's voxels, operands of every channel, stay in registers beside four accumulators, not six; a scatter's
+        // products of an output of odd place wait for each other, so that there are two vectors of anchors, one parity at a time.
         match (self.map.outputs(), self.lanes[row.lane].len) {
             (1, 1) if left > 32 && ACCUMULATORS >= 24 => gather!(6, 1),
             (1, 1) => gather!(1, 1),

@@ -18,6 +18,7 @@ pub fn transpose(x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
 ///
 /// # Safety
 /// The CPU must have the unit; voxels and channel rows must fit.
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))]
 unsafe fn transpose_on(unit: Simd, x: &[f32], len: usize, out: &mut [f32], pitch: usize) {
     let voxels = x.len() / len;
     let mut done = 0;
@@ -237,6 +238,9 @@ mod tests {
                 let mut out = vec![-1.0; len * pitch];
                 // SAFETY: `simd()` is the best unit there is, and there is room.
                 unsafe { transpose_on(unit, &x, len, &mut out, pitch) };
+                let mut of_this_unit = vec![-1.0; len * pitch];
+                transpose(&x, len, &mut of_this_unit, pitch);
+                assert_eq!(of_this_unit, out, "{unit:?} {voxels} {len}");
                 for (i, &o) in out.iter().enumerate() {
                     let (c, v) = (i / pitch, i % pitch);
                     let want = if v < voxels { (v * len + c) as f32 } else { -1.0 };
