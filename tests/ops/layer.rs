@@ -36,6 +36,9 @@ pub const fn transposed(space: [usize; 3], inputs: &'static [usize], outputs: &'
     Case { n: 2, space, inputs, outputs, kernel: 3, stride: 2, transposed: true }
 }
 
+/// From which on backward passes of stride 2 are worth the transform of their filters.
+const MIN_ANCHORS: usize = 256;
+
 impl Case {
     /// The same of one sample.
     pub const fn alone(self) -> Self {
@@ -47,19 +50,39 @@ impl Case {
         self.space.map(|s| if self.transposed { 2 * s } else { s.div_ceil(self.stride) })
     }
 
-    /// How vector units multiply transforms of bfloat16 in inference, `None` where they do not. AMX, if it is on, does not, and of
-    /// others than stride 1 a training step does not.
+    /// (D, H, W) of the coarser side, x or y.
+    fn coarse_space(&self) -> [usize; 3] {
+        if self.transposed { self.space } else { self.out_space() }
+    }
+
+    /// Its voxels in all samples: the products that a gradient of a weight sums.
+    pub fn anchors(&self) -> usize {
+        self.n * self.coarse_space().iter().product::<usize>()
+    }
+
+    /// How vector units multiply transforms of bfloat16 in inference, `None` where they do not. AMX, if it is on, does not.
     pub fn filtering(&self) -> Option<Filtering> {
         let [inputs, outputs] = [self.inputs, self.outputs].map(|c| c.iter().sum::<usize>());
         let filtering = Filtering::of(self.stride, self.transposed);
         (self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs)).then_some(filtering)
     }
 
-    /// Whether they do for gradients of weights: of stride 1, where pairs of tiles pay as well.
-    pub fn filters_wgrad(&self) -> bool {
-        let [d, h, w] = self.out_space();
+    /// The same of a training step, for y, dx and dw: of stride 2 not for y, and with [`MIN_ANCHORS`] or more; dx where all anchors
+    /// have all their outputs, dw where pairs of tiles pay as well.
+    pub fn filtering_in_a_step(&self) -> [Option<Filtering>; 3] {
+        let many = self.stride == 1 || self.anchors() >= MIN_ANCHORS;
+        if self.kernel != 3 || amx() || !many {
+            return [None; 3];
+        }
+        let [inputs, outputs] = [self.inputs, self.outputs].map(|c| c.iter().sum::<usize>());
+        let back = Filtering::of(self.stride, !self.transposed);
+        let whole = back != Filtering::Scattered || self.space.iter().all(|s| s.is_multiple_of(2));
+        let dx = whole && back.pays(self.space, inputs, outputs);
+        let (gather, coarse @ [d, h, w]) = (Filtering::of(self.stride, false), self.coarse_space());
         let pairs = [d, h, w.next_multiple_of(4)];
-        self.filtering() == Some(Filtering::Dense) && Filtering::Dense.saves(pairs, [d, h, w])
+        let dw = gather.pays(coarse, inputs, outputs) && gather.saves(pairs, coarse);
+        let y = self.filtering().filter(|&filtering| filtering == Filtering::Dense);
+        [y, dx.then_some(back), dw.then_some(gather)]
     }
 }
 
@@ -121,6 +144,15 @@ pub const CASES: &[Case] = &[
     transposed([14, 6, 8], &[16], &[16]).alone(),
     transposed([1, 6, 171], &[75], &[16]).alone(),
     transposed([2, 4, 4], &[8], &[12]),
+    // The same with anchors enough for a training step: siblings and concats, channels that fill no block, odd sizes, whose data
+    // gradient is direct, a single plane of an odd number of tiles, more than 64 lanes, sums of several slabs.
+    conv([10, 12, 16], &[18], &[16, 20], 3, 2),
+    conv([9, 15, 15], &[17], &[33], 3, 2),
+    conv([2, 20, 52], &[16], &[16], 3, 2).alone(),
+    conv([6, 12, 16], &[16], &[70], 3, 2),
+    conv([4, 16, 16], &[120], &[128], 3, 2),
+    transposed([5, 8, 8], &[17, 16], &[18]),
+    transposed([4, 9, 8], &[8], &[9]),
     // More tiles than tasks, the last ones clipped: neighbours share planes.
     conv([68, 37, 3], &[20], &[18], 3, 1),
     conv([68, 37, 17], &[3], &[2], 3, 1),
@@ -390,7 +422,9 @@ impl Layer {
             dbs.push(db);
         }
         let mut result = Reference { inferred: ys.clone(), y: ys, dx, dw: dws, db: dbs };
-        let Some(filtering) = case.filtering().filter(|_| operands == Operands::Bf16) else { return result };
+        if operands == Operands::Single {
+            return result;
+        }
         // The same sums of other products.
         let outputs: usize = case.outputs.iter().sum();
         let value = |o: usize, c: usize, tap: usize| {
@@ -402,24 +436,37 @@ impl Layer {
             let pair = if case.transposed { c * case.outputs[filter] + o } else { o * cin + c };
             self.weights[filter].value[pair * taps + tap]
         };
-        let spaces = [case.space, case.out_space()];
+        let spaces @ [space, out_space] = [case.space, case.out_space()];
         let x = side_by_side(x.iter().zip(case.inputs).map(|(x, &c)| (&x[..], c)));
-        let y = winograd::correlate(filtering, case.n, spaces, (&x, cin), outputs, value);
-        result.inferred = apart(&y, case.outputs);
-        for (y, b) in result.inferred.iter_mut().zip(&self.biases) {
-            y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b.value[i % b.value.len()]));
-        }
-        if filtering == Filtering::Dense {
-            result.y = result.inferred.clone();
-            let dys: Vec<Vec<f64>> =
-                self.dy.iter().map(|dy| dy.data().iter().map(|&v| factor(v)).collect()).collect();
-            let dy = side_by_side(dys.iter().zip(case.outputs).map(|(dy, &c)| (&dy[..], c)));
-            let mirrored = |c: usize, o: usize, tap: usize| value(o, c, 26 - tap);
-            result.dx[0] = winograd::correlate(filtering, case.n, spaces, (&dy, outputs), cin, mirrored);
-            if case.filters_wgrad() {
-                let mut dw = winograd::wgrad(case.n, case.space, (&x, cin), (&dy, outputs)).into_iter();
-                result.dw = result.dw.iter().map(|of| dw.by_ref().take(of.len()).collect()).collect();
+        let [in_step, of_inputs, of_weights] = case.filtering_in_a_step();
+        if let Some(filtering) = case.filtering() {
+            let y = winograd::correlate(filtering, case.n, spaces, (&x, cin), outputs, value);
+            result.inferred = apart(&y, case.outputs);
+            for (y, b) in result.inferred.iter_mut().zip(&self.biases) {
+                y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b.value[i % b.value.len()]));
             }
+            if in_step.is_some() {
+                result.y = result.inferred.clone();
+            }
+        }
+        let dys: Vec<Vec<f64>> =
+            self.dy.iter().map(|dy| dy.data().iter().map(|&v| factor(v)).collect()).collect();
+        let dy = side_by_side(dys.iter().zip(case.outputs).map(|(dy, &c)| (&dy[..], c)));
+        if let Some(filtering) = of_inputs {
+            let mirrored = |tap: usize| if filtering == Filtering::Dense { 26 - tap } else { tap };
+            let weight = |c: usize, o: usize, tap: usize| value(o, c, mirrored(tap));
+            let dx = winograd::correlate(filtering, case.n, [out_space, space], (&dy, outputs), cin, weight);
+            result.dx = apart(&dx, case.inputs);
+        }
+        if let Some(filtering) = of_weights {
+            let (x, dy) = ((&x[..], cin), (&dy[..], outputs));
+            let dw = if case.transposed {
+                winograd::wgrad(filtering, case.n, [out_space, space], dy, x)
+            } else {
+                winograd::wgrad(filtering, case.n, spaces, x, dy)
+            };
+            let mut dw = dw.into_iter();
+            result.dw = result.dw.iter().map(|of| dw.by_ref().take(of.len()).collect()).collect();
         }
         result
     }

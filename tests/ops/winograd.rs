@@ -66,14 +66,22 @@ impl Filtering {
 
     /// What inputs' transforms are multiplied by for the gradients of products: the transpose of [`Self::output`], in f32 likewise.
     fn output_gradient(self, y: &[f32]) -> Vec<f32> {
-        assert_eq!(self, Filtering::Dense, "others' gradients are of direct sums");
-        vec![y[0], y[0] + y[1], y[0] - y[1], y[1]]
+        match self {
+            Filtering::Dense => vec![y[0], y[0] + y[1], y[0] - y[1], y[1]],
+            Filtering::Strided => vec![y[0], y[0] + y[1], y[1], y[0], y[1]],
+            Filtering::Scattered => unreachable!("gradients of weights gather"),
+        }
     }
 
     /// The gradients of taps from those of products: the transpose of [`Self::filter`].
     fn filter_gradient(self, m: &[f64]) -> Vec<f64> {
-        assert_eq!(self, Filtering::Dense, "others' gradients are of direct sums");
-        vec![m[0] + 0.5 * (m[1] + m[2]), 0.5 * (m[1] - m[2]), 0.5 * (m[1] + m[2]) + m[3]]
+        match self {
+            Filtering::Dense => {
+                vec![m[0] + 0.5 * (m[1] + m[2]), 0.5 * (m[1] - m[2]), 0.5 * (m[1] + m[2]) + m[3]]
+            }
+            Filtering::Strided => vec![m[0] + m[1], m[3] + m[4], m[1] + m[2]],
+            Filtering::Scattered => unreachable!("gradients of weights gather"),
+        }
     }
 
     /// The first input of tile `t` and how many it reads.
@@ -166,31 +174,33 @@ pub fn correlate(
     y
 }
 
-/// `dw(o, c, tap) = sum over voxels of dy[o] * x[c]` of stride 1, `[o][c][tap]`. The x and dy are values of bfloat16.
+/// `dw(o, c, tap) = sum over anchors of dy[o] * x[c]`, `[o][c][tap]`: x lies on the first space, dy on the anchors' own. They are
+/// values of bfloat16.
 pub fn wgrad(
+    filtering: Filtering,
     n: usize,
-    space: [usize; 3],
+    [space, anchors]: [[usize; 3]; 2],
     (x, channels): (&[f64], usize),
     (dy, outputs): (&[f64], usize),
 ) -> Vec<f64> {
-    let filtering = Filtering::Dense;
-    let (x, dy) = (Volume { values: x, space, channels }, Volume { values: dy, space, channels: outputs });
+    let x = Volume { values: x, space, channels };
+    let dy = Volume { values: dy, space: anchors, channels: outputs };
     let products = filtering.products().pow(2);
     // [o][c][kd][product]
     let mut m = vec![0.0; outputs * channels * 3 * products];
-    let [d, h, w] = space;
+    let [d, h, w] = anchors;
     for (n, (z, th, tw)) in
         (0..n).flat_map(|n| triples([d, h.div_ceil(2), w.div_ceil(2)]).map(move |t| (n, t)))
     {
         let ((h0, reads), (w0, _)) = (filtering.inputs(th), filtering.inputs(tw));
-        let z = z as isize;
+        let depth = filtering.direct(z);
         let inputs = |c: usize, kd: usize| {
-            let x = x.square(n, [z - 1 + kd as isize, h0, w0], reads, c);
+            let x = x.square(n, [depth[kd].0, h0, w0], reads, c);
             rounded(both(&x, reads, |d| filtering.input(d)))
         };
         let inputs: Vec<Vec<f64>> = triples([1, channels, 3]).map(|(_, c, kd)| inputs(c, kd)).collect();
         for o in 0..outputs {
-            let dy = dy.square(n, [z, 2 * th as isize, 2 * tw as isize], 2, o);
+            let dy = dy.square(n, [z as isize, 2 * th as isize, 2 * tw as isize], 2, o);
             let dy = rounded(both(&dy, 2, |y| filtering.output_gradient(y)));
             let of_output = m.chunks_mut(channels * 3 * products).nth(o).expect("one an output");
             for (m, x) in of_output.chunks_mut(products).zip(&inputs) {

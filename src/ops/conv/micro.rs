@@ -230,7 +230,7 @@ pub unsafe fn lanes_of_products<V: Lanes, const I: usize, const J: usize, const 
     acc
 }
 
-/// `acc[r P + p][q]` = sum over tile rows and their voxels of `x[r * group + p] * dy[q]`: R groups of P neighbouring (tap,
+/// `acc[r P + p][q]` = sum over tile rows and their voxels of `x[groups[r] + p] * dy[q]`: R groups, at most three, of P neighbouring (tap,
 /// channel) pairs by Q lane blocks; `RP` is R P.
 ///
 /// `rows` are pairs of offsets: of the voxel 0 in `x`, and of voxel 0 in `dy`.
@@ -240,7 +240,7 @@ pub unsafe fn lanes_of_products<V: Lanes, const I: usize, const J: usize, const 
 /// v * dy_pitch` 16 Q; V's vector unit must exist.
 #[inline(always)]
 pub unsafe fn outer_product<V: Lanes, const P: usize, const RP: usize, const Q: usize>(
-    (x, x_pitch, group): (*const f32, usize, usize),
+    (x, x_pitch, groups): (*const f32, usize, [usize; 3]),
     (dy, dy_pitch): (*const f32, usize),
     rows: &[(usize, usize)],
     voxels: usize,
@@ -256,7 +256,7 @@ pub unsafe fn outer_product<V: Lanes, const P: usize, const RP: usize, const Q: 
                     b[q] = V::load(dy.add(q * LANES));
                 }
                 for p in 0..RP {
-                    let a = V::splat(x.add(p / P * group + p % P));
+                    let a = V::splat(x.add(groups[p / P] + p % P));
                     for q in 0..Q {
                         acc[p][q] = acc[p][q].fma(b[q], a);
                     }

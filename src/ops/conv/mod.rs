@@ -18,12 +18,11 @@
 //! channels (gather core; of voxels where a stride of 2 meets a single channel) or of voxels or tiles (outer products); the
 //! micro-kernels are the same code over other lanes.
 //!
-//! Passes of kernel 3 and stride 1 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input
-//! instead, which takes fewer products (`winograd`). Strided and transposed convolutions do in inference alone, and of stride 1
-//! the forward pass of a training step in f32 does not. Its values would be as good, but the slope of a PReLU jumps at 0: in a
-//! golden of two patches of 48^3 rounding gave one value of three million another sign than float64, which moved gradients by
-//! 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the same sign there, and trajectories of training
-//! are held against PyTorch's.
+//! Passes of kernel 3 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input instead, which
+//! takes fewer products (`winograd`). The forward pass of a training step in f32 does not. Its values would be as good, but the
+//! slope of a PReLU jumps at 0: in a golden of two patches of 48^3 rounding gave one value of three million another sign than
+//! float64, which moved gradients by 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the same sign
+//! there, and trajectories of training are held against PyTorch's.
 //!
 //! In inference a convolution whose norm is known beforehand finishes its outputs as it writes them (`epilogue`): norm and
 //! PReLU, a residual sum, and with bfloat16 operands rounding to bfloat16, as which they are stored. The next convolution

@@ -13,8 +13,8 @@ const CHANNELS: usize = 32;
 /// Floats that all partial sums of a layer together may have: 8 MB, so that they stay in L3.
 const PARTIAL_FLOATS: usize = 2 << 20;
 
-/// Tasks that a layer is split into, where its shape allows.
-const MIN_TASKS: usize = 32;
+/// Tasks that a layer is split into, where its shape allows. More cost it: those that share out lanes each load all tiles.
+const MIN_TASKS: usize = 24;
 
 /// Floats of a partial sum that a task adds up.
 const REDUCE_CHUNK: usize = 1 << 12;

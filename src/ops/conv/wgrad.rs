@@ -286,7 +286,7 @@ impl Job<'_> {
         // SAFETY: every voxel of the tile has `rows` floats from its own on in every group, and 16 Q lanes.
         unsafe {
             let acc = outer_product::<V, P, RP, Q>(
-                (x, self.x_pitch, self.group),
+                (x, self.x_pitch, [0, self.group, 2 * self.group]),
                 (dy, self.width),
                 self.pairs,
                 self.steps,

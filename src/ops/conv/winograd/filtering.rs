@@ -59,6 +59,14 @@ pub trait Filtering: Elements {
     fn outputs<V: Lanes>(sums: [V; MOST]) -> [V; MOST];
 }
 
+/// A filtering whose gradients of weights have as few products: each sums, over all tiles, an element times the gradient of a sum.
+pub trait Differentiable: Filtering {
+    /// From the gradients of outputs to those of sums, by the transpose of [`Filtering::outputs`].
+    type Gradients: Elements;
+    /// From the gradients of what [`Filtering::filters`] makes to those of the taps, by its transpose.
+    fn taps(filters: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3];
+}
+
 /// Stride 1.
 pub struct Dense;
 
@@ -68,8 +76,14 @@ pub struct Strided;
 /// [`Map::Scatter`].
 pub struct Scattered;
 
-/// Gradients of the outputs of [`Dense`], by the transposed transform to those of its products.
+/// Gradients of the outputs of [`Dense`].
 pub struct DenseGradients;
+
+/// Gradients of the outputs of [`Strided`].
+pub struct StridedGradients;
+
+/// Gradients of outputs are read where they are.
+const OUTPUTS: Map = Map::Gather { kernel: 1, stride: 1 };
 
 #[inline(always)]
 fn sum([a, b]: [[f32; LANES]; 2]) -> [f32; LANES] {
@@ -102,8 +116,20 @@ impl Filtering for Dense {
     }
 }
 
+impl Differentiable for Dense {
+    type Gradients = DenseGradients;
+    #[inline(always)]
+    fn taps([u0, u1, u2, u3, _]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
+        [
+            std::array::from_fn(|l| u0[l] + 0.5 * (u1[l] + u2[l])),
+            std::array::from_fn(|l| 0.5 * (u1[l] - u2[l])),
+            std::array::from_fn(|l| 0.5 * (u1[l] + u2[l]) + u3[l]),
+        ]
+    }
+}
+
 impl Elements for DenseGradients {
-    const MAP: Map = Map::Gather { kernel: 1, stride: 1 };
+    const MAP: Map = OUTPUTS;
     const READS: usize = 2;
     const ELEMENTS: usize = 4;
     #[inline(always)]
@@ -134,6 +160,24 @@ impl Filtering for Strided {
     #[inline(always)]
     fn outputs<V: Lanes>([s0, s1, s2, ..]: [V; MOST]) -> [V; MOST] {
         [s0.add(s1), s1.add(s2), V::zero(), V::zero(), V::zero()]
+    }
+}
+
+impl Differentiable for Strided {
+    type Gradients = StridedGradients;
+    #[inline(always)]
+    fn taps([u0, u1, u2, u3, u4]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
+        [sum([u1, u2]), sum([u0, u3]), sum([u2, u4])]
+    }
+}
+
+impl Elements for StridedGradients {
+    const MAP: Map = OUTPUTS;
+    const READS: usize = 2;
+    const ELEMENTS: usize = 3;
+    #[inline(always)]
+    fn elements<V: Lanes>([y0, y1, ..]: [V; MOST]) -> [V; MOST] {
+        [y0, y0.add(y1), y1, V::zero(), V::zero()]
     }
 }
 

@@ -9,15 +9,18 @@
 //!
 //! A task takes a slab of tiles and transforms its input once, with the pending norm and PReLU applied. Then each of a tile's
 //! sums is over the taps along D and all input channels, and stays in registers, and the outputs are sums of sums. A gradient of
-//! weights of stride 1 is the same the other way round: the gradients of 16 products, summed over all tiles, each the product of
-//! a transformed input and a transformed gradient of outputs. Stride 2 and scatters are filtered in inference alone.
+//! weights is the same the other way round: the gradients of the 16 or 25 products, summed over all tiles, each the product of a
+//! transformed input and a transformed gradient of outputs. (That of a scatter is a gather's: input and gradient change places.)
+//!
+//! Filters are transformed once in inference, which keeps them, and in every pass of a training step. There stride 2 and scatters
+//! are filtered in the backward pass alone, where there are so many anchors that they save more ([`MIN_ANCHORS`]).
 //!
 //! In f32 rounding errors are no larger on average than those of a direct sum, whose every product is one of 27 instead of 3 a
 //! channel: with stride 1 filtered, activations of the bundle's network lie 17 % closer to float64's. With bfloat16 operands
 //! transforms are computed in f32, of weights as they are and of rounded inputs or gradients, and are rounded. Logits of the bundle's
 //! network then lie 15 % (batch norm) and 24 % (instance norm) further from float32's on average than with direct sums, at 79 and
 //! 69 % of the deviation of torch's autocast; gradients of a step, 9 % further, at 95 %, which is due to what they are computed of:
-//! that those of weights are filtered does not show. A value that is infinite may make no number of outputs that read it and of
+//! that they are filtered themselves does not show. A value that is infinite may make no number of outputs that read it and of
 //! gradients of weights, where a direct sum would be infinite.
 
 mod correlate;
@@ -39,6 +42,10 @@ const MIN_CHANNELS: usize = 8;
 /// The same where pairs are multiplied, which halves what is saved: with 8 channels both take as long.
 const MIN_CHANNELS_OF_PAIRS: usize = 16;
 
+/// Anchors of all samples from which a backward pass with a stride of 2, or scattered, saves more than its filters' transform
+/// costs: 8.25 multiply-adds an anchor and channel pair. 64 anchors do not, 216 do in f32, 512 in bfloat16, too.
+const MIN_ANCHORS: usize = 256;
+
 /// Accumulators of the largest register tile.
 const ACCUMULATORS: usize = 24;
 
@@ -59,15 +66,21 @@ pub fn correlate<'a>(
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
 ) -> bool {
     let lanes = heads.iter().map(|h| h.channels).sum();
-    // A training step in f32 sums by the definition: `super` says why.
-    let dense = problem.phase != Phase::Forward || problem.operands == Operands::Bf16;
-    // Only inference keeps transformed filters. A step of two patches of 96^3 would gain 2 % at most, one of 32^3 lose a tenth.
-    let other = problem.phase == Phase::Inference;
+    // The forward pass of a training step in f32 sums by the definition: `super` says why.
+    if problem.phase == Phase::Forward && problem.operands == Operands::Single {
+        return false;
+    }
+    let other = match problem.phase {
+        Phase::Inference => true,
+        // A step in bfloat16 would gain 2 %, and its gradients lie 5 to 8 % further from f32's.
+        Phase::Forward => false,
+        Phase::Backward => is_large(&problem),
+    };
     // There a scatter's anchors have all their outputs.
     let whole = problem.out_space.iter().all(|o| o.is_multiple_of(Scattered::MAP.outputs()));
     let tiles = tiles(problem.map, problem.out_space);
     match problem.map {
-        Dense::MAP if dense && pays::<Dense>(&problem, tiles, sources, lanes) => {
+        Dense::MAP if pays::<Dense>(&problem, tiles, sources, lanes) => {
             correlate::run::<Dense>(problem, sources, heads, weights);
         }
         Strided::MAP if other && pays::<Strided>(&problem, tiles, sources, lanes) => {
@@ -84,7 +97,17 @@ pub fn correlate<'a>(
 /// Whether [`wgrad()`] computes this pass.
 pub fn multiplies(problem: &Problem, sources: &[Source], lane_sources: &[Source]) -> bool {
     let lanes = lane_sources.iter().map(|s| s.channels).sum();
-    problem.map == Dense::MAP && pays::<Dense>(problem, wgrad::tiles(problem), sources, lanes)
+    let tiles = wgrad::tiles(problem);
+    match problem.map {
+        Dense::MAP => pays::<Dense>(problem, tiles, sources, lanes),
+        Strided::MAP => is_large(problem) && pays::<Strided>(problem, tiles, sources, lanes),
+        _ => false,
+    }
+}
+
+/// Whether it has [`MIN_ANCHORS`].
+fn is_large(problem: &Problem) -> bool {
+    problem.n * anchors(problem.map, problem.out_space).iter().product::<usize>() >= MIN_ANCHORS
 }
 
 /// Whether so many tiles of anchors have few enough products.

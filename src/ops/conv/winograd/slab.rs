@@ -121,14 +121,9 @@ impl Slab<'_> {
         let (size, map) = (self.origin.size, E::MAP);
         let size = Tile { d: size.d, h: 2 * size.h };
         let origin = Origin { h: 2 * self.origin.h, size, ..*self.origin };
-        // Gradients of outputs lie on the space of what a map of stride 1 reads.
-        let place = Place {
-            map,
-            space: self.problem.space,
-            row: map.extent(2 * self.tiles_w),
-            origin: &origin,
-            before: None,
-        };
+        // Gradients of outputs, which a map of one tap reads, lie on the anchors.
+        let space = if map.kernel() == 1 { self.problem.out_space } else { self.problem.space };
+        let place = Place { map, space, row: map.extent(2 * self.tiles_w), origin: &origin, before: None };
         let (planes, rows) = (map.extent(size.d), map.extent(size.h));
         let row_floats = place.row * V::OPERANDS;
         let rows_of_tile = 2 * map.stride();
@@ -149,7 +144,7 @@ impl Slab<'_> {
         let as_stored = V::OPERANDS < LANES && block.len == LANES;
         if let (Values::Bf16(x), true) = (source.data, as_stored) {
             debug_assert!(source.pending.is_none(), "values of bfloat16 have no map");
-            let (zeros, width) = ([0; LANES], self.problem.space[2]);
+            let (zeros, width) = ([0; LANES], space[2]);
             let row = |index: usize| match place.source_row(index, source.channels) {
                 Some(start) => {
                     let span = (width - 1) * source.channels + LANES;

@@ -1,22 +1,9 @@
 //! Transforms of tiles of a plane, along h, then along w: of inputs, filters and outputs, and their transposes for gradients.
 
 use super::super::plan::LANES;
-use super::filtering::{Dense, Elements, Filtering, MOST};
+use super::filtering::{Differentiable, Elements, Filtering, MOST};
 use crate::device::cpu::vectorised;
 use crate::device::lanes::Lanes;
-
-/// Products of a tile of [`Dense`].
-pub const PRODUCTS: usize = Dense::PRODUCTS.len() * Dense::PRODUCTS.len();
-
-/// The gradients of the three taps of one axis of [`Dense`], from those of the transformed ones, lane by lane.
-#[inline(always)]
-fn filter_gradient([u0, u1, u2, u3]: [[f32; LANES]; 4]) -> [[f32; LANES]; 3] {
-    [
-        std::array::from_fn(|l| u0[l] + 0.5 * (u1[l] + u2[l])),
-        std::array::from_fn(|l| 0.5 * (u1[l] - u2[l])),
-        std::array::from_fn(|l| 0.5 * (u1[l] + u2[l]) + u3[l]),
-    ]
-}
 
 /// Rows of voxels, one below the other, of which tiles are transformed: sixteen values each of a voxel.
 pub trait Rows {
@@ -92,8 +79,8 @@ pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     let stride = 2 * E::MAP.stride();
     let halo = E::READS - stride;
     let last = (TILES - 1) * stride;
-    // Two tiles are taken of stride 1 alone: as many columns more.
-    let mut columns = [[V::zero(); MOST]; MOST + 2];
+    // As many columns more as a second tile of stride 2 has.
+    let mut columns = [[V::zero(); MOST]; MOST + 4];
     // SAFETY: inside both by the caller's promise.
     unsafe {
         for w in 0..halo {
@@ -176,19 +163,24 @@ vectorised! {
     }
 
     /// Gradients of taps, `[kd][kh][kw][row]`, from those of products, `[product][kd][row]`; rows are whole lanes.
-    pub fn filter_gradients(m: &[f32], out: &mut [f32]) {
+    pub fn filter_gradients<F: Differentiable>(m: &[f32], out: &mut [f32]) {
+        let n = F::PRODUCTS.len();
         let ((m, _), (out, _)) = (m.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
-        let pitch = m.len() / PRODUCTS;
+        let pitch = m.len() / (n * n);
         let rows = pitch / 3;
         for (plane, row) in (0..3).flat_map(|plane| (0..rows).map(move |row| (plane, row))) {
-            let product = |i: usize, j: usize| m[(4 * i + j) * pitch + plane * rows + row];
-            let columns: [[[f32; LANES]; 3]; 4] = std::array::from_fn(|j| {
-                filter_gradient([product(0, j), product(1, j), product(2, j), product(3, j)])
-            });
-            let [first, second, third, fourth] = columns;
-            for kh in 0..3 {
-                let taps = filter_gradient([first[kh], second[kh], third[kh], fourth[kh]]);
-                for (kw, tap) in taps.into_iter().enumerate() {
+            let mut lines = [[[0.0; LANES]; MOST]; 3];
+            for j in 0..n {
+                let mut column = [[0.0; LANES]; MOST];
+                for i in 0..n {
+                    column[i] = m[(n * i + j) * pitch + plane * rows + row];
+                }
+                for (line, tap) in lines.iter_mut().zip(F::taps(column)) {
+                    line[j] = tap;
+                }
+            }
+            for (kh, line) in lines.into_iter().enumerate() {
+                for (kw, tap) in F::taps(line).into_iter().enumerate() {
                     out[((plane * 3 + kh) * 3 + kw) * rows + row] = tap;
                 }
             }
@@ -198,7 +190,7 @@ vectorised! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::filtering::{DenseGradients, Scattered, Strided, of_sums};
+    use super::super::filtering::{Dense, Scattered, Strided, of_sums};
     use super::*;
     use crate::device::lanes::Plain;
     use crate::ops::conv::plan::Map;
@@ -284,25 +276,42 @@ mod tests {
         check::<Dense>();
         check::<Strided>();
         check::<Scattered>();
-        let one_tap = Map::Gather { kernel: 1, stride: 1 };
-        assert_eq!((DenseGradients::MAP, DenseGradients::READS), (one_tap, one_tap.extent(2)));
+        fn check_gradients<F: Differentiable>() {
+            let one_tap = Map::Gather { kernel: 1, stride: 1 };
+            assert_eq!((F::Gradients::MAP, F::Gradients::READS), (one_tap, one_tap.extent(2)));
+            assert_eq!(F::Gradients::ELEMENTS, F::SUMS);
+        }
+        check_gradients::<Dense>();
+        check_gradients::<Strided>();
     }
 
     #[test]
-    fn sixteen_gradients_make_the_gradients_of_the_taps() {
+    fn gradients_of_products_make_the_gradients_of_the_taps() {
+        check_gradients::<Dense>();
+        check_gradients::<Strided>();
+    }
+
+    fn check_gradients<F: Differentiable>() {
         let mut rng = Philox::new(8, 0);
-        let (x, dy) = (uniform(&mut rng, 16), uniform(&mut rng, 4));
-        let (v, dm) = (elements::<Dense>(&x), elements::<DenseGradients>(&dy));
-        let products: Vec<f32> = v.iter().zip(&dm).map(|(v, dm)| v * dm).collect();
+        let (x, dy) = (uniform(&mut rng, F::READS * F::READS), uniform(&mut rng, 4));
+        let (v, dm) = (elements::<F>(&x), elements::<F::Gradients>(&dy));
         // Three equal planes.
-        let du: Vec<f32> = products.chunks_exact(LANES).flat_map(|p| [p, p, p]).flatten().copied().collect();
+        let mut du = Vec::new();
+        for (&(of_h, sum_h), &(of_w, sum_w)) in
+            F::PRODUCTS.iter().flat_map(|h| F::PRODUCTS.iter().map(move |w| (h, w)))
+        {
+            let (v, dm) =
+                (&v[(F::ELEMENTS * of_h + of_w) * LANES..], &dm[(F::SUMS * sum_h + sum_w) * LANES..]);
+            (0..3).for_each(|_| du.extend(v.iter().zip(dm).take(LANES).map(|(v, dm)| v * dm)));
+        }
         let mut dg = vec![0.0; 27 * LANES];
-        filter_gradients(&du, &mut dg);
+        filter_gradients::<F>(&du, &mut dg);
         for (i, &value) in dg.iter().enumerate() {
             let (tap, lane) = (i / LANES % 9, i % LANES);
             let direct: f64 = (0..4)
                 .map(|o| {
-                    let voxel = (o / 2 + tap / 3) * 4 + o % 2 + tap % 3;
+                    let stride = F::MAP.stride();
+                    let voxel = (o / 2 * stride + tap / 3) * F::READS + o % 2 * stride + tap % 3;
                     f64::from(x[voxel * LANES + lane]) * f64::from(dy[o * LANES + lane])
                 })
                 .sum();

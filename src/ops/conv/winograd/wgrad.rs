@@ -8,9 +8,9 @@ use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
 use super::super::tile::Element;
 use super::super::{Problem, Source};
-use super::filtering::{Dense, DenseGradients, Elements};
+use super::filtering::{Dense, Differentiable, Elements, Filtering, Strided};
 use super::slab::{Destination, Lines, Slab};
-use super::transform::{PRODUCTS, filter_gradients};
+use super::transform::filter_gradients;
 use super::{ACCUMULATORS, SLAB_FLOATS, choose};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -21,8 +21,10 @@ use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
-/// Taps of a sum: a product's three planes.
-const TAPS: usize = 3 * PRODUCTS;
+/// Products of a tile.
+const fn products<F: Filtering>() -> usize {
+    F::PRODUCTS.len() * F::PRODUCTS.len()
+}
 
 /// Channels of a sum are a multiple of this, so that no register tile has fewer.
 const CHANNELS: usize = 8;
@@ -38,12 +40,26 @@ pub fn tiles(problem: &Problem) -> [usize; 3] {
 
 /// See [`super::super::wgrad()`].
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+    match problem.map {
+        Dense::MAP => sum_products::<Dense>(problem, sources, lane_sources),
+        _ => sum_products::<Strided>(problem, sources, lane_sources),
+    }
+}
+
+/// [`wgrad()`] by this filtering.
+fn sum_products<F: Differentiable>(
+    problem: Problem,
+    sources: &[Source],
+    lane_sources: &[Source],
+) -> Vec<Buffer> {
     let tiles = tiles(&problem);
+    // A product has three planes.
+    let taps = 3 * products::<F>();
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
-    let partials = Partials::new(TAPS, sources, lane_sources, CHANNELS, |channels| {
+    let partials = Partials::new(taps, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
         let blocks = 2 * channels.div_ceil(CHANNEL_BLOCK);
-        largest = choose::<Dense>(tiles, blocks * Element::of_voxels(problem.operands).of(CHANNEL_BLOCK));
+        largest = choose::<F>(tiles, blocks * Element::of_voxels(problem.operands).of(CHANNEL_BLOCK));
         origins = largest.origins(problem.n, tiles);
         origins.len()
     });
@@ -53,14 +69,14 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
         .map_init(Scratch::take, |lines, number| {
             let task = partials.task(number);
             let pass = Pass { problem: &problem, tiles_w: tiles[2], sources, lane_sources, task: &task };
-            pass.sum(largest, &origins[task.tiles.clone()], lines)
+            pass.sum::<F>(largest, &origins[task.tiles.clone()], lines)
         })
         .collect_into_vec(&mut sums);
     let mut sums = partials.reduce(sums);
     sums.par_iter_mut().for_each(|sum| {
-        let mut taps = Buffer::dirty(sum.len() * 27 / TAPS);
-        filter_gradients(sum, &mut taps);
-        *sum = taps;
+        let mut gradients = Buffer::dirty(sum.len() / taps * 27);
+        filter_gradients::<F>(sum, &mut gradients);
+        *sum = gradients;
     });
     partials.arrange(27, &sums, sources, lane_sources)
 }
@@ -89,65 +105,66 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     /// The sum of these slabs, `[product][plane][channel][lane]`; channels beyond the block's are unspecified.
-    fn sum(&self, largest: Tile, origins: &[Origin], lines: &mut Lines) -> Buffer {
+    fn sum<F: Differentiable>(&self, largest: Tile, origins: &[Origin], lines: &mut Lines) -> Buffer {
         let plane = largest.h * self.tiles_w;
         let blocks = self.task.block.len.div_ceil(CHANNEL_BLOCK);
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
         let floats = Element::of_voxels(self.problem.operands).of(LANES);
-        let buffer = |tiles: usize, blocks: usize| {
-            Buffer::dirty((PRODUCTS * tiles * blocks * floats).next_multiple_of(SLAB_FLOATS / 2))
+        let buffer = |values: usize, planes: usize, blocks: usize| {
+            let floats = values.pow(2) * planes * plane * blocks * floats;
+            Buffer::dirty(floats.next_multiple_of(SLAB_FLOATS / 2))
         };
-        let v = buffer((largest.d + 2) * plane, blocks);
-        let dm = buffer(largest.d * plane, self.task.lanes.len());
+        let v = buffer(F::ELEMENTS, F::MAP.extent(largest.d), blocks);
+        let dm = buffer(F::SUMS, largest.d, self.task.lanes.len());
         let mut room = Room { v, dm, sum: Buffer::dirty(self.task.floats), first: true, lines };
         for origin in origins {
-            self.run(&Slab { problem: self.problem, origin, tiles_w: self.tiles_w }, &mut room);
+            self.run::<F>(&Slab { problem: self.problem, origin, tiles_w: self.tiles_w }, &mut room);
             room.first = false;
         }
         room.sum
     }
 
     /// Writes a slab's products to the sum, or adds them.
-    fn run(&self, slab: &Slab, room: &mut Room) {
+    fn run<F: Differentiable>(&self, slab: &Slab, room: &mut Room) {
         match (self.problem.operands, simd(), simd_of_pairs()) {
             // SAFETY: `simd()` found the features.
             #[cfg(target_arch = "x86_64")]
-            (Operands::Single, Simd::Avx512, _) => unsafe { self.run_avx512(slab, room) },
+            (Operands::Single, Simd::Avx512, _) => unsafe { self.run_avx512::<F>(slab, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Operands::Single, Simd::Avx2, _) => unsafe { self.run_avx2::<Avx2, 1>(slab, room) },
+            (Operands::Single, Simd::Avx2, _) => unsafe { self.run_avx2::<F, Avx2, 1>(slab, room) },
             // SAFETY: plain Rust needs no feature.
-            (Operands::Single, ..) => unsafe { self.run_lanes::<Plain, 2, 1>(slab, room) },
+            (Operands::Single, ..) => unsafe { self.run_lanes::<F, Plain, 2, 1>(slab, room) },
             // SAFETY: `simd_of_pairs()` found the features.
             #[cfg(target_arch = "x86_64")]
-            (Operands::Bf16, _, Simd::Avx512) => unsafe { self.run_avx512_bf16(slab, room) },
+            (Operands::Bf16, _, Simd::Avx512) => unsafe { self.run_avx512_bf16::<F>(slab, room) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Operands::Bf16, _, Simd::Avx2) => unsafe { self.run_avx2::<Pairs<Avx2>, 2>(slab, room) },
+            (Operands::Bf16, _, Simd::Avx2) => unsafe { self.run_avx2::<F, Pairs<Avx2>, 2>(slab, room) },
             // SAFETY: plain Rust needs no feature.
-            (Operands::Bf16, ..) => unsafe { self.run_lanes::<Pairs<Plain>, 2, 2>(slab, room) },
+            (Operands::Bf16, ..) => unsafe { self.run_lanes::<F, Pairs<Plain>, 2, 2>(slab, room) },
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,fma")]
-    unsafe fn run_avx512(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_avx512<F: Differentiable>(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Avx512, ACCUMULATORS, 1>(slab, room) }
+        unsafe { self.run_lanes::<F, Avx512, ACCUMULATORS, 1>(slab, room) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bf16,fma")]
-    unsafe fn run_avx512_bf16(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_avx512_bf16<F: Differentiable>(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<Pairs<Avx512>, ACCUMULATORS, 2>(slab, room) }
+        unsafe { self.run_lanes::<F, Pairs<Avx512>, ACCUMULATORS, 2>(slab, room) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
-    unsafe fn run_avx2<V: Lanes, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_avx2<F: Differentiable, V: Lanes, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
         // SAFETY: the features are enabled here.
-        unsafe { self.run_lanes::<V, 6, TILES>(slab, room) }
+        unsafe { self.run_lanes::<F, V, 6, TILES>(slab, room) }
     }
 
     /// With register tiles of at most N accumulators; an operand has values of so many TILES.
@@ -155,13 +172,17 @@ impl Pass<'_> {
     /// # Safety
     /// V's vector unit must exist.
     #[inline(always)]
-    unsafe fn run_lanes<V: Lanes, const N: usize, const TILES: usize>(&self, slab: &Slab, room: &mut Room) {
+    unsafe fn run_lanes<F: Differentiable, V: Lanes, const N: usize, const TILES: usize>(
+        &self,
+        slab: &Slab,
+        room: &mut Room,
+    ) {
         const { assert!(TILES * V::OPERANDS == LANES, "sixteen values a tile fill sixteen lanes") };
         let Room { v, dm, sum, first, lines } = room;
         let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
-        let block_floats = slab.input_tiles(Dense::MAP) * V::OPERANDS;
+        let block_floats = slab.input_tiles(F::MAP) * V::OPERANDS;
         // Not `spread`: it gains nothing here.
         let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
         for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
@@ -170,21 +191,24 @@ impl Pass<'_> {
             let len = CHANNEL_BLOCK.min(block.len - first);
             let part = Block { first: block.first + first, len, ..*block };
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<Dense, V, TILES>(&self.sources[block.tensor], part, to, lines) };
+            unsafe { slab.transform::<F, V, TILES>(&self.sources[block.tensor], part, to, lines) };
         }
         let dm_pitch = slab.tiles() / TILES * width;
         for (index, &lane) in lanes.iter().enumerate() {
             let to = Destination { floats: &mut dm[index * LANES..], pitch: dm_pitch, step: width / TILES };
             let source = &self.lane_sources[lane.tensor];
             // SAFETY: V's unit exists.
-            unsafe { slab.transform::<DenseGradients, V, TILES>(source, lane, to, lines) };
+            unsafe { slab.transform::<F::Gradients, V, TILES>(source, lane, to, lines) };
         }
         let channels = block.len.next_multiple_of(CHANNELS);
-        for product in 0..PRODUCTS {
+        let planes = [0, 1, 2].map(|tap| slab.plane(F::MAP, tap) * slab.plane_tiles() * V::OPERANDS);
+        for product in 0..products::<F>() {
+            let n = F::PRODUCTS.len();
+            let [(of_h, sum_h), (of_w, sum_w)] = [product / n, product % n].map(|p| F::PRODUCTS[p]);
             let job = Job {
-                v: &v[product * v_pitch..],
-                plane: slab.plane_tiles() * V::OPERANDS,
-                dm: &dm[product * dm_pitch..],
+                v: &v[(F::ELEMENTS * of_h + of_w) * v_pitch..],
+                planes,
+                dm: &dm[(F::SUMS * sum_h + sum_w) * dm_pitch..],
                 width,
                 steps: slab.tiles() / TILES,
                 channels,
@@ -217,8 +241,8 @@ impl Pass<'_> {
 struct Job<'a> {
     /// `[block][plane][tile, or pair of them][16 channels]`
     v: &'a [f32],
-    /// Floats of a plane.
-    plane: usize,
+    /// Where the planes begin that are multiplied by the taps along d.
+    planes: [usize; 3],
     /// `[tile, or pair of them][lane]`
     dm: &'a [f32],
     width: usize,
@@ -247,7 +271,7 @@ impl Job<'_> {
         // SAFETY: every tile has P channels from `at` on in three planes, and 16 Q lanes from `lane` on.
         unsafe {
             let acc = outer_product::<V, P, RP, Q>(
-                (v, CHANNEL_BLOCK, self.plane),
+                (v, CHANNEL_BLOCK, self.planes),
                 (dm, self.width),
                 &[(0, 0)],
                 self.steps,
