@@ -74,6 +74,36 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
     acc
 }
 
+/// `acc[s][p]` = sum over rows and channels of `tile[s * x_pitch + p * STEP + channel] * weights[s * w_pitch]`: S sums of one tap
+/// by P voxels, of one lane block.
+///
+/// # Safety
+/// As [`broadcast_voxels`], for every sum.
+#[inline(always)]
+pub unsafe fn broadcast_sums<V: Lanes, const P: usize, const S: usize, const STEP: usize>(
+    (tile, x_pitch): (*const f32, usize),
+    (weights, w_pitch): (*const f32, usize),
+    rows: &[(usize, usize)],
+) -> [[V; P]; S] {
+    let mut acc = [[V::zero(); P]; S];
+    let mut w = weights;
+    for &(row, channels) in rows {
+        for c in 0..channels {
+            // SAFETY: in the tile and the packed weights by the caller's promise.
+            unsafe {
+                for s in 0..S {
+                    let (b, x) = (V::load(w.add(s * w_pitch)), tile.add(row + s * x_pitch + c));
+                    for p in 0..P {
+                        acc[s][p] = acc[s][p].fma(b, V::splat(x.add(p * STEP)));
+                    }
+                }
+                w = w.add(LANES);
+            }
+        }
+    }
+    acc
+}
+
 /// `acc[p][c]` = sum over rows, taps, channels of `tile[16 p + lane + tap + channel * channel_pitch] * weights[c]`: 16 P
 /// voxels by C channels, from a tile of order "channel rows". Stride 1 only.
 ///

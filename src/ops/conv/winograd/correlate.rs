@@ -3,7 +3,7 @@
 use super::super::correlate::{few_lengths, tasks};
 use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
-use super::super::micro::{Reduction, broadcast_voxels};
+use super::super::micro::{Reduction, broadcast_sums, broadcast_voxels};
 use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, lane_blocks, source_blocks};
 use super::super::tile::Element;
@@ -35,6 +35,12 @@ const fn chunk<F: Filtering>(operands: Operands) -> usize {
     let chunk = sums / (F::SUMS * F::SUMS);
     if chunk < most { chunk } else { most }
 }
+
+/// Sums of a column of [`Dense`], which a register tile of one lane block holds: what it stores are its two outputs along h.
+const COLUMN: usize = 4;
+
+/// Tiles between two output transforms there: sums and outputs stay in the first-level cache.
+const COLUMN_TILES: usize = 18;
 
 /// Tasks a thread, where lane blocks can be shared out.
 const TASKS_A_THREAD: usize = 4;
@@ -262,40 +268,47 @@ impl Pass<'_> {
             // SAFETY: V's unit exists, and the slab's input is transformed.
             lane += unsafe {
                 match lanes.end - lane {
-                    4.. if N >= 24 => self.lane_blocks::<F, V, 6, 4>(&job, lane, m),
-                    2.. if N >= 24 => self.lane_blocks::<F, V, 12, 2>(&job, lane, m),
-                    _ if N >= 24 => self.lane_blocks::<F, V, 24, 1>(&job, lane, m),
-                    _ if N >= 6 => self.lane_blocks::<F, V, 6, 1>(&job, lane, m),
-                    _ => self.lane_blocks::<F, V, 2, 1>(&job, lane, m),
+                    4.. if N >= 24 => self.lane_blocks::<F, V, 6, 4, false>(&job, lane, m),
+                    2.. if N >= 24 => self.lane_blocks::<F, V, 12, 2, false>(&job, lane, m),
+                    _ if N >= 24 && F::MAP == Dense::MAP => {
+                        self.lane_blocks::<F, V, 6, 1, true>(&job, lane, m)
+                    }
+                    _ if N >= 24 => self.lane_blocks::<F, V, 24, 1, false>(&job, lane, m),
+                    _ if N >= 6 => self.lane_blocks::<F, V, 6, 1, false>(&job, lane, m),
+                    _ => self.lane_blocks::<F, V, 2, 1, false>(&job, lane, m),
                 }
             };
         }
     }
 
-    /// Computes Q lane blocks from `lane` on, P tiles at a time; returns Q.
+    /// Computes Q lane blocks from `lane` on, P tiles at a time, a sum of theirs at a time or, of COLUMNS, [`COLUMN`] of a single
+    /// block's; returns Q.
     ///
     /// # Safety
-    /// V's vector unit must exist.
+    /// V's vector unit must exist; F has COLUMNS where its every sum is one product, of the element of the same number.
     #[inline(always)]
-    unsafe fn lane_blocks<F: Filtering, V: Lanes, const P: usize, const Q: usize>(
+    unsafe fn lane_blocks<F: Filtering, V: Lanes, const P: usize, const Q: usize, const COLUMNS: bool>(
         &self,
         job: &Job,
         lane: usize,
         m: &mut [f32],
     ) -> usize {
+        const { assert!(!COLUMNS || Q == 1 && COLUMN_TILES.is_multiple_of(P), "register tiles of one block") };
         let slab = job.slab;
         let tiles = slab.tiles();
         let lane_floats = self.packed.len() / self.lanes.len();
         let weights = &self.packed[lane * lane_floats..(lane + Q) * lane_floats];
-        let chunk = chunk::<F>(slab.problem.operands) * P;
+        let chunk = if COLUMNS { COLUMN_TILES } else { chunk::<F>(slab.problem.operands) * P };
         let pitch = spread(Q * chunk * LANES);
-        let sums = F::SUMS.pow(2);
+        let (sums, stored) =
+            if COLUMNS { (F::SUMS, F::OUTPUTS * F::SUMS) } else { (F::SUMS.pow(2), F::SUMS.pow(2)) };
         // All that is read and written below: the last register tile may reach beyond the slab's last tile.
         let v = &job.v[..F::ELEMENTS.pow(2) * job.pitch + (P - 1) * V::OPERANDS];
-        let m = &mut m[..sums * pitch];
+        let m = &mut m[..stored * pitch];
         for (parity, starts) in job.sums.starts.iter().enumerate().take(F::MAP.outputs()) {
             for first in (0..tiles).step_by(chunk) {
                 let count = chunk.min(tiles - first);
+                // The first one of a column stands for it.
                 for sum in 0..sums {
                     // A part of them at a time: the cache takes so many requests at once.
                     let [from, to] = [sum, sum + 1].map(|p| first + p * count / sums);
@@ -315,8 +328,15 @@ impl Pass<'_> {
                         let x = v[(first + tile) * V::OPERANDS..].as_ptr();
                         let m = m[sum * pitch + tile * LANES..].as_mut_ptr();
                         // SAFETY: the tiles' planes are in `v`, P - 1 tiles behind the last one in its slack, and the
-                        // weights of Q lane blocks in `weights`; `m` has room for P tiles of Q lane blocks.
+                        // weights of Q lane blocks in `weights`; `m` has room for P tiles of Q lane blocks. Sums of a column
+                        // have as many operands each.
                         unsafe {
+                            if COLUMNS {
+                                let (x, w) =
+                                    ((x, F::ELEMENTS * job.pitch), (w, starts[F::SUMS].1 - starts[0].1));
+                                column::<F, V, P>(x, w, reduction.rows, (m, pitch));
+                                continue;
+                            }
                             let acc = if V::OPERANDS == 8 {
                                 broadcast_voxels::<V, P, Q, 8>(x, w, lane_floats, &reduction)
                             } else {
@@ -336,9 +356,21 @@ impl Pass<'_> {
                     // SAFETY: the sums of `count` tiles were just written; the lanes are this task's.
                     unsafe {
                         if self.outs[self.lanes[lane + q].tensor].finishes(STAGE) {
-                            self.transform_outputs::<F, V, true>(slab, lane + q, (runs, first), m, pitch);
+                            self.transform_outputs::<F, V, true, COLUMNS>(
+                                slab,
+                                lane + q,
+                                (runs, first),
+                                m,
+                                pitch,
+                            );
                         } else {
-                            self.transform_outputs::<F, V, false>(slab, lane + q, (runs, first), m, pitch);
+                            self.transform_outputs::<F, V, false, COLUMNS>(
+                                slab,
+                                lane + q,
+                                (runs, first),
+                                m,
+                                pitch,
+                            );
                         }
                     }
                 }
@@ -361,10 +393,10 @@ impl Pass<'_> {
     /// Writes the outputs of runs of tiles of a lane block.
     ///
     /// # Safety
-    /// `m` must hold the sums of all these tiles from tile `first` of the slab on, `pitch` floats apart; no other thread uses these
-    /// lanes of these voxels; V's vector unit exists.
+    /// `m` must hold the sums of all these tiles from tile `first` of the slab on, `pitch` floats apart, or what [`column`] stores;
+    /// no other thread uses these lanes of these voxels; V's vector unit exists.
     #[inline(always)]
-    unsafe fn transform_outputs<F: Filtering, V: Lanes, const FINISHES: bool>(
+    unsafe fn transform_outputs<F: Filtering, V: Lanes, const FINISHES: bool, const COLUMNS: bool>(
         &self,
         slab: &Slab,
         lane: usize,
@@ -384,7 +416,7 @@ impl Pass<'_> {
                 let columns = width - F::OUTPUTS * i;
                 // SAFETY: the sums are in `m`; the lanes of these voxels are the caller's, as is V's unit.
                 unsafe {
-                    let y = transform::outputs::<F, V>(m.add((tile - first + i) * LANES), pitch);
+                    let y = transform::outputs::<F, V, COLUMNS>(m.add((tile - first + i) * LANES), pitch);
                     if height == F::OUTPUTS && columns >= F::OUTPUTS && block.len == LANES {
                         for a in 0..F::OUTPUTS {
                             for b in 0..F::OUTPUTS {
@@ -410,6 +442,37 @@ impl Pass<'_> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Stores the outputs along h of [`COLUMN`] sums of P tiles, number h of tile p at `m + h * SUMS * pitch + 16 p`.
+///
+/// # Safety
+/// As [`broadcast_sums`]; `m` must have room for them.
+#[inline(always)]
+unsafe fn column<F: Filtering, V: Lanes, const P: usize>(
+    x: (*const f32, usize),
+    w: (*const f32, usize),
+    rows: &[(usize, usize)],
+    (m, pitch): (*mut f32, usize),
+) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        let acc = if V::OPERANDS == 8 {
+            broadcast_sums::<V, P, COLUMN, 8>(x, w, rows)
+        } else {
+            broadcast_sums::<V, P, COLUMN, 16>(x, w, rows)
+        };
+        for p in 0..P {
+            let mut sums = [V::zero(); MOST];
+            for s in 0..COLUMN {
+                sums[s] = acc[s][p];
+            }
+            let outputs = F::outputs(sums);
+            for h in 0..F::OUTPUTS {
+                outputs[h].store(m.add(h * F::SUMS * pitch + p * LANES));
             }
         }
     }

@@ -115,20 +115,24 @@ pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     }
 }
 
-/// The outputs, `[h][w]`, of one tile's sums, which lie every `pitch` floats from `m` on.
+/// The outputs, `[h][w]`, of one tile's sums, which lie every `pitch` floats from `m` on; of COLUMNS, of those of their columns:
+/// what [`Filtering::outputs`] made of them along h.
 ///
 /// # Safety
 /// The sums must be readable, and V's vector unit must exist.
 #[inline(always)]
-pub unsafe fn outputs<F: Filtering, V: Lanes>(m: *const f32, pitch: usize) -> [[V; MOST]; MOST] {
+pub unsafe fn outputs<F: Filtering, V: Lanes, const COLUMNS: bool>(
+    m: *const f32,
+    pitch: usize,
+) -> [[V; MOST]; MOST] {
     let mut columns = [[V::zero(); MOST]; MOST];
     for j in 0..F::SUMS {
-        let mut sums = [V::zero(); MOST];
-        for i in 0..F::SUMS {
+        let mut values = [V::zero(); MOST];
+        for i in 0..if COLUMNS { F::OUTPUTS } else { F::SUMS } {
             // SAFETY: readable by the caller's promise.
-            sums[i] = unsafe { V::load(m.add((F::SUMS * i + j) * pitch)) };
+            values[i] = unsafe { V::load(m.add((F::SUMS * i + j) * pitch)) };
         }
-        let outputs = F::outputs(sums);
+        let outputs = if COLUMNS { values } else { F::outputs(values) };
         for h in 0..F::OUTPUTS {
             columns[h][j] = outputs[h];
         }
@@ -243,7 +247,7 @@ mod tests {
             })
             .collect();
         // SAFETY: all sums; plain Rust needs no feature.
-        let y = unsafe { outputs::<F, Plain>(m.as_ptr(), LANES) };
+        let y = unsafe { outputs::<F, Plain, false>(m.as_ptr(), LANES) };
         for (h, w) in (0..F::OUTPUTS).flat_map(|h| (0..F::OUTPUTS).map(move |w| (h, w))) {
             let mut got = [0.0; LANES];
             // SAFETY: 16 floats.
