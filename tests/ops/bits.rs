@@ -1,6 +1,6 @@
 //! Results whose bits depend neither on the number of threads nor on the vector unit.
 
-use crate::layer::{CASES, Case, Layer, bits};
+use crate::layer::{CASES, Case, Layer, bits, conv, transposed};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use crate::{AMX_CASES, amx_emulator};
 use crate::{UNIT, uniform};
@@ -69,6 +69,27 @@ fn bits_of_layers_do_not_depend_on_the_vector_unit() {
                 use_simd(Simd::Avx512);
                 assert!(got == want, "case {i}, {operands:?}: {unit:?} changes the result");
             }
+        }
+    }
+}
+
+/// Layers of a training step that the network below has not: backward passes of stride 2 that are filtered.
+const LARGE: [Case; 2] =
+    [conv([10, 12, 16], &[18], &[16, 20], 3, 2), transposed([5, 8, 8], &[17, 16], &[18])];
+
+#[test]
+fn bits_of_filtered_layers_do_not_depend_on_threads() {
+    let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
+    use_simd(Simd::Avx512);
+    for (i, case) in LARGE.iter().enumerate() {
+        let [_, dx, dw] = case.filtering_in_a_step();
+        assert!(dx.is_some() && dw.is_some(), "case {i} is filtered");
+        for operands in [Operands::Single, Operands::Bf16] {
+            let bits = [1, 2, 4].map(|threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+                pool.install(|| layer_bits(case, operands))
+            });
+            assert!(bits[1..].iter().all(|b| *b == bits[0]), "case {i}, {operands:?}");
         }
     }
 }

@@ -260,8 +260,8 @@ pub unsafe fn lanes_of_products<V: Lanes, const I: usize, const J: usize, const 
     acc
 }
 
-/// `acc[r P + p][q]` = sum over tile rows and their voxels of `x[groups[r] + p] * dy[q]`: R groups, at most three, of P neighbouring (tap,
-/// channel) pairs by Q lane blocks; `RP` is R P.
+/// `acc[r P + p][q]` = sum over tile rows and their voxels of `x[groups[r] + p] * dy[q]`: R groups, at most three, of P
+/// neighbouring (tap, channel) pairs by Q lane blocks; `RP` is R P.
 ///
 /// `rows` are pairs of offsets: of the voxel 0 in `x`, and of voxel 0 in `dy`.
 ///

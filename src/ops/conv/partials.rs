@@ -13,7 +13,8 @@ const CHANNELS: usize = 32;
 /// Floats that all partial sums of a layer together may have: 8 MB, so that they stay in L3.
 const PARTIAL_FLOATS: usize = 2 << 20;
 
-/// Tasks that a layer is split into, where its shape allows. More cost it: those that share out lanes each load all tiles.
+/// Tasks that a layer is split into, where its shape allows. More would cost time: tasks that share out lanes each load, or
+/// transform, all tiles. Chosen with one and two threads.
 const MIN_TASKS: usize = 24;
 
 /// Floats of a partial sum that a task adds up.
@@ -168,12 +169,12 @@ mod tests {
     use super::*;
     use crate::tensor::Values;
 
-    /// A case of tests/ops and the bottom of the bundle's network: their tasks add to what they have written.
+    /// Cases of tests/ops and the bottom of the bundle's network: their tasks add to what they have written.
     #[test]
     fn large_sums_are_each_of_all_tiles() {
-        for (channels, lanes, tiles) in [(160, 144, 2), (256, 256, 8)] {
+        for (taps, channels, lanes, tiles) in [(48, 160, 144, 2), (48, 256, 256, 8), (75, 120, 128, 2)] {
             let of = |channels| [Source { data: Values::Single(&[]), channels, pending: None }];
-            let partials = Partials::new(48, &of(channels), &of(lanes), 8, |_| tiles);
+            let partials = Partials::new(taps, &of(channels), &of(lanes), 8, |_| tiles);
             assert!((0..partials.tasks()).all(|number| partials.task(number).tiles == (0..tiles)));
         }
     }

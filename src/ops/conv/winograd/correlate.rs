@@ -36,7 +36,7 @@ const fn chunk<F: Filtering>(operands: Operands) -> usize {
     if chunk < most { chunk } else { most }
 }
 
-/// Sums of a column of [`Dense`], which a register tile of one lane block holds: what it stores are its two outputs along h.
+/// Sums of a column of a [`Filtering::FOUR`], which a register tile of one lane block holds: what it stores are its outputs along h.
 const COLUMN: usize = 4;
 
 /// Tiles between two output transforms there: sums and outputs stay in the first-level cache.
@@ -144,7 +144,7 @@ fn pack<'a, F: Filtering>(
 struct Room<'a> {
     /// The slab's transformed inputs.
     v: Buffer,
-    /// Sums of a chunk of register tiles.
+    /// Sums of a chunk of register tiles, or what [`column`] stores.
     m: Buffer,
     lines: &'a mut Lines,
     /// (first float, operands) of every product, source block and tap along d, in the order of packed weights.
@@ -270,9 +270,7 @@ impl Pass<'_> {
                 match lanes.end - lane {
                     4.. if N >= 24 => self.lane_blocks::<F, V, 6, 4, false>(&job, lane, m),
                     2.. if N >= 24 => self.lane_blocks::<F, V, 12, 2, false>(&job, lane, m),
-                    _ if N >= 24 && F::MAP == Dense::MAP => {
-                        self.lane_blocks::<F, V, 6, 1, true>(&job, lane, m)
-                    }
+                    _ if N >= 24 && F::FOUR => self.lane_blocks::<F, V, 6, 1, true>(&job, lane, m),
                     _ if N >= 24 => self.lane_blocks::<F, V, 24, 1, false>(&job, lane, m),
                     _ if N >= 6 => self.lane_blocks::<F, V, 6, 1, false>(&job, lane, m),
                     _ => self.lane_blocks::<F, V, 2, 1, false>(&job, lane, m),
@@ -285,7 +283,7 @@ impl Pass<'_> {
     /// block's; returns Q.
     ///
     /// # Safety
-    /// V's vector unit must exist; F has COLUMNS where its every sum is one product, of the element of the same number.
+    /// V's vector unit must exist; only a [`Filtering::FOUR`] has COLUMNS.
     #[inline(always)]
     unsafe fn lane_blocks<F: Filtering, V: Lanes, const P: usize, const Q: usize, const COLUMNS: bool>(
         &self,

@@ -49,6 +49,8 @@ pub trait Filtering: Elements {
     const PRODUCTS: &'static [(usize, usize)];
     /// Sums of products.
     const SUMS: usize;
+    /// Whether there are four sums, each of one product, number i of element i.
+    const FOUR: bool = false;
     /// Outputs of a tile.
     const OUTPUTS: usize;
     /// The largest share, as a quotient, of a direct sum's products that may be left: tiles reach beyond volumes of odd size.
@@ -64,7 +66,7 @@ pub trait Differentiable: Filtering {
     /// From the gradients of outputs to those of sums, by the transpose of [`Filtering::outputs`].
     type Gradients: Elements;
     /// From the gradients of what [`Filtering::filters`] makes to those of the taps, by its transpose.
-    fn taps(filters: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3];
+    fn tap_gradients(of_filters: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3];
 }
 
 /// Stride 1.
@@ -83,7 +85,7 @@ pub struct DenseGradients;
 pub struct StridedGradients;
 
 /// Gradients of outputs are read where they are.
-const OUTPUTS: Map = Map::Gather { kernel: 1, stride: 1 };
+const ON_ANCHORS: Map = Map::Gather { kernel: 1, stride: 1 };
 
 #[inline(always)]
 fn sum([a, b]: [[f32; LANES]; 2]) -> [f32; LANES] {
@@ -103,6 +105,7 @@ impl Elements for Dense {
 impl Filtering for Dense {
     const PRODUCTS: &'static [(usize, usize)] = &[(0, 0), (1, 1), (2, 2), (3, 3)];
     const SUMS: usize = 4;
+    const FOUR: bool = true;
     const OUTPUTS: usize = 2;
     const LEFT: [usize; 2] = [2, 3];
     #[inline(always)]
@@ -119,7 +122,7 @@ impl Filtering for Dense {
 impl Differentiable for Dense {
     type Gradients = DenseGradients;
     #[inline(always)]
-    fn taps([u0, u1, u2, u3, _]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
+    fn tap_gradients([u0, u1, u2, u3, _]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
         [
             std::array::from_fn(|l| u0[l] + 0.5 * (u1[l] + u2[l])),
             std::array::from_fn(|l| 0.5 * (u1[l] - u2[l])),
@@ -129,7 +132,7 @@ impl Differentiable for Dense {
 }
 
 impl Elements for DenseGradients {
-    const MAP: Map = OUTPUTS;
+    const MAP: Map = ON_ANCHORS;
     const READS: usize = 2;
     const ELEMENTS: usize = 4;
     #[inline(always)]
@@ -166,13 +169,13 @@ impl Filtering for Strided {
 impl Differentiable for Strided {
     type Gradients = StridedGradients;
     #[inline(always)]
-    fn taps([u0, u1, u2, u3, u4]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
+    fn tap_gradients([u0, u1, u2, u3, u4]: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3] {
         [sum([u1, u2]), sum([u0, u3]), sum([u2, u4])]
     }
 }
 
 impl Elements for StridedGradients {
-    const MAP: Map = OUTPUTS;
+    const MAP: Map = ON_ANCHORS;
     const READS: usize = 2;
     const ELEMENTS: usize = 3;
     #[inline(always)]

@@ -42,8 +42,9 @@ const MIN_CHANNELS: usize = 8;
 /// The same where pairs are multiplied, which halves what is saved: with 8 channels both take as long.
 const MIN_CHANNELS_OF_PAIRS: usize = 16;
 
-/// Anchors of all samples from which a backward pass with a stride of 2, or scattered, saves more than its filters' transform
-/// costs: 8.25 multiply-adds an anchor and channel pair. 64 anchors do not, 216 do in f32, 512 in bfloat16, too.
+/// Anchors of all samples from which a backward pass with a stride of 2, or scattered, saves more (8.25 multiply-adds an anchor and
+/// channel pair) than the transform of its filters, or of their gradients, costs. For gradients of inputs 64 anchors do not, 216
+/// do in f32, 512 in bfloat16, too; for those of weights 432 do in f32, and are as fast either way in bfloat16.
 const MIN_ANCHORS: usize = 256;
 
 /// Accumulators of the largest register tile.

@@ -179,12 +179,12 @@ vectorised! {
                 for i in 0..n {
                     column[i] = m[(n * i + j) * pitch + plane * rows + row];
                 }
-                for (line, tap) in lines.iter_mut().zip(F::taps(column)) {
+                for (line, tap) in lines.iter_mut().zip(F::tap_gradients(column)) {
                     line[j] = tap;
                 }
             }
             for (kh, line) in lines.into_iter().enumerate() {
-                for (kw, tap) in F::taps(line).into_iter().enumerate() {
+                for (kw, tap) in F::tap_gradients(line).into_iter().enumerate() {
                     out[((plane * 3 + kh) * 3 + kw) * rows + row] = tap;
                 }
             }
@@ -276,17 +276,19 @@ mod tests {
         fn check<F: Filtering>() {
             assert_eq!((F::READS, F::OUTPUTS), (F::MAP.extent(2), 2 * F::MAP.outputs()));
             assert!(F::PRODUCTS.is_sorted_by_key(|p| p.1) && F::PRODUCTS.iter().all(|p| p.0 < F::ELEMENTS));
+            let four = [0, 1, 2, 3].map(|i| (i, i));
+            assert_eq!(F::FOUR, F::PRODUCTS == four && F::SUMS == four.len());
         }
         check::<Dense>();
         check::<Strided>();
         check::<Scattered>();
-        fn check_gradients<F: Differentiable>() {
+        fn check_shapes<F: Differentiable>() {
             let one_tap = Map::Gather { kernel: 1, stride: 1 };
             assert_eq!((F::Gradients::MAP, F::Gradients::READS), (one_tap, one_tap.extent(2)));
             assert_eq!(F::Gradients::ELEMENTS, F::SUMS);
         }
-        check_gradients::<Dense>();
-        check_gradients::<Strided>();
+        check_shapes::<Dense>();
+        check_shapes::<Strided>();
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use super::super::micro::{outer_product, store_rows};
 use super::super::partials::{Partials, Task};
-use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Origin, Tile};
+use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, Tile};
 use super::super::tile::Element;
 use super::super::{Problem, Source};
 use super::filtering::{Dense, Differentiable, Elements, Filtering, Strided};
@@ -42,7 +42,8 @@ pub fn tiles(problem: &Problem) -> [usize; 3] {
 pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
     match problem.map {
         Dense::MAP => sum_products::<Dense>(problem, sources, lane_sources),
-        _ => sum_products::<Strided>(problem, sources, lane_sources),
+        Strided::MAP => sum_products::<Strided>(problem, sources, lane_sources),
+        Map::Gather { .. } | Map::Scatter => unreachable!("`multiplies` takes no others"),
     }
 }
 
