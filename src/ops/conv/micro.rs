@@ -1,7 +1,8 @@
 //! The register tiles. P x Q accumulators of 16 lanes stay in registers over the whole reduction.
 //!
 //! AVX-512: up to 24 accumulators, Q weights and a broadcast of 32 registers; a reduction step is P broadcasts and Q
-//! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. AVX2 holds 6 of these 16-lane
+//! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. (Of S sums of a single lane block it is P S
+//! broadcasts and S loads for P S.) AVX2 holds 6 of these 16-lane
 //! accumulators in 12 of its 16 registers.
 //!
 //! A broadcast is a multiply-add's last operand: of products of bfloat16 that one alone may be a broadcast from memory, which
@@ -323,6 +324,43 @@ pub unsafe fn store_rows<V: Lanes, const P: usize, const RP: usize, const Q: usi
                 let to = sum.add(row * width + lane + q * LANES);
                 let sum = if adds { V::load(to).add(acc[p][q]) } else { acc[p][q] };
                 sum.store(to);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::lanes::Plain;
+
+    /// On any CPU: where there are registers for several sums, tests of whole layers compare units.
+    #[test]
+    fn several_sums_have_the_bits_of_each_by_itself() {
+        const P: usize = 6;
+        const S: usize = 4;
+        const STEP: usize = 16;
+        let values = |len: usize| (0..len).map(|i| (i * 37 % 101) as f32 / 7.0 - 6.0).collect::<Vec<_>>();
+        let rows = [(0, 8), (STEP * P, 16), (2 * STEP * P, 3)];
+        let (x_pitch, w_pitch) = (4 * STEP * P, 27 * LANES);
+        let (x, w) = (values(S * x_pitch), values(S * w_pitch));
+        // SAFETY: all rows of P voxels, and all channels' weights, of every sum; plain Rust needs no feature.
+        let sums = unsafe {
+            broadcast_sums::<Plain, P, S, STEP>((x.as_ptr(), x_pitch), (w.as_ptr(), w_pitch), &rows)
+        };
+        for (s, sum) in sums.iter().enumerate() {
+            let reduction = Reduction { rows: &rows, taps: 1, tap_pitch: STEP, channel_pitch: 0, step: STEP };
+            let (x, w) = (x[s * x_pitch..].as_ptr(), w[s * w_pitch..].as_ptr());
+            // SAFETY: as above.
+            let alone = unsafe { broadcast_voxels::<Plain, P, 1, STEP>(x, w, 0, &reduction) };
+            for (got, [want]) in sum.iter().zip(&alone) {
+                let [mut a, mut b] = [[0.0f32; LANES]; 2];
+                // SAFETY: sixteen floats each.
+                unsafe {
+                    got.store(a.as_mut_ptr());
+                    want.store(b.as_mut_ptr());
+                }
+                assert_eq!(a.map(f32::to_bits), b.map(f32::to_bits), "sum {s}");
             }
         }
     }

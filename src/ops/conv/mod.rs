@@ -20,10 +20,10 @@
 //!
 //! Passes of kernel 3 with 8 channels or more on both sides (of bfloat16: 16) multiply transforms of the input instead, which
 //! takes fewer products (`winograd`), but for volumes too small or of odd sizes that leave too many, and for strided and
-//! transposed convolutions in the forward pass of a step in bfloat16. That of a step in f32 never does. Its values would be as good, but the
-//! slope of a PReLU jumps at 0: in a golden of two patches of 48^3 rounding gave one value of three million another sign than
-//! float64, which moved gradients by 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the same sign
-//! there, and trajectories of training are held against PyTorch's.
+//! transposed convolutions in the forward pass of a step in bfloat16. That of a step in f32 never does. Its values would be as
+//! good, but the slope of a PReLU jumps at 0: in a golden of two patches of 48^3 rounding gave one value of three million another
+//! sign than float64, which moved gradients by 3e-4 to 7e-4 of their largest. The direct sum happens to give all of them the same
+//! sign there, and trajectories of training are held against PyTorch's.
 //!
 //! In inference a convolution whose norm is known beforehand finishes its outputs as it writes them (`epilogue`): norm and
 //! PReLU, a residual sum, and with bfloat16 operands rounding to bfloat16, as which they are stored. The next convolution

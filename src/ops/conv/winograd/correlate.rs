@@ -36,7 +36,8 @@ const fn chunk<F: Filtering>(operands: Operands) -> usize {
     if chunk < most { chunk } else { most }
 }
 
-/// Sums of a column of a [`Filtering::FOUR`], which a register tile of one lane block holds: what it stores are its outputs along h.
+/// Sums of a column of a [`Filtering::FOUR`], which a register tile of one lane block holds: what it stores are its outputs
+/// along h.
 const COLUMN: usize = 4;
 
 /// Tiles between two output transforms there: sums and outputs stay in the first-level cache.

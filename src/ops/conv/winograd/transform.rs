@@ -248,8 +248,26 @@ mod tests {
             .collect();
         // SAFETY: all sums; plain Rust needs no feature.
         let y = unsafe { outputs::<F, Plain, false>(m.as_ptr(), LANES) };
+        // Columns first, as a register tile of several sums stores them.
+        let mut columns = vec![0.0; F::OUTPUTS * F::SUMS * LANES];
+        for j in 0..F::SUMS {
+            let mut sums = [Plain::zero(); MOST];
+            for i in 0..F::SUMS {
+                // SAFETY: sum number SUMS i + j.
+                sums[i] = unsafe { Plain::load(m[(F::SUMS * i + j) * LANES..].as_ptr()) };
+            }
+            let outputs = F::outputs(sums);
+            for h in 0..F::OUTPUTS {
+                // SAFETY: there is room for it.
+                unsafe { outputs[h].store(columns[(F::SUMS * h + j) * LANES..].as_mut_ptr()) };
+            }
+        }
+        // SAFETY: the outputs along h of all columns; plain Rust needs no feature.
+        let of_columns = unsafe { outputs::<F, Plain, true>(columns.as_ptr(), LANES) };
         for (h, w) in (0..F::OUTPUTS).flat_map(|h| (0..F::OUTPUTS).map(move |w| (h, w))) {
-            let mut got = [0.0; LANES];
+            let (mut got, mut of_column) = ([0.0; LANES], [0.0; LANES]);
+            // SAFETY: 16 floats.
+            unsafe { of_columns[h][w].store(of_column.as_mut_ptr()) };
             // SAFETY: 16 floats.
             unsafe { y[h][w].store(got.as_mut_ptr()) };
             let mut want = [0.0; LANES];
@@ -258,6 +276,7 @@ mod tests {
                 let (x, g) = (lanes(&x, F::READS * ih + iw), lanes(&g, 3 * kh + kw));
                 (0..LANES).for_each(|l| want[l] += f64::from(x[l]) * f64::from(g[l]));
             }
+            assert_eq!(got, of_column, "{:?} {h} {w}", F::MAP);
             for (got, want) in got.iter().zip(want) {
                 assert!((f64::from(*got) - want).abs() < TOLERANCE, "{:?} {h} {w}", F::MAP);
             }

@@ -8,7 +8,7 @@ use super::super::partials::{Partials, Task};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, Map, Origin, Tile};
 use super::super::tile::Element;
 use super::super::{Problem, Source};
-use super::filtering::{Dense, Differentiable, Elements, Filtering, Strided};
+use super::filtering::{Dense, Differentiable, Elements, Strided};
 use super::slab::{Destination, Lines, Slab};
 use super::transform::filter_gradients;
 use super::{ACCUMULATORS, SLAB_FLOATS, choose};
@@ -20,11 +20,6 @@ use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
-
-/// Products of a tile.
-const fn products<F: Filtering>() -> usize {
-    F::PRODUCTS.len() * F::PRODUCTS.len()
-}
 
 /// Channels of a sum are a multiple of this, so that no register tile has fewer.
 const CHANNELS: usize = 8;
@@ -55,7 +50,7 @@ fn sum_products<F: Differentiable>(
 ) -> Vec<Buffer> {
     let tiles = tiles(&problem);
     // A product has three planes.
-    let taps = 3 * products::<F>();
+    let taps = 3 * F::PRODUCTS.len().pow(2);
     let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
     let partials = Partials::new(taps, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
@@ -203,8 +198,8 @@ impl Pass<'_> {
         }
         let channels = block.len.next_multiple_of(CHANNELS);
         let planes = [0, 1, 2].map(|tap| slab.plane(F::MAP, tap) * slab.plane_tiles() * V::OPERANDS);
-        for product in 0..products::<F>() {
-            let n = F::PRODUCTS.len();
+        let n = F::PRODUCTS.len();
+        for product in 0..n * n {
             let [(of_h, sum_h), (of_w, sum_w)] = [product / n, product % n].map(|p| F::PRODUCTS[p]);
             let job = Job {
                 v: &v[(F::ELEMENTS * of_h + of_w) * v_pitch..],
