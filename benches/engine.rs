@@ -6,6 +6,7 @@
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use spleen_hpc::config::{Config, Recipe};
 use spleen_hpc::device::bf16::Operands;
+use spleen_hpc::device::list::List;
 use spleen_hpc::nn::UNet;
 use spleen_hpc::ops::conv_transpose3d::conv_transpose3d;
 use spleen_hpc::ops::conv3d::{Filter, conv3d};
@@ -34,7 +35,7 @@ fn layers(c: &mut Criterion) {
     for &(name, side, input, output, k, stride, transposed) in LAYERS {
         let shape = Shape::new(4, [side; 3], input);
         let raw = Tensor::from_slice(shape, &uniform(shape.len()));
-        let pending = Pending { scale: vec![1.1; input], shift: vec![-0.3; input], slope: 0.25 };
+        let pending = Pending { scale: List::of(1.1, input), shift: List::of(-0.3, input), slope: 0.25 };
         let x = Activation::lazy(raw, pending);
         let shape = if transposed { vec![input, output, k, k, k] } else { vec![output, input, k, k, k] };
         let value = uniform(shape.iter().product());

@@ -1,10 +1,10 @@
-//! What a training step takes from the allocator: lists of what is to be done, as many whatever the size of the patches.
-//! Activations, gradients, packed weights and scratch are those of the step before.
+//! A training step takes nothing from the allocator: activations, gradients, packed weights, scratch, lists of what is to be done
+//! and the tape's closures lie where those of the step before lay.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx_emulator;
 
-use spleen_hpc::config::{Config, Net, Recipe};
+use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
 use spleen_hpc::train::trainer::Trainer;
@@ -51,14 +51,13 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Steps after the first two, which take what later ones use again. Threads that never met before in a pass may need more
-/// scratch: the fewest of some steps are counted.
+/// Steps that are counted after the first two, which take what later ones use again. Threads that never met before in a pass may
+/// need more scratch than any step before: the fewest of some steps are looked at.
 const STEPS: usize = 6;
 
-/// Calls and bytes of a step of the bundle's network on `n` patches of `side`^3.
-fn of_a_step(operands: Operands, n: usize, side: usize) -> (usize, usize) {
-    let config = Config::for_recipe(Recipe::V036);
-    let net = Net { channels: vec![16, 32, 64], ..config.net };
+/// Calls and bytes of a step of a network on `n` patches of `side`^3.
+fn of_a_step(config: &Config, operands: Operands, n: usize, side: usize) -> (usize, usize) {
+    let net = Net { channels: vec![16, 32, 64], ..config.net.clone() };
     let mut trainer = Trainer::new(&net, config.loss, config.optim, 1).expect("a valid network");
     trainer.net.set_operands(operands);
     let voxels = n * side.pow(3);
@@ -70,31 +69,37 @@ fn of_a_step(operands: Operands, n: usize, side: usize) -> (usize, usize) {
         (CALLS.load(Ordering::Relaxed) - before.0, BYTES.load(Ordering::Relaxed) - before.1)
     };
     let _ = [step(&mut trainer), step(&mut trainer)];
-    let counts: Vec<_> = (0..STEPS).map(|_| step(&mut trainer)).collect();
-    let fewest = counts.iter().map(|c| c.0).min();
-    (fewest.expect("some steps"), counts.iter().map(|c| c.1).min().expect("some steps"))
+    (0..STEPS).map(|_| step(&mut trainer)).min().expect("some steps")
 }
 
 #[test]
-fn a_step_allocates_lists_and_no_values() {
+fn a_step_allocates_nothing() {
     use_simd(Simd::Avx512);
-    check("f32", Operands::Single, [(1, 32), (2, 64)]);
-    check("bf16", Operands::Bf16, [(1, 32), (2, 64)]);
+    check(
+        "vectors",
+        &[1, 2, 4],
+        &[(Operands::Single, 1, 32), (Operands::Single, 2, 48), (Operands::Bf16, 2, 48)],
+    );
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     {
         amx_emulator::turn_on();
         // Products in software: fewer of them.
-        check("bf16 on AMX", Operands::Bf16, [(1, 16), (2, 32)]);
+        check("AMX", &[2], &[(Operands::Bf16, 1, 32)]);
     }
 }
 
-/// Steps on one small patch and on larger ones, (number, side).
-fn check(what: &str, operands: Operands, [small, large]: [(usize, usize); 2]) {
-    let (few, _) = of_a_step(operands, small.0, small.1);
-    let (many, bytes) = of_a_step(operands, large.0, large.1);
-    println!("{what}: {few} allocations on {small:?}, {many} on {large:?}, of {bytes} bytes");
-    // Many times the voxels. Nothing that grows with them is allocated; other slabs and splits of sums may be chosen.
-    assert!(many <= few + few / 20, "{what}: {few} allocations on {small:?}, {many} on {large:?}");
-    // The network's weights alone are 4 MB, the activations of two patches of 64^3 100 MB.
-    assert!(bytes < 1 << 19, "{what}: {bytes} bytes");
+/// Steps of both optimizers and norms on patches, (operands, number, side).
+fn check(what: &str, threads: &[usize], patches: &[(Operands, usize, usize)]) {
+    for &threads in threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+        for (recipe, norm) in [(Recipe::V036, Norm::Batch), (Recipe::V059, Norm::Instance)] {
+            let mut config = Config::for_recipe(recipe);
+            config.net.norm = norm;
+            for &(operands, n, side) in patches {
+                let (calls, bytes) = pool.install(|| of_a_step(&config, operands, n, side));
+                let case = format!("{what}, {recipe:?}, {operands:?}, {n} x {side}^3, {threads} threads");
+                assert_eq!(calls, 0, "{case}: {bytes} bytes");
+            }
+        }
+    }
 }

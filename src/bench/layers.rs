@@ -8,6 +8,7 @@ use std::fmt;
 use super::{Cost, Work, inputs::uniform};
 use crate::config::Net;
 use crate::device::bf16::Operands;
+use crate::device::list::List;
 use crate::nn::state_dict::names;
 use crate::ops::conv_transpose3d::{self, conv_transpose3d};
 use crate::ops::conv3d::{self, Filter, conv3d};
@@ -178,7 +179,7 @@ impl Layer {
             .iter()
             .map(|&c| match random(self.input_space(patch), c) {
                 raw if self.pending => {
-                    let pending = Pending { scale: vec![1.1; c], shift: vec![-0.3; c], slope: 0.25 };
+                    let pending = Pending { scale: List::of(1.1, c), shift: List::of(-0.3, c), slope: 0.25 };
                     Activation::lazy(raw, pending)
                 }
                 raw => raw.into(),

@@ -142,10 +142,10 @@ impl Buffer {
     }
 }
 
-/// Of no floats.
+/// Of no floats, and not from the pool.
 impl Default for Buffer {
     fn default() -> Self {
-        Self::dirty(0)
+        Buffer { memory: Memory::Lines(Vec::new()), len: 0, kept: false }
     }
 }
 
@@ -173,6 +173,9 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let memory = std::mem::replace(&mut self.memory, Memory::Lines(Vec::new()));
+        if self.len == 0 {
+            return;
+        }
         if self.kept {
             pool().keep(self.len, memory);
             return;
@@ -190,9 +193,11 @@ pub fn release(len: usize) {
     drop(evicted);
 }
 
-/// Gives every free buffer, and tasks' scratch, back to the system, for example between training and whole-volume inference.
+/// Gives every free buffer, list and tasks' scratch back to the system, for example between training and whole-volume inference.
 pub fn trim() {
     super::scratch::trim();
+    super::shared::trim();
+    super::list::trim();
     let free = std::mem::replace(&mut *pool(), Pool { of_length: None, spare: Vec::new() });
     // Unmapped without the lock.
     drop(free);

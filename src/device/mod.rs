@@ -4,13 +4,16 @@
 pub mod amx;
 pub mod arena;
 pub mod bf16;
+mod by_type;
 pub mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod disjoint;
 pub mod lanes;
+pub mod list;
 pub mod nvtx;
 pub mod scratch;
+pub mod shared;
 
 use std::sync::Arc;
 

@@ -1,14 +1,10 @@
 //! Scratch that tasks leave to tasks to come: none allocates what another has.
 
-use std::any::{Any, TypeId};
-use std::collections::HashMap;
+use super::by_type::ByType;
+use std::any::Any;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard};
 
-/// Those that nobody uses, by type.
-type Free = Option<HashMap<TypeId, Vec<Box<dyn Any + Send>>>>;
-
-static FREE: Mutex<Free> = Mutex::new(None);
+static FREE: ByType<Box<dyn Any + Send>> = ByType::new();
 
 /// A `T` as the last task left it, or a default one.
 pub struct Scratch<T: Default + Send + 'static>(Option<Box<T>>);
@@ -16,8 +12,8 @@ pub struct Scratch<T: Default + Send + 'static>(Option<Box<T>>);
 impl<T: Default + Send + 'static> Scratch<T> {
     /// Has it until it is dropped.
     pub fn take() -> Self {
-        let left = free().get_or_insert_default().get_mut(&TypeId::of::<T>()).and_then(Vec::pop);
-        Scratch(left.and_then(|left| left.downcast().ok()).or_else(|| Some(Box::default())))
+        let left = FREE.take::<T>().and_then(|left| left.downcast().ok());
+        Scratch(left.or_else(|| Some(Box::default())))
     }
 }
 
@@ -37,21 +33,14 @@ impl<T: Default + Send + 'static> DerefMut for Scratch<T> {
 impl<T: Default + Send + 'static> Drop for Scratch<T> {
     fn drop(&mut self) {
         if let Some(left) = self.0.take() {
-            free().get_or_insert_default().entry(TypeId::of::<T>()).or_default().push(left);
+            FREE.leave::<T>(left);
         }
     }
 }
 
 /// Gives what nobody uses back to the system.
 pub(super) fn trim() {
-    // Dropped without the lock.
-    let left = free().take();
-    drop(left);
-}
-
-fn free() -> MutexGuard<'static, Free> {
-    // A panicking holder leaves only whole operations behind, so a poisoned pool is still a good one.
-    FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    FREE.trim();
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! A value whose norm and PReLU may still be pending.
 
 use super::{DevicePending, Shape, Tensor, ValueId, Values, View};
+use crate::device::list::List;
+use crate::device::shared::Shared;
 use crate::error::Result;
 use std::sync::Arc;
 
@@ -8,9 +10,9 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Pending {
     /// One factor per channel, or per (sample, channel).
-    pub scale: Vec<f32>,
+    pub scale: List<f32>,
     /// One summand per channel, or per (sample, channel).
-    pub shift: Vec<f32>,
+    pub shift: List<f32>,
     /// PReLU's slope for values <= 0 after the affine map; 1 means no PReLU.
     pub slope: f32,
 }
@@ -27,7 +29,7 @@ impl Pending {
 #[derive(Clone, Debug)]
 enum Map {
     None,
-    Host(Arc<Pending>),
+    Host(Shared<Pending>),
     Device(Arc<DevicePending>),
 }
 
@@ -49,7 +51,7 @@ impl Activation {
     /// When `raw` is bfloat16, or on a device.
     pub fn lazy(raw: Tensor, pending: Pending) -> Self {
         assert!(matches!(raw.values(), Values::Single(_)), "a map is pending on f32 values alone");
-        Activation { map: Map::Host(Arc::new(pending)), id: ValueId::fresh(), ..raw.into() }
+        Activation { map: Map::Host(Shared::new(pending)), id: ValueId::fresh(), ..raw.into() }
     }
 
     /// `raw`, on a device, seen through `pending`.
@@ -102,8 +104,8 @@ impl Activation {
         let map = match &self.map {
             Map::Device(p) => {
                 let slope = p.slope.as_ref().map_or(Ok(1.0), |s| s.download().map(|s| s[0]))?;
-                let (scale, shift) = (p.scale.download()?, p.shift.download()?);
-                Map::Host(Arc::new(Pending { scale, shift, slope }))
+                let (scale, shift) = (p.scale.download()?.into(), p.shift.download()?.into());
+                Map::Host(Shared::new(Pending { scale, shift, slope }))
             }
             map => map.clone(),
         };

@@ -14,7 +14,7 @@ pub struct Param {
     /// Position in `named_parameters()` order.
     pub id: ParamId,
     /// PyTorch's shape: (O, I, k, k, k), (I, O, k, k, k), (C) or (1).
-    pub shape: Vec<usize>,
+    pub shape: Arc<[usize]>,
     /// The values, C order.
     pub value: Arc<Vec<f32>>,
     device: Option<Arc<DeviceParam>>,
@@ -22,8 +22,8 @@ pub struct Param {
 
 impl Param {
     /// A parameter in host memory.
-    pub fn new(id: ParamId, shape: Vec<usize>, value: Vec<f32>) -> Self {
-        Param { id, shape, value: Arc::new(value), device: None }
+    pub fn new(id: ParamId, shape: impl Into<Arc<[usize]>>, value: Vec<f32>) -> Self {
+        Param { id, shape: shape.into(), value: Arc::new(value), device: None }
     }
 
     /// The values for writing; copies them if a tape still shares them.

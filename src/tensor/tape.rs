@@ -8,21 +8,36 @@
 use super::{Tensor, ValueId};
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
+use crate::device::list::{List, Reused};
 use crate::device::nvtx::range;
 use crate::error::Result;
-use std::collections::HashMap;
+use allocator_api2::boxed::Box;
+use allocator_api2::unsize_box;
 use std::sync::{Arc, OnceLock};
 
 /// A parameter: its index in the network's `named_parameters()` order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParamId(pub usize);
 
-type Backward = Box<dyn FnOnce(&mut Grads) -> Result<()> + Send>;
+/// A closure until it has run. (A box of memory that is not the system's cannot be called itself.)
+trait Backward: Send {
+    /// Calls it; once.
+    fn run(&mut self, grads: &mut Grads) -> Result<()>;
+}
+
+impl<F: FnOnce(&mut Grads) -> Result<()> + Send> Backward for Option<F> {
+    fn run(&mut self, grads: &mut Grads) -> Result<()> {
+        self.take().expect("it runs once")(grads)
+    }
+}
+
+/// The backward pass of an op, and the layer it belongs to.
+type Step = (Arc<str>, Box<dyn Backward, Reused>);
 
 /// What happened, in order; or nothing, when only the result matters.
 #[derive(Default)]
 pub struct Tape {
-    backward: Option<Vec<(Arc<str>, Backward)>>,
+    backward: Option<List<Step>>,
     layer: Arc<str>,
     /// What convolutions on the CPU multiply, forwards and backwards, and what the gradients that norms give them are stored as.
     pub operands: Operands,
@@ -31,7 +46,7 @@ pub struct Tape {
 impl Tape {
     /// A tape that records.
     pub fn recording() -> Self {
-        Tape { backward: Some(Vec::new()), ..Tape::default() }
+        Tape { backward: Some(List::default()), ..Tape::default() }
     }
 
     /// A tape that drops every closure: inference is the same code and keeps nothing.
@@ -45,16 +60,14 @@ impl Tape {
     }
 
     /// Ops from now on belong to this layer: their backward passes run in a range of its name; "" is none.
-    pub fn set_layer(&mut self, name: &str) {
-        if self.is_recording() {
-            self.layer = name.into();
-        }
+    pub fn set_layer(&mut self, name: Arc<str>) {
+        self.layer = name;
     }
 
     /// Appends the backward pass of one op.
     pub fn record(&mut self, backward: impl FnOnce(&mut Grads) -> Result<()> + Send + 'static) {
         if let Some(list) = &mut self.backward {
-            list.push((self.layer.clone(), Box::new(backward)));
+            list.push((self.layer.clone(), unsize_box!(Box::new_in(Some(backward), Reused))));
         }
     }
 
@@ -63,9 +76,9 @@ impl Tape {
     /// # Errors
     /// The first error of a closure.
     pub fn backward(self, grads: &mut Grads) -> Result<()> {
-        for (layer, step) in self.backward.into_iter().flatten().rev() {
+        for (layer, mut closure) in self.backward.into_iter().flatten().rev() {
             let _layer = (!layer.is_empty()).then(|| range(&layer));
-            step(grads)?;
+            closure.run(grads)?;
         }
         Ok(())
     }
@@ -74,8 +87,9 @@ impl Tape {
 /// Gradients of a scalar with respect to values and parameters.
 #[derive(Default)]
 pub struct Grads {
-    values: HashMap<ValueId, Tensor>,
-    params: Vec<ParamGrad>,
+    /// Few at a time: of what ops have given and none has taken yet.
+    values: List<(ValueId, Tensor)>,
+    params: List<ParamGrad>,
 }
 
 /// Floats of a parameter, and its gradient once one arrived.
@@ -88,18 +102,19 @@ impl Grads {
     /// Zero gradients for parameters of the given sizes.
     pub fn new(param_lens: impl IntoIterator<Item = usize>) -> Self {
         let params = param_lens.into_iter().map(|len| ParamGrad { len, sum: OnceLock::new() }).collect();
-        Grads { values: HashMap::new(), params }
+        Grads { values: List::default(), params }
     }
 
     /// Takes the gradient of a value out, if one arrived.
     pub fn take(&mut self, id: ValueId) -> Option<Tensor> {
-        self.values.remove(&id)
+        let at = self.values.iter().position(|(of, _)| *of == id)?;
+        Some(self.values.swap_remove(at).1)
     }
 
     /// Sets the gradient of a value that has none: ops use `ops::residual::give`, which adds.
     pub fn set(&mut self, id: ValueId, grad: Tensor) {
-        let before = self.values.insert(id, grad);
-        assert!(before.is_none(), "a gradient is taken out before it is set");
+        assert!(self.values.iter().all(|(of, _)| *of != id), "a gradient is taken out before it is set");
+        self.values.push((id, grad));
     }
 
     /// Adds `grad` to the gradient of a parameter; lengths must agree.

@@ -5,6 +5,7 @@ use super::{Partials, Shape, View};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, widened};
 use crate::device::cuda::{Act, Cuda};
+use crate::device::shared::Shared;
 use crate::error::Result;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -81,9 +82,9 @@ pub enum ValuesMut<'a> {
 
 #[derive(Clone, Debug)]
 enum Storage {
-    Host(Arc<Buffer>),
+    Host(Shared<Buffer>),
     /// bfloat16, two in the room of a float.
-    HostBf16(Arc<Buffer>),
+    HostBf16(Shared<Buffer>),
     Device(Act),
 }
 
@@ -100,7 +101,7 @@ impl Tensor {
     /// Wraps a filled buffer. Its length must be `shape.len()`.
     pub fn new(shape: Shape, data: Buffer) -> Self {
         assert_eq!(shape.len(), data.len(), "a tensor of shape {shape}");
-        Tensor { id: ValueId::fresh(), shape, storage: Storage::Host(Arc::new(data)), partials: None }
+        Tensor { id: ValueId::fresh(), shape, storage: Storage::Host(Shared::new(data)), partials: None }
     }
 
     /// Copies NDHWC floats. Their number must be `shape.len()`.
@@ -111,7 +112,7 @@ impl Tensor {
     /// Wraps bfloat16 elements, two in the room of a float, the last float half empty if their number is odd.
     pub fn bf16(shape: Shape, data: Buffer) -> Self {
         assert_eq!(shape.len().div_ceil(2), data.len(), "a tensor of shape {shape}");
-        Tensor { id: ValueId::fresh(), shape, storage: Storage::HostBf16(Arc::new(data)), partials: None }
+        Tensor { id: ValueId::fresh(), shape, storage: Storage::HostBf16(Shared::new(data)), partials: None }
     }
 
     /// Room for the elements of a host tensor, of unspecified values: what [`Tensor::stored`] is to wrap.
@@ -240,10 +241,10 @@ impl Tensor {
         let (Storage::Host(data) | Storage::HostBf16(data)) = &mut self.storage else {
             unreachable!("it is in host memory, or its elements are not asked for")
         };
-        if Arc::get_mut(data).is_none() {
-            *data = Arc::new(Buffer::from_slice(data));
+        if data.get_mut().is_none() {
+            *data = Shared::new(Buffer::from_slice(data));
         }
-        let room = Arc::get_mut(data).expect("the copy just made has one owner");
+        let room = data.get_mut().expect("the copy just made has one owner");
         Tensor::values_mut(self.shape, stored, room)
     }
 }

@@ -9,6 +9,7 @@
 //! Generic over the float type: f32 in the product, f64 to compare with a reference.
 
 use crate::config::{Optim, Optimizer as Kind};
+use crate::device::list::List;
 use crate::tensor::Float;
 use rayon::prelude::*;
 
@@ -82,8 +83,11 @@ fn adam<T: Float>(c: &Optim, step: u64, w: &mut [T], g: &[T], state: &mut Moment
 
 fn novograd<T: Float>(c: &Optim, w: &mut [T], g: &[T], state: &mut Moments<T>) {
     // Summed in f64 over fixed chunks: the same for any number of threads.
-    let norm = g.par_chunks(CHUNK).map(|g| g.iter().map(|g| g.to_f64() * g.to_f64()).sum::<f64>());
-    let norm: f64 = norm.collect::<Vec<_>>().iter().sum();
+    let mut norms = List::of(0.0, g.len().div_ceil(CHUNK));
+    norms.par_iter_mut().zip(g.par_chunks(CHUNK)).for_each(|(norm, g)| {
+        *norm = g.iter().map(|g| g.to_f64() * g.to_f64()).sum();
+    });
+    let norm: f64 = norms.iter().sum();
     let v = &mut state.exp_avg_sq[0];
     *v =
         if *v == T::default() { T::new(norm) } else { T::new(v.to_f64() * c.beta2 + (1.0 - c.beta2) * norm) };

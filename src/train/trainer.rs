@@ -6,6 +6,7 @@ use crate::config::{Loss, Net, Optim};
 use crate::data::cache::CachedCase;
 use crate::data::sampler::PatchSpec;
 use crate::device::cuda::Cuda;
+use crate::device::list::List;
 use crate::error::{Error, Result};
 use crate::nn::checkpoint::ScalerState;
 use crate::nn::{Mode, UNet};
@@ -23,7 +24,7 @@ pub struct Trainer {
     engine: Engine,
     steps: u64,
     /// Losses that nobody has taken yet, oldest first.
-    losses: Vec<f64>,
+    losses: List<f64>,
 }
 
 enum Engine {
@@ -65,7 +66,7 @@ impl Trainer {
     /// Training on the CPU that starts from the values of `net`.
     pub fn with_network(net: UNet, loss: Loss, optim: Optim) -> Self {
         let optimizer = Optimizer::new(optim, net.params().iter().map(|p| p.value.len()));
-        Trainer { net, loss, optim, engine: Engine::Host(optimizer, None), steps: 0, losses: Vec::new() }
+        Trainer { net, loss, optim, engine: Engine::Host(optimizer, None), steps: 0, losses: List::default() }
     }
 
     /// The same training on a device.
@@ -191,7 +192,7 @@ impl Trainer {
             Engine::Device(engine) if engine.is_full() => engine.take_losses()?,
             _ => Vec::new(),
         };
-        self.keep(losses)?;
+        self.keep(&losses)?;
         self.steps += 1;
         match (&mut self.engine, input) {
             (Engine::Device(engine), input) => engine.queue(&mut self.net, &self.loss, input),
@@ -199,7 +200,7 @@ impl Trainer {
                 let (net, loss) = (&mut self.net, &self.loss);
                 // On a thread of the pool: to any other every op would be handed over, and back.
                 let loss = rayon::scope(|_| host_step(net, loss, optimizer, images, labels, shape))?;
-                self.keep(vec![loss])
+                self.keep(&[loss])
             }
             (Engine::Host(..), Input::Resident { .. }) => {
                 Err(Error::Internal("trainer: only a device has resident cases".into()))
@@ -212,10 +213,10 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Diverged`] when one is not finite, and what went wrong on the device.
-    pub fn take_losses(&mut self, wait: bool) -> Result<Vec<f64>> {
+    pub fn take_losses(&mut self, wait: bool) -> Result<List<f64>> {
         if let (true, Engine::Device(engine)) = (wait, &mut self.engine) {
             let losses = engine.take_losses()?;
-            self.keep(losses)?;
+            self.keep(&losses)?;
         }
         Ok(std::mem::take(&mut self.losses))
     }
@@ -231,7 +232,7 @@ impl Trainer {
     }
 
     /// Keeps losses for whoever asks; refuses those that are no numbers.
-    fn keep(&mut self, losses: Vec<f64>) -> Result<()> {
+    fn keep(&mut self, losses: &[f64]) -> Result<()> {
         if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
             let step = self.steps + 1 - (losses.len() - i) as u64;
             let cure = "lower --lr or look at the input images".into();
@@ -273,7 +274,7 @@ fn host_step(
     tape.backward(&mut grads)?;
     net.update_running(&statistics)?;
     net.count_batch();
-    let gradients: Vec<&[f32]> = (0..net.params().len()).map(|i| grads.param(ParamId(i))).collect();
+    let gradients: List<&[f32]> = (0..net.params().len()).map(|i| grads.param(ParamId(i))).collect();
     optimizer.step(net.params_mut().iter_mut().map(|p| p.make_mut()), &gradients);
     Ok(loss)
 }

@@ -9,6 +9,7 @@ use spleen_hpc::Error;
 use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
+use spleen_hpc::device::list::List;
 use spleen_hpc::nn::Mode;
 use spleen_hpc::nn::unet::Probe;
 use spleen_hpc::ops::conv::Epilogue;
@@ -87,9 +88,9 @@ fn an_epilogue_that_does_not_fit_is_refused() {
     };
     let x = tensor([2, 2, 4], 2);
     let (weight, transposed) = (param(0, &[3, 2, 3, 3, 3], &mut rng), param(1, &[2, 3, 3, 3, 3], &mut rng));
-    let pending = |c| Pending { scale: vec![1.0; c], shift: vec![0.0; c], slope: 0.5 };
+    let pending = |c| Pending { scale: List::of(1.0, c), shift: List::of(0.0, c), slope: 0.5 };
     let (short, whole) = (pending(2), pending(3));
-    let uneven = Pending { shift: vec![0.0; 2], ..pending(3) };
+    let uneven = Pending { shift: List::of(0.0, 2), ..pending(3) };
     let lazy = Activation::lazy(tensor([2, 2, 4], 3).raw().clone(), pending(3));
     for (map, plus) in [
         (&short, None),

@@ -5,6 +5,7 @@ use crate::{lazy, param, uniform};
 use spleen_hpc::device::arena::Buffer;
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::amx;
+use spleen_hpc::device::list::List;
 use spleen_hpc::ops::conv::Epilogue;
 use spleen_hpc::ops::conv_transpose3d::{conv_transpose3d, conv_transpose3d_finished};
 use spleen_hpc::ops::conv3d::{Filter, conv3d, conv3d_finished};
@@ -226,8 +227,8 @@ pub fn bits(x: &Tensor) -> Vec<u32> {
 
 /// Everything a layer computes: outputs in training and in inference, dx of each input, dw and db of each filter.
 pub struct Results {
-    pub y: Vec<Tensor>,
-    pub inferred: Vec<Tensor>,
+    pub y: List<Tensor>,
+    pub inferred: List<Tensor>,
     pub dx: Vec<Tensor>,
     pub dw: Vec<Vec<f32>>,
     pub db: Vec<Vec<f32>>,
@@ -264,7 +265,11 @@ impl Layer {
             layer.biases.push(param(2 * i + 1, &[o], &mut rng));
             let shape = Shape::new(case.n, case.out_space(), o);
             layer.dy.push(Tensor::from_slice(shape, &uniform(&mut rng, shape.len())));
-            layer.maps.push(Pending { scale: uniform(&mut rng, o), shift: uniform(&mut rng, o), slope: 0.3 });
+            layer.maps.push(Pending {
+                scale: uniform(&mut rng, o).into(),
+                shift: uniform(&mut rng, o).into(),
+                slope: 0.3,
+            });
         }
         layer
     }
@@ -297,7 +302,7 @@ impl Layer {
     }
 
     /// Outputs in inference.
-    pub fn inferred(&self, case: &Case, operands: Operands) -> Vec<Tensor> {
+    pub fn inferred(&self, case: &Case, operands: Operands) -> List<Tensor> {
         let mut off = Tape::off();
         off.operands = operands;
         self.forward(case, &mut off)
@@ -316,16 +321,15 @@ impl Layer {
         mapped: bool,
         plus: &[Activation],
         stored: Operands,
-    ) -> Vec<Tensor> {
+    ) -> List<Tensor> {
         let epilogue =
             |i: usize| Epilogue { map: mapped.then_some(&self.maps[i]), plus: plus.get(i), stored };
         let epilogues: Vec<_> = (0..self.weights.len()).map(epilogue).collect();
         if case.transposed {
             let inputs: Vec<_> = self.inputs.iter().collect();
             let (weight, bias) = (&self.weights[0], Some(&self.biases[0]));
-            return vec![
-                conv_transpose3d_finished(&inputs, weight, bias, epilogues[0], operands).expect("fits"),
-            ];
+            let y = conv_transpose3d_finished(&inputs, weight, bias, epilogues[0], operands);
+            return List::of_one(y.expect("fits"));
         }
         let layers: Vec<_> = self.filters().into_iter().zip(epilogues).collect();
         conv3d_finished(&self.inputs[0], &layers, case.stride, operands).expect("fits")
@@ -342,10 +346,11 @@ impl Layer {
         pairs.map(|(weight, b)| Filter { weight, bias: Some(b) }).collect()
     }
 
-    fn forward(&self, case: &Case, tape: &mut Tape) -> Vec<Tensor> {
+    fn forward(&self, case: &Case, tape: &mut Tape) -> List<Tensor> {
         if case.transposed {
             let inputs: Vec<_> = self.inputs.iter().collect();
-            vec![conv_transpose3d(tape, &inputs, &self.weights[0], Some(&self.biases[0])).expect("fits")]
+            let y = conv_transpose3d(tape, &inputs, &self.weights[0], Some(&self.biases[0]));
+            List::of_one(y.expect("fits"))
         } else {
             conv3d(tape, &self.inputs[0], &self.filters(), case.stride).expect("fits")
         }

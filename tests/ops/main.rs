@@ -40,7 +40,10 @@ fn param(id: usize, shape: &[usize], rng: &mut Philox) -> Param {
 
 fn lazy(shape: Shape, rng: &mut Philox) -> Activation {
     let raw = Tensor::from_slice(shape, &uniform(rng, shape.len()));
-    Activation::lazy(raw, Pending { scale: uniform(rng, shape.c), shift: uniform(rng, shape.c), slope: 0.3 })
+    Activation::lazy(
+        raw,
+        Pending { scale: uniform(rng, shape.c).into(), shift: uniform(rng, shape.c).into(), slope: 0.3 },
+    )
 }
 
 /// |a - b| / |b| in the Euclidean norm.

@@ -8,6 +8,7 @@
 
 use super::{Conv, Down, UNet, Unit, Up, UpConv};
 use crate::device::bf16::Operands;
+use crate::device::list::List;
 use crate::device::nvtx::{Range, range};
 use crate::error::{Error, Result};
 use crate::ops::conv::Epilogue;
@@ -17,6 +18,8 @@ use crate::ops::norm_prelu::{Affine, Moments, Statistics, fixed, norm_prelu};
 use crate::ops::residual::{add, materialize};
 use crate::tensor::{Activation, Param, ParamId, Pending, Shape, Tape, Tensor, ValuesMut, View};
 use rayon::prelude::*;
+use std::fmt::Arguments;
+use std::sync::Arc;
 
 /// Whether norms use the batch's statistics or the running ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +31,7 @@ pub enum Mode {
 }
 
 /// What the forward pass of one training step leaves behind for [`UNet::update_running`].
-pub type BatchStatistics = Vec<(usize, Moments)>;
+pub type BatchStatistics = List<(usize, Moments)>;
 
 /// Sees every module's output under MONAI's module name, materialised, in host memory.
 pub type Probe<'p> = dyn FnMut(&str, Tensor) + 'p;
@@ -59,10 +62,10 @@ impl UNet {
         let bare = probe.is_none() && x.view().is_none();
         let finishes = known && !tape.is_recording() && bare;
         let stored = if bare { self.operands } else { Operands::Single };
-        let mut run = Run { net: self, tape, mode, finishes, stored, probe, statistics: Vec::new() };
+        let mut run = Run { net: self, tape, mode, finishes, stored, probe, statistics: List::default() };
         let logits = run.level(0, Activation::constant(x))?;
         // What comes after the network is no layer's.
-        run.tape.set_layer("");
+        run.tape.set_layer(Arc::default());
         Ok((logits.raw().clone(), run.statistics))
     }
 
@@ -136,7 +139,7 @@ impl UNet {
             finishes: true,
             stored,
             probe: None,
-            statistics: Vec::new(),
+            statistics: List::default(),
         };
         Ok((run, down))
     }
@@ -190,8 +193,8 @@ impl<'a> Run<'a, '_> {
     }
 
     /// Until this is dropped, what runs is of the module `name`, as MONAI calls it; so is its backward pass.
-    fn module(&mut self, name: &str) -> Range {
-        self.tape.set_layer(name);
+    fn module(&mut self, name: &Arc<str>) -> Range {
+        self.tape.set_layer(name.clone());
         range(name)
     }
 
@@ -211,7 +214,7 @@ impl<'a> Run<'a, '_> {
         let inner = self.level(i + 1, skip.clone())?;
         if self.probe.is_some() {
             let name = format!("{}1", down.name.trim_end_matches('0'));
-            self.show(&format!("{name}(SkipConnection)"), || concat(skip.raw(), inner.raw()))?;
+            self.show(format_args!("{name}(SkipConnection)"), || concat(skip.raw(), inner.raw()))?;
         }
         self.up(&net.ups[i], &skip, &inner)
     }
@@ -244,7 +247,7 @@ impl<'a> Run<'a, '_> {
     fn unit1(&mut self, down: &'a Down, a0: Activation, shortcut: &Activation) -> Result<Activation> {
         let _module = self.module(&down.unit1.name);
         let y = self.conv(&a0, (Layer::Unit(&down.unit1), Some(shortcut)), 1)?;
-        self.show(&format!("{}(ResidualUnit)", down.name), || Ok(y.raw().clone()))?;
+        self.show(format_args!("{}(ResidualUnit)", down.name), || Ok(y.raw().clone()))?;
         Ok(y)
     }
 
@@ -268,7 +271,7 @@ impl<'a> Run<'a, '_> {
         };
         let _module = self.module(name);
         let y = self.conv(&z, (layer, Some(&z)), 1)?;
-        self.show(&format!("{}(ResidualUnit)", up.name), || Ok(y.raw().clone()))?;
+        self.show(format_args!("{}(ResidualUnit)", up.name), || Ok(y.raw().clone()))?;
         Ok(y)
     }
 
@@ -290,7 +293,7 @@ impl<'a> Run<'a, '_> {
         layers: [(Layer<'a>, Option<&Activation>); N],
         stride: usize,
     ) -> Result<[Activation; N]> {
-        let outs: Vec<Activation> = if self.finishes {
+        let outs: List<Activation> = if self.finishes {
             let maps = layers.iter().map(|l| self.map(l.0)).collect::<Result<Vec<_>>>()?;
             let finished = layers.iter().zip(&maps);
             let finished: Vec<_> =
@@ -352,7 +355,7 @@ impl<'a> Run<'a, '_> {
         let y = match layer {
             Layer::Unit(unit) => self.norm(unit, c)?,
             Layer::Shortcut(conv) | Layer::Last(conv) => {
-                self.show(&conv.name, || Ok(c.clone()))?;
+                self.show(format_args!("{}", conv.name), || Ok(c.clone()))?;
                 c.into()
             }
         };
@@ -381,21 +384,25 @@ impl<'a> Run<'a, '_> {
         if self.probe.is_some() {
             let (c, y) = (c.to_host()?, y.to_host()?);
             let channels = c.shape().c;
-            let with_bias = Pending { scale: vec![1.0; channels], shift: bias.value.to_vec(), slope: 1.0 };
-            self.show(&format!("{}.conv", unit.name), || {
+            let with_bias = Pending {
+                scale: List::of(1.0, channels),
+                shift: bias.value.iter().copied().collect(),
+                slope: 1.0,
+            };
+            self.show(format_args!("{}.conv", unit.name), || {
                 materialize(&Activation::lazy(c.clone(), with_bias))
             })?;
             let p = y.pending().expect("norm_prelu makes lazy activations");
             let norm = Pending { scale: p.scale.clone(), shift: p.shift.clone(), slope: 1.0 };
-            self.show(&format!("{}.adn.N", unit.name), || materialize(&Activation::lazy(c, norm)))?;
-            self.show(&format!("{}.adn.A", unit.name), || materialize(&y))?;
+            self.show(format_args!("{}.adn.N", unit.name), || materialize(&Activation::lazy(c, norm)))?;
+            self.show(format_args!("{}.adn.A", unit.name), || materialize(&y))?;
         }
         Ok(y)
     }
 
-    fn show(&mut self, module: &str, value: impl FnOnce() -> Result<Tensor>) -> Result<()> {
+    fn show(&mut self, module: Arguments, value: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         if let Some(probe) = &mut self.probe {
-            probe(module, value()?.to_host()?);
+            probe(&module.to_string(), value()?.to_host()?);
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ struct BatchNorm {
 /// conv or transposed conv -> norm -> PReLU.
 #[derive(Clone, Debug)]
 struct Unit {
-    name: String,
+    name: Arc<str>,
     weight: ParamId,
     bias: ParamId,
     gamma: Option<ParamId>,
@@ -52,7 +52,7 @@ struct Unit {
 /// A convolution with nothing after it.
 #[derive(Clone, Debug)]
 struct Conv {
-    name: String,
+    name: Arc<str>,
     weight: ParamId,
     bias: ParamId,
 }
@@ -186,7 +186,7 @@ impl UNet {
     pub fn state_dict(&self) -> StateDict {
         let mut values: HashMap<String, Array> = HashMap::new();
         for (param, name) in self.params.iter().zip(&self.names) {
-            values.insert(name.clone(), Array::f32(param.shape.clone(), param.value.clone()));
+            values.insert(name.clone(), Array::f32(param.shape.to_vec(), param.value.clone()));
         }
         for r in &self.norms {
             let norm = norm_name(&self.names[r.bias.0]);
@@ -326,7 +326,7 @@ impl Builder {
 
     fn conv(&self, name: &str) -> Conv {
         let id = |kind| self.id(format!("{name}.{kind}"));
-        Conv { name: name.to_owned(), weight: id("weight"), bias: id("bias") }
+        Conv { name: name.into(), weight: id("weight"), bias: id("bias") }
     }
 
     fn unit(&mut self, name: &str) -> Unit {
@@ -345,7 +345,7 @@ impl Builder {
             beta: self.ids.get(&format!("{name}.adn.N.bias")).copied(),
             slope: self.id(format!("{name}.adn.A.weight")),
             norm,
-            name: name.to_owned(),
+            name: name.into(),
         }
     }
 

@@ -18,6 +18,7 @@ use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
@@ -41,10 +42,8 @@ pub fn few_lengths(floats: usize, usual: usize) -> usize {
 }
 
 /// Every task's tiles and first lane block of `lanes`, `part` of which are one task's.
-pub fn tasks<T: Copy>(tiles: impl ExactSizeIterator<Item = T>, lanes: usize, part: usize) -> Vec<(T, usize)> {
-    let mut tasks = Vec::with_capacity(tiles.len() * lanes.div_ceil(part));
-    tasks.extend(tiles.flat_map(|tiles| (0..lanes).step_by(part).map(move |first| (tiles, first))));
-    tasks
+pub fn tasks<T: Copy>(tiles: impl Iterator<Item = T>, lanes: usize, part: usize) -> List<(T, usize)> {
+    tiles.flat_map(|tiles| (0..lanes).step_by(part).map(move |first| (tiles, first))).collect()
 }
 
 /// heads = sum over sources of (source mapped by its pending map) correlated with `weights(source, head)`, plus bias, and
@@ -75,7 +74,7 @@ pub fn correlate<'a>(
         (Operands::Bf16, Map::Gather { kernel: 3, stride: 2 }, [Source { channels: 1, .. }]) => Element::Taps,
         _ => Element::of_voxels(operands),
     };
-    let groups: Vec<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
+    let groups: List<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
     let order = if thin {
         Order::ChannelRows
     } else {
@@ -94,8 +93,9 @@ pub fn correlate<'a>(
     let parts = MIN_TASKS.div_ceil(tiles.len()).min(lanes.len().div_ceil(4));
     let part = lanes.len().div_ceil(parts).next_multiple_of(4);
     let run = tiles_a_task(tiles.len());
-    let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
-    let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
+    let mut sums: List<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
+    let outs: List<_> =
+        heads.iter_mut().zip(sums.iter_mut()).map(|(head, sums)| Out::new(head, sums)).collect();
     let maps = run::lane_maps(&outs, &lanes, thin);
     let pass = Pass {
         map,
@@ -110,7 +110,7 @@ pub fn correlate<'a>(
         element,
     };
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
-    tasks.into_par_iter().for_each_init(Scratch::take, |row, (origins, first)| {
+    tasks.par_iter().for_each_init(Scratch::take, |row, &(origins, first)| {
         let part = first..lanes.len().min(first + part);
         // It holds the tile before only where no other group of blocks came after it.
         let mut tile = Buffer::dirty(few_lengths(voxels * widest, TILE_FLOATS) + run::SLACK);

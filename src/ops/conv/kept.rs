@@ -10,6 +10,7 @@ use super::pack::Packed;
 use super::plan::{Block, Map};
 use super::tile::Element;
 use super::{Phase, Weights};
+use crate::device::shared::Shared;
 use std::sync::{Arc, Mutex, Weak};
 
 /// What a lane block of packed weights is made of.
@@ -38,7 +39,7 @@ struct Key {
 struct Kept {
     key: Key,
     tensors: Vec<Weak<Vec<f32>>>,
-    packed: Arc<Packed>,
+    packed: Shared<Packed>,
 }
 
 /// All packs of the process: a network has a few dozen.
@@ -51,9 +52,9 @@ pub fn packed<'a>(
     [sources, heads]: [&[Block]; 2],
     weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
     pack: impl FnOnce() -> Packed,
-) -> Arc<Packed> {
+) -> Shared<Packed> {
     if phase != Phase::Inference {
-        return Arc::new(pack());
+        return Shared::new(pack());
     }
     let count = |blocks: &[Block]| blocks.last().map_or(0, |b| b.tensor + 1);
     let pairs: Vec<Weights> = (0..count(sources))
@@ -76,7 +77,7 @@ pub fn packed<'a>(
         return kept.packed.clone();
     }
     // Not under the lock: packing is many tasks, and a thread that waits for them may take one that asks here too.
-    let packed = Arc::new(pack());
+    let packed = Shared::new(pack());
     let tensors = pairs.iter().map(|w| Arc::downgrade(w.data)).collect();
     let mut kept = lock();
     if let Some(kept) = kept.iter().find(|k| same(k)) {

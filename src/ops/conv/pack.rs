@@ -7,6 +7,7 @@ use super::transpose::transpose;
 use crate::device::arena::Buffer;
 use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
@@ -14,7 +15,7 @@ use rayon::prelude::*;
 pub struct Packed {
     data: Buffer,
     /// Start of (group, class), classes fastest.
-    starts: Vec<usize>,
+    starts: List<usize>,
     classes: usize,
 }
 
@@ -28,15 +29,17 @@ impl Packed {
         floats: impl Fn(&Class, &[Block]) -> usize,
         write: impl Fn(&mut [f32], [&Block; 2], &Class, &mut Vec<f32>) + Sync,
     ) -> Self {
-        let mut starts = vec![0];
+        let mut end = 0;
+        let mut starts = List::of(end, 1);
         for group in groups {
             for class in classes {
-                starts.push(starts[starts.len() - 1] + lanes.len() * floats(class, group));
+                end += lanes.len() * floats(class, group);
+                starts.push(end);
             }
         }
-        let mut data = Buffer::dirty(starts[starts.len() - 1]);
+        let mut data = Buffer::dirty(end);
         let mut rest = &mut data[..];
-        let mut jobs = Vec::new();
+        let mut jobs = List::default();
         for group in groups {
             for class in classes {
                 for lane in lanes {
@@ -48,15 +51,16 @@ impl Packed {
                 }
             }
         }
-        jobs.into_par_iter().for_each_init(Scratch::take, |scratch, (out, source, class, lane)| {
-            write(out, [source, lane], class, scratch);
+        jobs.par_iter_mut().for_each_init(Scratch::take, |scratch, (out, source, class, lane)| {
+            write(out, [*source, *lane], class, scratch);
         });
+        drop(jobs);
         Packed { data, starts, classes: classes.len() }
     }
 
     /// What was packed otherwise, as one group of source blocks and one class.
     pub fn from_buffer(data: Buffer) -> Self {
-        Packed { starts: vec![0, data.len()], data, classes: 1 }
+        Packed { starts: [0, data.len()].into_iter().collect(), data, classes: 1 }
     }
 
     /// Weights of one group of source blocks and one class: lane blocks follow each other.

@@ -4,6 +4,8 @@ use super::Source;
 use super::plan::{Block, LANES, MAX_TAPS, lane_blocks, source_blocks};
 use super::transpose::transpose;
 use crate::device::arena::Buffer;
+use crate::device::list::List;
+use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -23,8 +25,8 @@ const REDUCE_CHUNK: usize = 1 << 12;
 /// Tasks are channel blocks by parts of the lanes by splits of the tiles, splits fastest. Each has a sum of its own,
 /// `[tap][channel][lane of the part]`.
 pub struct Partials {
-    channels: Vec<Block>,
-    lanes: Vec<Block>,
+    channels: List<Block>,
+    lanes: List<Block>,
     /// Lane blocks of a part.
     part: usize,
     splits: usize,
@@ -77,12 +79,12 @@ impl Partials {
     }
 
     /// Number of tasks.
-    pub fn tasks(&self) -> usize {
+    fn tasks(&self) -> usize {
         self.channels.len() * self.parts() * self.splits
     }
 
     /// The task of this number.
-    pub fn task(&self, number: usize) -> Task<'_> {
+    fn task(&self, number: usize) -> Task<'_> {
         let block = self.channels[number / (self.parts() * self.splits)];
         let lanes = self.lanes_of(number / self.splits % self.parts());
         let (each, all) = self.tiles;
@@ -98,13 +100,27 @@ impl Partials {
         self.taps * block.len.next_multiple_of(self.multiple) * lanes.len() * LANES
     }
 
+    /// The sums of all tasks: `sum` writes a task's.
+    pub fn sums<S: Default + Send + 'static>(
+        &self,
+        scratch: impl Fn() -> Scratch<S> + Sync + Send,
+        sum: impl Fn(&Task, &mut [f32], &mut S) + Sync + Send,
+    ) -> List<Buffer> {
+        let mut sums: List<_> =
+            (0..self.tasks()).map(|number| Buffer::dirty(self.task(number).floats)).collect();
+        sums.par_iter_mut().enumerate().for_each_init(scratch, |scratch, (number, out)| {
+            sum(&self.task(number), out, scratch);
+        });
+        sums
+    }
+
     /// One tensor a lane source, `[lane channel][source channel][tap]`, from the sums of all tasks.
-    pub fn finish(&self, sums: Vec<Buffer>, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+    pub fn finish(&self, sums: List<Buffer>, sources: &[Source], lane_sources: &[Source]) -> List<Buffer> {
         self.arrange(self.taps, &self.reduce(sums), sources, lane_sources)
     }
 
     /// The sums of the channel blocks by parts of the lanes: splits are added in their order.
-    pub fn reduce(&self, mut sums: Vec<Buffer>) -> Vec<Buffer> {
+    pub fn reduce(&self, mut sums: List<Buffer>) -> List<Buffer> {
         for splits in sums.chunks_exact_mut(self.splits) {
             let (sum, others) = splits.split_first_mut().expect("at least one");
             sum.par_chunks_mut(REDUCE_CHUNK).enumerate().for_each(|(i, sum)| {
@@ -124,18 +140,17 @@ impl Partials {
         sums: &[Buffer],
         sources: &[Source],
         lane_sources: &[Source],
-    ) -> Vec<Buffer> {
+    ) -> List<Buffer> {
         let source_channels: usize = sources.iter().map(|s| s.channels).sum();
         let first_channel = |tensor: usize| sources[..tensor].iter().map(|s| s.channels).sum::<usize>();
-        let mut dw: Vec<Buffer> =
+        let mut dw: List<Buffer> =
             lane_sources.iter().map(|s| Buffer::dirty(s.channels * source_channels * taps)).collect();
-        let targets: Vec<_> = dw
+        let mut targets: List<_> = dw
             .iter_mut()
             .flat_map(|dw| dw.chunks_mut(LANES * source_channels * taps))
             .zip(&self.lanes)
-            .enumerate()
             .collect();
-        targets.into_par_iter().for_each(|(lane_index, (dw, lane))| {
+        targets.par_iter_mut().enumerate().for_each(|(lane_index, (dw, lane))| {
             let (part, lane_index) = (lane_index / self.part, lane_index % self.part);
             let lanes = self.lanes_of(part);
             let width = lanes.len() * LANES;
@@ -160,6 +175,7 @@ impl Partials {
                 }
             }
         });
+        drop(targets);
         dw
     }
 }

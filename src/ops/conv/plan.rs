@@ -1,6 +1,7 @@
 //! How a pass is cut into tiles, tap classes and channel blocks: pure arithmetic on shapes.
 
 use super::Source;
+use crate::device::list::List;
 use std::sync::LazyLock;
 
 /// Output lanes of a block: one [`crate::device::lanes::Lanes`].
@@ -150,7 +151,7 @@ impl Block {
 }
 
 /// Cuts the channels of each tensor into runs of at most `size`, never across tensors.
-pub fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Block> {
+pub fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> List<Block> {
     let cut = |(tensor, c): (usize, usize)| {
         (0..c).step_by(size).map(move |first| Block { tensor, first, len: size.min(c - first) })
     };
@@ -158,12 +159,12 @@ pub fn blocks(channels: impl IntoIterator<Item = usize>, size: usize) -> Vec<Blo
 }
 
 /// Blocks of at most `size` channels of `sources`.
-pub fn source_blocks(sources: &[Source], size: usize) -> Vec<Block> {
+pub fn source_blocks(sources: &[Source], size: usize) -> List<Block> {
     blocks(sources.iter().map(|s| s.channels), size)
 }
 
 /// Lane blocks of tensors with these channels.
-pub fn lane_blocks(channels: impl IntoIterator<Item = usize>) -> Vec<Block> {
+pub fn lane_blocks(channels: impl IntoIterator<Item = usize>) -> List<Block> {
     blocks(channels, LANES)
 }
 
@@ -187,8 +188,9 @@ impl Tile {
     }
 
     /// All tiles of a pass, clipped to the volume. D runs fastest: neighbours in the list share input planes.
-    pub fn origins(self, n: usize, anchors: [usize; 3]) -> Vec<Origin> {
-        let mut list = Vec::with_capacity(n * anchors[0].div_ceil(self.d) * anchors[1].div_ceil(self.h));
+    pub fn origins(self, n: usize, anchors: [usize; 3]) -> List<Origin> {
+        let mut list = List::default();
+        list.reserve(n * anchors[0].div_ceil(self.d) * anchors[1].div_ceil(self.h));
         for n in 0..n {
             for h in (0..anchors[1]).step_by(self.h) {
                 for d in (0..anchors[0]).step_by(self.d) {

@@ -6,6 +6,7 @@ use super::micro::{Reduction, broadcast_voxels, lanes_of_anchors, lanes_of_voxel
 use super::plan::{Block, LANES};
 use super::target::Target;
 use crate::device::lanes::{Lanes, interleaved};
+use crate::device::list::List;
 use std::mem::MaybeUninit;
 
 /// Channels of the widest output whose voxels, not channels, fill the lanes.
@@ -49,7 +50,7 @@ pub struct OutRow<'a> {
 }
 
 /// The maps of lane blocks, one each, or [`THIN_MAPS`] if their voxels fill the lanes.
-pub fn lane_maps(outs: &[Out], lanes: &[Block], thin: bool) -> Vec<LaneMap> {
+pub fn lane_maps(outs: &[Out], lanes: &[Block], thin: bool) -> List<LaneMap> {
     let map = |&lane: &Block, i: usize| {
         let out = &outs[lane.tensor];
         out.lane_map(|l| if thin { Some((i * LANES + l) % out.channels) } else { lane.channel(l) })

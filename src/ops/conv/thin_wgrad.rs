@@ -44,7 +44,7 @@ pub fn wgrad(
     space: [usize; 3],
     source: &Source,
     lane_source: &Source,
-) -> Vec<f32> {
+) -> Buffer {
     let largest = Tile::choose(MAP, space, C);
     let tiles = largest.origins(n, space);
     // Voxels of a vector.
@@ -55,60 +55,56 @@ pub fn wgrad(
     let per_split = tiles.len().div_ceil(SPLITS);
     let block = Block { tensor: 0, first: 0, len: C };
     let (width, extent) = (space[2].next_multiple_of(vector), MAP.extent(space[2]));
-    let partials: Vec<Buffer> = tiles
-        .par_chunks(per_split)
-        .map(|tiles| {
-            let mut sum = Buffer::zeroed(9 * ROW_SUMS);
-            let [mut x, mut dy, mut x_halves, mut dy_halves] = [(); 4].map(|()| Buffer::default());
-            let mut scratch = Scratch::<(Vec<f32>, Vec<(usize, usize)>)>::take();
-            let (row, rows) = &mut *scratch;
-            let place = |i: usize| Place {
-                map: MAP,
-                space,
-                row: MAP.extent(space[2]),
-                origin: &tiles[i],
-                before: i.checked_sub(1).map(|before| &tiles[before]),
-            };
-            for (i, origin) in tiles.iter().enumerate() {
-                let size = origin.size;
-                let rows_of = |planes: usize| planes * MAP.extent(size.h) * C * extent;
-                // Room for the tile before, whose last planes may be this one's first.
-                let x = x.first(rows_of(MAP.extent(largest.d)) + vector + 2);
-                load(source, block, &place(i), (Order::ChannelRows, Element::Single), x, row);
-                // Vectors past a row's end meet zeros of dy: what they read must be numbers.
-                let end = rows_of(MAP.extent(size.d));
-                let x = &mut x[..end + vector + 2];
-                x[end..].fill(0.0);
-                let dy = dy.first(size.d * size.h * C * width);
-                load_lanes(lane_source, (space, width), origin, dy, row);
-                let pairs = (operands == Operands::Bf16)
-                    .then(|| (narrowed(x, &mut x_halves), narrowed(dy, &mut dy_halves)));
-                for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
-                    if i + 1 < tiles.len() {
-                        place(i + 1).prefetch(source, block, (index, 9));
-                        place(i + 1).of_anchors(space).prefetch(lane_source, block, (index, 9));
-                    }
-                    rows.clear();
-                    rows.extend((0..size.d * size.h).map(|i| {
-                        let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
-                        ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
-                    }));
-                    let job = Job { extent, width, rows };
-                    match pairs {
-                        None => job.run(x, dy, sum),
-                        Some((x, dy)) => job.run_pairs(x, dy, sum),
-                    }
+    let mut partials = Buffer::zeroed(tiles.len().div_ceil(per_split) * 9 * ROW_SUMS);
+    partials.par_chunks_exact_mut(9 * ROW_SUMS).zip(tiles.par_chunks(per_split)).for_each(|(sum, tiles)| {
+        let [mut x, mut dy, mut x_halves, mut dy_halves] = [(); 4].map(|()| Buffer::default());
+        let mut scratch = Scratch::<(Vec<f32>, Vec<(usize, usize)>)>::take();
+        let (row, rows) = &mut *scratch;
+        let place = |i: usize| Place {
+            map: MAP,
+            space,
+            row: MAP.extent(space[2]),
+            origin: &tiles[i],
+            before: i.checked_sub(1).map(|before| &tiles[before]),
+        };
+        for (i, origin) in tiles.iter().enumerate() {
+            let size = origin.size;
+            let rows_of = |planes: usize| planes * MAP.extent(size.h) * C * extent;
+            // Room for the tile before, whose last planes may be this one's first.
+            let x = x.first(rows_of(MAP.extent(largest.d)) + vector + 2);
+            load(source, block, &place(i), (Order::ChannelRows, Element::Single), x, row);
+            // Vectors past a row's end meet zeros of dy: what they read must be numbers.
+            let end = rows_of(MAP.extent(size.d));
+            let x = &mut x[..end + vector + 2];
+            x[end..].fill(0.0);
+            let dy = dy.first(size.d * size.h * C * width);
+            load_lanes(lane_source, (space, width), origin, dy, row);
+            let pairs = (operands == Operands::Bf16)
+                .then(|| (narrowed(x, &mut x_halves), narrowed(dy, &mut dy_halves)));
+            for (index, sum) in sum.chunks_exact_mut(ROW_SUMS).enumerate() {
+                if i + 1 < tiles.len() {
+                    place(i + 1).prefetch(source, block, (index, 9));
+                    place(i + 1).of_anchors(space).prefetch(lane_source, block, (index, 9));
+                }
+                rows.clear();
+                rows.extend((0..size.d * size.h).map(|i| {
+                    let (d, h) = (i / size.h + index / 3, i % size.h + index % 3);
+                    ((d * MAP.extent(size.h) + h) * C * extent, i * C * width)
+                }));
+                let job = Job { extent, width, rows };
+                match pairs {
+                    None => job.run(x, dy, sum),
+                    Some((x, dy)) => job.run_pairs(x, dy, sum),
                 }
             }
-            sum
-        })
-        .collect();
-    let mut dw = vec![0.0; C * C * 27];
+        }
+    });
+    let mut dw = Buffer::dirty(C * C * 27);
     for (i, j) in (0..C).flat_map(|i| (0..C).map(move |j| (i, j))) {
         for tap in 0..27 {
             let at = tap / 3 * ROW_SUMS + ((i * 3 + tap % 3) * C + j) * LANES;
             let mut lanes = [0.0; LANES];
-            for sum in &partials {
+            for sum in partials.chunks_exact(9 * ROW_SUMS) {
                 lanes.iter_mut().zip(&sum[at..]).for_each(|(l, s)| *l += s);
             }
             dw[(j * C + i) * 27 + tap] = lanes.iter().sum();
@@ -130,7 +126,7 @@ fn load_lanes(
         (scale, shift, p.slope)
     });
     row.resize(space[2] * C, 0.0);
-    let mut widened = Vec::new();
+    let mut widened = Scratch::<Vec<_>>::take();
     for (i, out) in out.chunks_exact_mut(C * width).enumerate() {
         let voxel = ((n * space[0] + d0 + i / size.h) * space[1] + h0 + i % size.h) * space[2];
         let x = source.row(voxel * C, space[2] * C, &mut widened);

@@ -17,9 +17,9 @@ use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use crate::tensor::Values;
-use rayon::prelude::*;
 
 /// `dw[lane channel][source channel][tap]` = sum over samples and anchors of
 /// `source[anchor * stride + tap - pad] * lane_source[anchor]`.
@@ -27,16 +27,10 @@ use rayon::prelude::*;
 /// `sources` lie on `space` and are read with a halo; `lane_sources` lie on the anchors (stride 1 or 2 coarser).
 /// Returns one tensor a lane source. For a convolution (x, dy) that is PyTorch's (O, I, k, k, k), for a transposed
 /// one (dy, x) its (I, O, k, k, k).
-pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> List<Buffer> {
     let Problem { map, operands, n, space, out_space: anchors, .. } = problem;
     if thin_wgrad::fits(map, sources, lane_sources) {
-        return vec![Buffer::from_slice(&thin_wgrad::wgrad(
-            operands,
-            n,
-            space,
-            &sources[0],
-            &lane_sources[0],
-        ))];
+        return List::of_one(thin_wgrad::wgrad(operands, n, space, &sources[0], &lane_sources[0]));
     }
     #[cfg(target_arch = "x86_64")]
     if amx::multiplies(&problem, sources, lane_sources) {
@@ -52,21 +46,20 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
     };
     let steps = anchors[2].div_ceil(voxels);
     let class = &map.classes()[0];
-    let (mut largest, mut tiles) = (Tile { d: 1, h: 1 }, Vec::new());
+    let (mut largest, mut tiles) = (Tile { d: 1, h: 1 }, List::default());
     let partials = Partials::new(map.kernel().pow(3), sources, lane_sources, 1, |channels| {
         largest = Tile::choose(map, anchors, channels);
         tiles = largest.origins(n, anchors);
         tiles.len()
     });
-    let mut sums: Vec<Buffer> = Vec::new();
-    (0..partials.tasks())
-        .into_par_iter()
-        .map_init(Scratch::take, |scratch: &mut Scratch<(Buffer, Buffer, Vec<_>, Vec<_>)>, task| {
-            let (tile, lane_tile, row, pairs) = &mut **scratch;
-            let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
+    let sums = partials.sums(
+        Scratch::take,
+        |&Task { block, lanes, tiles: ref of_split, .. },
+         sum,
+         scratch: &mut (Buffer, Buffer, Vec<_>, Vec<_>)| {
+            let (tile, lane_tile, row, pairs) = scratch;
             let width = lanes.len() * LANES;
-            let mut sum = Buffer::dirty(floats);
-            let tiles = &tiles[of_split];
+            let tiles = &tiles[of_split.clone()];
             let place = |i: usize| Place {
                 map,
                 space,
@@ -118,9 +111,8 @@ pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> V
                     job.run(&mut sum[index * floats..][..floats]);
                 }
             }
-            sum
-        })
-        .collect_into_vec(&mut sums);
+        },
+    );
     partials.finish(sums, sources, lane_sources)
 }
 

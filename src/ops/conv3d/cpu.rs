@@ -3,6 +3,7 @@
 use super::Filter;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
+use crate::device::list::List;
 use crate::ops::conv::{self, Epilogue, Head, Map, Output, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 
@@ -13,7 +14,7 @@ pub fn fprop(
     stride: usize,
     operands: Operands,
     phase: Phase,
-) -> Vec<Tensor> {
+) -> List<Tensor> {
     convolve(x, filters, |_| None, stride, operands, phase)
 }
 
@@ -24,7 +25,7 @@ pub fn finished(
     epilogues: &[Epilogue],
     stride: usize,
     operands: Operands,
-) -> Vec<Tensor> {
+) -> List<Tensor> {
     convolve(x, filters, |i| Some(epilogues[i]), stride, operands, Phase::Inference)
 }
 
@@ -41,13 +42,13 @@ fn convolve<'a>(
     stride: usize,
     operands: Operands,
     phase: Phase,
-) -> Vec<Tensor> {
+) -> List<Tensor> {
     let shape = x.shape();
     let kernel = filters[0].weight.shape[2];
     let out_space = shape.space().map(|s| s.div_ceil(stride));
-    let mut outs: Vec<_> =
+    let mut outs: List<_> =
         filters.iter().enumerate().map(|(i, f)| Output::new(output(shape, f, stride), epilogue(i))).collect();
-    let mut heads: Vec<Head> =
+    let mut heads: List<Head> =
         outs.iter_mut().zip(filters).map(|(out, f)| out.head(f.bias.map(|b| b.value.as_slice()))).collect();
     let taps = kernel.pow(3);
     let map = Map::Gather { kernel, stride };
@@ -59,6 +60,7 @@ fn convolve<'a>(
         source_stride: taps,
         mirrored: false,
     });
+    drop(heads);
     outs.into_iter().map(Output::tensor).collect()
 }
 
@@ -69,9 +71,9 @@ pub fn wgrad(
     kernel: usize,
     stride: usize,
     operands: Operands,
-) -> Vec<Buffer> {
+) -> List<Buffer> {
     let (shape, out_space) = (x.shape(), dys[0].shape().space());
-    let lanes: Vec<Source> = dys.iter().map(Source::from).collect();
+    let lanes: List<Source> = dys.iter().map(Source::from).collect();
     let map = Map::Gather { kernel, stride };
     let problem =
         Problem { map, operands, phase: Phase::Backward, n: shape.n, space: shape.space(), out_space };
@@ -87,7 +89,7 @@ pub fn dgrad(
     operands: Operands,
 ) -> Tensor {
     let mut dx = Buffer::dirty(shape.len());
-    let sources: Vec<Source> = dys.iter().map(Source::from).collect();
+    let sources: List<Source> = dys.iter().map(Source::from).collect();
     let taps = kernel.pow(3);
     let back = if stride == 1 { Map::Gather { kernel, stride } } else { Map::Scatter };
     let (space, out_space) = (dys[0].shape().space(), shape.space());

@@ -24,6 +24,7 @@ mod wgrad_args;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
+use crate::device::list::List;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::conv::{Epilogue, Phase};
@@ -45,7 +46,7 @@ pub struct Filter<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`] when a filter does not fit `x`, and those of the device.
-pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize) -> Result<Vec<Tensor>> {
+pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize) -> Result<List<Tensor>> {
     let kernel = kernel_of(x.shape(), filters, stride)?;
     let outs = match x.view() {
         Some(view) => {
@@ -66,9 +67,9 @@ pub fn conv3d(tape: &mut Tape, x: &Activation, filters: &[Filter], stride: usize
             stride,
             operands: tape.operands,
         };
-        let ids: Vec<_> = outs.iter().map(Tensor::id).collect();
+        let ids: List<_> = outs.iter().map(Tensor::id).collect();
         tape.record(move |grads| {
-            let dys: Vec<_> = ids.iter().filter_map(|&id| grads.take(id)).collect();
+            let dys: List<_> = ids.iter().filter_map(|&id| grads.take(id)).collect();
             if dys.len() != ids.len() {
                 return Err(Error::Internal("conv3d: an output has no gradient".into()));
             }
@@ -92,7 +93,7 @@ pub fn conv3d_finished(
     layers: &[(Filter, Epilogue)],
     stride: usize,
     operands: Operands,
-) -> Result<Vec<Tensor>> {
+) -> Result<List<Tensor>> {
     let (filters, epilogues): (Vec<_>, Vec<_>) = layers.iter().cloned().unzip();
     kernel_of(x.shape(), &filters, stride)?;
     for (filter, epilogue) in layers {
@@ -130,8 +131,8 @@ fn device_filter<'a>(weight: &'a Param, bias: Option<&'a Param>) -> cuda::Device
 /// What the backward pass needs.
 struct Pass {
     x: Activation,
-    weights: Vec<Param>,
-    biases: Vec<Option<Param>>,
+    weights: List<Param>,
+    biases: List<Option<Param>>,
     kernel: usize,
     stride: usize,
     operands: Operands,
@@ -166,7 +167,7 @@ impl Pass {
     /// dx = sum over the filters of their dy convolved backwards.
     fn dgrad(&self, dys: &[Tensor]) -> Result<Tensor> {
         let shape: Shape = self.x.shape();
-        let views: Vec<_> = dys.iter().filter_map(Tensor::view).collect();
+        let views: List<_> = dys.iter().filter_map(Tensor::view).collect();
         if views.is_empty() {
             return Ok(cpu::dgrad(shape, dys, &self.weights, (self.kernel, self.stride), self.operands));
         }

@@ -3,12 +3,13 @@
 use super::TAPS;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
+use crate::device::list::List;
 use crate::ops::conv::{self, Epilogue, Head, Map, Output, Phase, Problem, Source, Weights, correlate};
 use crate::tensor::{Activation, Param, Shape, Tensor};
 use std::borrow::Borrow;
 
 /// First channel of each input in the concatenation.
-fn starts<A: Borrow<Activation>>(inputs: &[A]) -> Vec<usize> {
+fn starts<A: Borrow<Activation>>(inputs: &[A]) -> List<usize> {
     (0..inputs.len()).map(|s| inputs[..s].iter().map(|x| x.borrow().shape().c).sum()).collect()
 }
 
@@ -50,7 +51,7 @@ fn convolve(
     let out = output(shape, weight);
     let mut y = Output::new(out, epilogue);
     let starts = starts(inputs);
-    let sources: Vec<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
+    let sources: List<Source> = inputs.iter().map(|x| Source::from(*x)).collect();
     let head = y.head(bias.map(|b| b.value.as_slice()));
     let (space, out_space) = (shape.space(), out.space());
     let problem = Problem { map: Map::Scatter, operands, phase, n: shape.n, space, out_space };
@@ -73,7 +74,7 @@ fn backwards(out: Shape, input: Shape, operands: Operands) -> Problem {
 /// The gradient of the weights, in their layout.
 pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
     let (shape, out) = (inputs[0].shape(), dy.shape());
-    let lanes: Vec<Source> = inputs.iter().map(Source::from).collect();
+    let lanes: List<Source> = inputs.iter().map(Source::from).collect();
     let dws = conv::wgrad(backwards(out, shape, operands), &[Source::from(dy)], &lanes);
     let mut all = Buffer::dirty(dws.iter().map(|dw| dw.len()).sum());
     let mut rest = &mut all[..];
@@ -86,10 +87,10 @@ pub fn wgrad(inputs: &[Activation], dy: &Tensor, operands: Operands) -> Buffer {
 }
 
 /// One dx an input.
-pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Operands) -> Vec<Tensor> {
+pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Operands) -> List<Tensor> {
     let (shape, o, starts) = (inputs[0].shape(), weight.shape[1], starts(inputs));
-    let mut dxs: Vec<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
-    let mut heads: Vec<Head> =
+    let mut dxs: List<_> = inputs.iter().map(|x| Buffer::dirty(x.shape().len())).collect();
+    let mut heads: List<Head> =
         dxs.iter_mut().zip(inputs).map(|(dx, x)| Head::sums(dx, x.shape().c, None)).collect();
     let problem = backwards(dy.shape(), shape, operands);
     correlate(problem, &[Source::from(dy)], &mut heads, &|_, head| Weights {
@@ -99,5 +100,6 @@ pub fn dgrad(inputs: &[Activation], dy: &Tensor, weight: &Param, operands: Opera
         source_stride: TAPS,
         mirrored: false,
     });
+    drop(heads);
     inputs.iter().zip(dxs).map(|(x, dx)| Tensor::new(x.shape(), dx)).collect()
 }

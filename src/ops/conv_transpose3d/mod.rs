@@ -15,6 +15,7 @@ pub mod cuda_wgrad;
 use crate::device::arena::Buffer;
 use crate::device::bf16::Operands;
 use crate::device::cuda::{Cuda, SelfTest};
+use crate::device::list::List;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::conv::{Epilogue, Phase};
@@ -99,7 +100,7 @@ fn channels_of(inputs: &[&Activation], weight: &Param, bias: Option<&Param>) -> 
             got: format!("{:?}", weight.shape),
         });
     };
-    if i != channels || !same || bias.is_some_and(|b| b.shape != [o]) {
+    if i != channels || !same || bias.is_some_and(|b| *b.shape != [o]) {
         return Err(Error::Shape {
             op: "conv_transpose3d",
             want: format!("inputs of one size with {i} channels together and {o} biases"),
@@ -111,7 +112,7 @@ fn channels_of(inputs: &[&Activation], weight: &Param, bias: Option<&Param>) -> 
 
 /// What the backward pass needs.
 struct Pass {
-    inputs: Vec<Activation>,
+    inputs: List<Activation>,
     weight: Param,
     bias: Option<Param>,
     operands: Operands,
@@ -135,7 +136,7 @@ impl Pass {
     }
 
     /// One dx an input.
-    fn dgrad(&self, dy: &Tensor) -> Result<Vec<Tensor>> {
+    fn dgrad(&self, dy: &Tensor) -> Result<List<Tensor>> {
         let Some(view) = dy.view() else {
             return Ok(cpu::dgrad(&self.inputs, dy, &self.weight, self.operands));
         };

@@ -20,6 +20,7 @@ use crate::config::Loss;
 use crate::device::arena::Buffer;
 use crate::device::cpu::vectorised;
 use crate::device::cuda::{Buf, Compared, Cuda, SelfTest, agree};
+use crate::device::list::List;
 use crate::device::nvtx::range;
 use crate::device::scratch::Scratch;
 use crate::error::{Error, Result};
@@ -42,7 +43,7 @@ pub struct DiceCe {
     /// The cross entropy, unweighted.
     pub ce: f64,
     /// (I, D) of both classes, per group.
-    sums: Vec<[(f64, f64); 2]>,
+    sums: List<[(f64, f64); 2]>,
 }
 
 /// Voxels of a block: lanes of its sums.
@@ -177,15 +178,15 @@ const FACTORS: usize = 256;
 pub fn dice_ce<T: Float>(logits: &[T], labels: &[u8], samples: usize, p: &Loss) -> DiceCe {
     let group = if p.batch { labels.len() } else { labels.len() / samples };
     let mut ce = 0.0;
-    let sums: Vec<[(f64, f64); 2]> = logits
+    let sums: List<_> = logits
         .chunks(2 * group)
         .zip(labels.chunks(group))
         .map(|(logits, labels)| {
-            let partials: Vec<([(f64, f64); 2], f64)> = logits
-                .par_chunks(2 * CHUNK)
-                .zip(labels.par_chunks(CHUNK))
-                .map(|(logits, labels)| chunk_sums(logits, labels, p.squared_pred))
-                .collect();
+            let mut partials = List::of(([(0.0, 0.0); 2], 0.0), labels.len().div_ceil(CHUNK));
+            let chunks = logits.par_chunks(2 * CHUNK).zip(labels.par_chunks(CHUNK));
+            partials.par_iter_mut().zip(chunks).for_each(|(sums, (logits, labels))| {
+                *sums = chunk_sums(logits, labels, p.squared_pred);
+            });
             partials.iter().fold([(0.0, 0.0); 2], |mut total, (part, part_ce)| {
                 ce += part_ce;
                 total.iter_mut().zip(part).for_each(|(t, p)| *t = (t.0 + p.0, t.1 + p.1));

@@ -4,6 +4,7 @@ use super::{Affine, EPS, HostMoments, Running, Statistics};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, narrow};
 use crate::device::cpu::vectorised;
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use crate::tensor::{Activation, Param, Pending, Tensor, ValuesMut};
 use rayon::prelude::*;
@@ -17,7 +18,9 @@ pub fn moments_of(x: &Tensor, statistics: Statistics) -> HostMoments {
     match statistics {
         Statistics::Batch => moments(x, x.shape().n),
         Statistics::Instance => moments(x, 1),
-        Statistics::Identity => HostMoments { mean: vec![0.0; c], var: vec![1.0 - EPS; c], count: 1.0 },
+        Statistics::Identity => {
+            HostMoments { mean: List::of(0.0, c), var: List::of(1.0 - EPS, c), count: 1.0 }
+        }
         Statistics::Fixed { running, bias } => fixed_moments(running, bias),
     }
 }
@@ -34,7 +37,7 @@ pub fn fixed_moments(running: &Running, bias: Option<&Param>) -> HostMoments {
 }
 
 /// rstd, one a (group, channel).
-pub fn rstd_of(moments: &HostMoments) -> Vec<f64> {
+pub fn rstd_of(moments: &HostMoments) -> List<f64> {
     moments.var.iter().map(|v| 1.0 / (v + EPS).sqrt()).collect()
 }
 
@@ -42,7 +45,7 @@ pub fn rstd_of(moments: &HostMoments) -> Vec<f64> {
 pub fn pending_of(moments: &HostMoments, rstd: &[f64], affine: Affine, c: usize) -> Pending {
     let of_channel =
         |p: Option<&Param>, i: usize, default: f64| p.map_or(default, |p| f64::from(p.value[i % c]));
-    let scale: Vec<f64> =
+    let scale: List<f64> =
         rstd.iter().enumerate().map(|(i, r)| r * of_channel(affine.gamma, i, 1.0)).collect();
     let shift = (0..scale.len()).map(|i| of_channel(affine.beta, i, 0.0) - moments.mean[i] * scale[i]);
     Pending {
@@ -58,36 +61,30 @@ fn moments(x: &Tensor, samples: usize) -> HostMoments {
     let group = samples * shape.voxels() * c;
     let period = period(c);
     let chunk = (CHUNK / period).max(1) * period;
-    let groups: Vec<Vec<(f64, f64)>> = x
-        .data()
-        .par_chunks(group)
-        .map(|x| {
-            let mut moments = Scratch::<Vec<_>>::take();
-            moments.resize(x.len().div_ceil(chunk) * c, (0.0, 0.0));
-            moments
-                .par_chunks_exact_mut(c)
-                .zip(x.par_chunks(chunk))
-                .for_each_init(Scratch::take, |scratch, (moments, x)| {
-                    chunk_moments(x, moments, period, scratch)
-                });
-            let mut count = 0.0;
-            let mut merged = vec![(0.0, 0.0); c];
-            for (x, moments) in x.chunks(chunk).zip(moments.chunks_exact(c)) {
-                let n = (x.len() / c) as f64;
-                for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(moments) {
-                    // Chan, Golub, LeVeque 1983.
-                    let delta = chunk_mean - *mean;
-                    *mean += delta * n / (count + n);
-                    *m2 += chunk_m2 + delta * delta * count * n / (count + n);
-                }
-                count += n;
+    // (mean, M2) of every channel of every group.
+    let mut merged = List::of((0.0, 0.0), shape.n / samples * c);
+    merged.par_chunks_exact_mut(c).zip(x.data().par_chunks(group)).for_each(|(merged, x)| {
+        let mut moments = Scratch::<Vec<_>>::take();
+        moments.resize(x.len().div_ceil(chunk) * c, (0.0, 0.0));
+        moments
+            .par_chunks_exact_mut(c)
+            .zip(x.par_chunks(chunk))
+            .for_each_init(Scratch::take, |scratch, (moments, x)| chunk_moments(x, moments, period, scratch));
+        let mut count = 0.0;
+        for (x, moments) in x.chunks(chunk).zip(moments.chunks_exact(c)) {
+            let n = (x.len() / c) as f64;
+            for ((mean, m2), (chunk_mean, chunk_m2)) in merged.iter_mut().zip(moments) {
+                // Chan, Golub, LeVeque 1983.
+                let delta = chunk_mean - *mean;
+                *mean += delta * n / (count + n);
+                *m2 += chunk_m2 + delta * delta * count * n / (count + n);
             }
-            merged
-        })
-        .collect();
+            count += n;
+        }
+    });
     let count = (group / c) as f64;
-    let flat = || groups.iter().flatten();
-    HostMoments { mean: flat().map(|m| m.0).collect(), var: flat().map(|m| m.1 / count).collect(), count }
+    let [mean, var] = [merged.iter().map(|m| m.0).collect(), merged.iter().map(|m| m.1 / count).collect()];
+    HostMoments { mean, var, count }
 }
 
 /// The shortest run of whole voxels that fills vector registers: per-channel arrays are repeated to this length.
@@ -132,22 +129,22 @@ vectorised! {
     }
 }
 
-/// Sums over a group that the gradients need, one a channel (or a lane of the period, inside a chunk).
-pub struct Sums<T> {
+/// Sums over a group that the gradients need, one a channel.
+pub struct Sums {
     /// Sum of dz.
-    pub dz: Vec<T>,
+    pub dz: List<f64>,
     /// Sum of dz xhat.
-    pub dz_xhat: Vec<T>,
+    pub dz_xhat: List<f64>,
     /// Sum of dy z over z <= 0.
-    pub slope: Vec<T>,
+    pub slope: List<f64>,
 }
 
 /// What a chunk needs per float, repeated to the period.
 struct Lane {
-    scale: Vec<f32>,
-    shift: Vec<f32>,
-    mean: Vec<f32>,
-    rstd: Vec<f32>,
+    scale: List<f32>,
+    shift: List<f32>,
+    mean: List<f32>,
+    rstd: List<f32>,
     slope: f32,
 }
 
@@ -159,7 +156,7 @@ pub fn backward(
     (mean, rstd): (&[f32], &[f32]),
     count: Option<f64>,
     stored: Operands,
-) -> (Sums<f64>, Tensor) {
+) -> (Sums, Tensor) {
     let (shape, c) = (y.shape(), y.shape().c);
     let pending = y.pending().expect("norm_prelu makes lazy activations");
     let period = period(c);
@@ -167,7 +164,7 @@ pub fn backward(
     let group = shape.len() / groups;
     let chunk = (CHUNK / period).max(1) * period;
     let lane_of = |g: usize| {
-        let repeat = |v: &[f32]| (0..period).map(|i| v[g * c + i % c]).collect::<Vec<_>>();
+        let repeat = |v: &[f32]| (0..period).map(|i| v[g * c + i % c]).collect::<List<_>>();
         Lane {
             scale: repeat(&pending.scale),
             shift: repeat(&pending.shift),
@@ -178,7 +175,7 @@ pub fn backward(
     };
     let x = y.raw().data();
     let mut dx = Tensor::room(shape, stored);
-    let mut all = Sums { dz: Vec::new(), dz_xhat: Vec::new(), slope: Vec::new() };
+    let mut all = Sums { dz: List::default(), dz_xhat: List::default(), slope: List::default() };
     for g in 0..groups {
         let lane = lane_of(g);
         let range = g * group..(g + 1) * group;
@@ -191,15 +188,15 @@ pub fn backward(
             let (dz_xhat, slope) = sums.split_at_mut(period);
             chunk_sums(x, dy, &lane, dz, dz_xhat, slope);
         });
-        let fold = |which: usize| -> Vec<f64> {
-            let mut sums = vec![0.0; c];
+        let fold = |which: usize| {
+            let mut sums = List::of(0.0, c);
             for partial in partials.chunks_exact(period).skip(which).step_by(3) {
                 partial.iter().enumerate().for_each(|(i, &v)| sums[i % c] += f64::from(v));
             }
             sums
         };
         let (dz, dz_xhat) = (fold(0), fold(1));
-        let mean_of = |v: &[f64]| -> Vec<f32> {
+        let mean_of = |v: &[f64]| -> List<f32> {
             (0..period).map(|i| count.map_or(0.0, |m| (v[i % c] / m) as f32)).collect()
         };
         let (mean_dz, mean_dz_xhat) = (mean_of(&dz), mean_of(&dz_xhat));

@@ -15,6 +15,7 @@ pub mod cuda;
 
 use crate::device::arena::Buffer;
 use crate::device::cuda::{Buf, Cuda, SelfTest};
+use crate::device::list::List;
 use crate::device::nvtx::range;
 use crate::error::{Error, Result};
 use crate::ops::residual::{give, single};
@@ -70,9 +71,9 @@ pub enum Moments {
 #[derive(Clone, Debug)]
 pub struct HostMoments {
     /// Means.
-    pub mean: Vec<f64>,
+    pub mean: List<f64>,
     /// Biased variances.
-    pub var: Vec<f64>,
+    pub var: List<f64>,
     /// Voxels a group.
     pub count: f64,
 }
@@ -182,7 +183,7 @@ fn norm_prelu_on_host(
     let y = Activation::lazy(x.clone(), cpu::pending_of(&moments, &rstd, affine, c));
     if tape.is_recording() {
         let (y, x_id, stored) = (y.clone(), x.id(), tape.operands);
-        let to_f32 = |v: &[f64]| v.iter().map(|&v| v as f32).collect::<Vec<_>>();
+        let to_f32 = |v: &[f64]| v.iter().map(|&v| v as f32).collect::<List<_>>();
         let (mean, rstd) = (to_f32(&moments.mean), to_f32(&rstd));
         let count = matches!(statistics, Statistics::Batch | Statistics::Instance).then_some(moments.count);
         let [gamma, beta, slope] = [affine.gamma, affine.beta, affine.slope].map(|p| p.map(|p| p.id));
@@ -190,7 +191,7 @@ fn norm_prelu_on_host(
             let dy = single(&taken(grads, &y)?);
             let (sums, dx) = cpu::backward(&y, &dy, (&mean, &rstd), count, stored);
             let fold = |v: &[f64]| {
-                let sums: Vec<f32> =
+                let sums: List<f32> =
                     (0..c).map(|i| v.iter().skip(i).step_by(c).sum::<f64>() as f32).collect();
                 Buffer::from_slice(&sums)
             };

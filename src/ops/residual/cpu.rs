@@ -9,6 +9,7 @@ use crate::device::cpu::{Simd, simd, simd_of_pairs, vectorised};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::ops::conv::{Affine, mapped};
 use crate::tensor::{Activation, Tensor, Values, ValuesMut};
 use rayon::prelude::*;
@@ -57,7 +58,7 @@ fn sum_samples<T: Send>(
 /// An activation with the map of a sample, repeated to a number of whole vectors.
 struct Repeated<'a> {
     x: Values<'a>,
-    map: Option<(Vec<f32>, Vec<f32>, f32)>,
+    map: Option<(List<f32>, List<f32>, f32)>,
 }
 
 impl<'a> Repeated<'a> {
@@ -194,11 +195,11 @@ impl Sum<'_> {
 }
 
 /// Sum of every channel over all voxels and samples, in f64 over fixed chunks: the gradient of a bias.
-pub fn channel_sums(x: &Tensor) -> Vec<f32> {
+pub fn channel_sums(x: &Tensor) -> List<f32> {
     let x = single(x);
     let c = x.shape().c;
     let chunk = (CHUNK / c).max(1) * c;
-    let mut partials = vec![0.0; x.data().len().div_ceil(chunk) * c];
+    let mut partials = List::of(0.0, x.data().len().div_ceil(chunk) * c);
     partials.par_chunks_exact_mut(c).zip(x.data().par_chunks(chunk)).for_each(|(sum, x)| {
         if LANES.is_multiple_of(c) {
             lane_sums(x).iter().enumerate().for_each(|(i, s)| sum[i % c] += s);

@@ -4,6 +4,7 @@
 //! outputs that share a row of A with one that reads it.
 
 use super::scheme::BAND;
+use crate::device::list::List;
 use crate::ops::conv::plan::{Block, Class, LANES, Map};
 use crate::ops::conv::run::THIN_CHANNELS;
 use std::sync::LazyLock;
@@ -55,7 +56,7 @@ impl Fold {
     }
 
     /// Lane blocks.
-    pub fn lanes(self) -> Vec<Block> {
+    pub fn lanes(self) -> List<Block> {
         let lanes = self.channels()
             * match self {
                 Fold::Outputs { .. } => OUTPUTS,
@@ -73,14 +74,14 @@ pub fn parity(output: usize) -> [usize; 3] {
 
 /// The taps of an output of this parity: (tap in the tensor, which of the eight voxels that the anchor reads). An even
 /// output has tap 1 of the first voxel along an axis, an odd one tap 2 of the first and tap 0 of the second.
-pub fn output_taps(output: [usize; 3]) -> Vec<(usize, usize)> {
+pub fn output_taps(output: [usize; 3]) -> List<(usize, usize)> {
     let tap = |parity: usize, voxel: usize| match (parity, voxel) {
         (0, 0) => Some(1),
         (0, _) => None,
         (_, 0) => Some(2),
         _ => Some(0),
     };
-    let mut taps = Vec::with_capacity(OUTPUTS);
+    let mut taps = List::default();
     for voxel in 0..OUTPUTS {
         let at = parity(voxel);
         let axes: [Option<usize>; 3] = std::array::from_fn(|a| tap(output[a], at[a]));
@@ -106,7 +107,7 @@ mod tests {
             let mut got = output_taps(class.parity);
             want.sort();
             got.sort();
-            assert_eq!(got, want, "{class:?}");
+            assert_eq!(got[..], want[..], "{class:?}");
         }
     }
 }

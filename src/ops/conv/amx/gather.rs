@@ -15,12 +15,13 @@ use crate::device::bf16::Pairs;
 use crate::device::cpu::{Simd, simd_of_pairs};
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use crate::ops::conv::correlate::{tasks, tiles_a_task};
 use crate::ops::conv::epilogue::{Head, Out, Stage};
 use crate::ops::conv::kept::{self, Layout};
 use crate::ops::conv::pack::Packed;
-use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile, blocks};
+use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile, source_blocks};
 use crate::ops::conv::target::Target;
 use crate::ops::conv::tile::Place;
 use crate::ops::conv::{Problem, Source, Weights};
@@ -47,11 +48,10 @@ pub fn correlate<'a>(
 ) {
     let Problem { map, phase, n, space, out_space, .. } = problem;
     let anchors = out_space.map(|o| o.div_ceil(map.outputs()));
-    let channels: Vec<usize> = sources.iter().map(|s| s.channels).collect();
-    let head_channels: Vec<usize> = heads.iter().map(|h| h.channels).collect();
+    let head_channels: List<usize> = heads.iter().map(|h| h.channels).collect();
     let depth = scheme.depth;
-    let blocks = blocks(channels, depth.channels());
-    let groups: Vec<&[Block]> = blocks.chunks(GROUP).collect();
+    let blocks = source_blocks(sources, depth.channels());
+    let groups: List<&[Block]> = blocks.chunks(GROUP).collect();
     let lanes = scheme.lanes(&head_channels);
     let pack = || pack(map, scheme, &groups, &lanes, weights);
     let layout = Layout::Tiles(depth, scheme.fold);
@@ -61,14 +61,15 @@ pub fn correlate<'a>(
     // Where tiles are few, threads share them by lanes: no sum depends on how.
     let parts = (2 * rayon::current_num_threads()).div_ceil(tiles.len());
     let part = lanes.len().div_ceil(parts).next_multiple_of(LANE_BLOCKS);
-    let mut sums: Vec<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
-    let outs: Vec<_> = heads.iter_mut().zip(&mut sums).map(|(head, sums)| Out::new(head, sums)).collect();
-    let lane_list: Vec<_> =
+    let mut sums: List<_> = heads.iter().map(|head| head.partial_sums(groups.len())).collect();
+    let outs: List<_> =
+        heads.iter_mut().zip(sums.iter_mut()).map(|(head, sums)| Out::new(head, sums)).collect();
+    let lane_list: List<_> =
         lanes.iter().map(|&block| Lane::new(block, (map, scheme), &outs, out_space)).collect();
     let pass = Pass { map, scheme, out_space, lanes: &lane_list };
     let run = tiles_a_task(tiles.len());
     let tasks = tasks(tiles.chunks(run), lanes.len(), part);
-    tasks.into_par_iter().for_each_init(Scratch::take, |task: &mut Scratch<Task>, (origins, first)| {
+    tasks.par_iter().for_each_init(Scratch::take, |task: &mut Scratch<Task>, &(origins, first)| {
         let task = &mut **task;
         let lanes = first..lanes.len().min(first + part);
         // Planes of the tile before are there where it has the same layout and no other group of blocks came after it.

@@ -39,6 +39,7 @@ use super::run::THIN_CHANNELS;
 use super::{Head, Problem, Source};
 use crate::device::bf16::Operands;
 use crate::device::cpu::amx;
+use crate::device::list::List;
 use scheme::{MIN_CHANNELS, Scheme};
 
 /// Lane blocks that a kernel takes at most.
@@ -54,8 +55,8 @@ pub fn scheme(problem: &Problem, sources: &[Source], heads: &[Head]) -> Option<S
     if !on(problem) {
         return None;
     }
-    let sources: Vec<usize> = sources.iter().map(|s| s.channels).collect();
-    let heads: Vec<usize> = heads.iter().map(|h| h.channels).collect();
+    let sources: List<usize> = sources.iter().map(|s| s.channels).collect();
+    let heads: List<usize> = heads.iter().map(|h| h.channels).collect();
     Scheme::of(problem.map, &sources, &heads, problem.out_space)
 }
 

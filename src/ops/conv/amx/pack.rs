@@ -5,6 +5,7 @@ use super::scheme::{Depth, Scheme};
 use crate::device::amx::TILE_BYTES;
 use crate::device::bf16::pair;
 use crate::device::cpu::vectorised;
+use crate::device::list::List;
 use crate::ops::conv::Weights;
 use crate::ops::conv::pack::{Packed, pair_rows};
 use crate::ops::conv::plan::{Block, Class, LANES, Map};
@@ -86,7 +87,7 @@ fn of_lane(
     class: &Class,
     mirrored: bool,
     lane: usize,
-) -> (usize, Vec<(usize, usize)>) {
+) -> (usize, List<(usize, usize)>) {
     let Some(fold) = scheme.fold else { return (lane, of_class(map, class, scheme.depth, mirrored)) };
     let output = lane / fold.channels();
     let channels = scheme.depth.channels();
@@ -104,7 +105,7 @@ fn of_lane(
 }
 
 /// (tap in the tensor, row of B of channel 0) of a class.
-fn of_class(map: Map, class: &Class, depth: Depth, mirrored: bool) -> Vec<(usize, usize)> {
+fn of_class(map: Map, class: &Class, depth: Depth, mirrored: bool) -> List<(usize, usize)> {
     let (kernel, along_w) = (map.kernel(), class.taps_w.len());
     let tap = |number: usize| {
         let (_, _, kd, kh) = class.rows[number / along_w];

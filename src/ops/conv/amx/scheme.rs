@@ -1,6 +1,7 @@
 //! How a pass of the gather core becomes products of tiles: what K is made of, and what the lanes are.
 
 use super::fold::Fold;
+use crate::device::list::List;
 use crate::ops::conv::plan::{Block, Class, LANES, Map, lane_blocks};
 use crate::ops::conv::run::THIN_CHANNELS;
 
@@ -69,7 +70,7 @@ impl Scheme {
     }
 
     /// Lane blocks of heads of these channels.
-    pub fn lanes(&self, heads: &[usize]) -> Vec<Block> {
+    pub fn lanes(&self, heads: &[usize]) -> List<Block> {
         self.fold.map_or_else(|| lane_blocks(heads.iter().copied()), Fold::lanes)
     }
 
@@ -156,9 +157,9 @@ impl Depth {
 
     /// Where the weights of a class go: (number in row-major order of (row of taps, tap along w), row of B of channel 0),
     /// the rows of all products one after the other, 32 each.
-    pub fn places(self, class: &Class) -> Vec<(usize, usize)> {
+    pub fn places(self, class: &Class) -> List<(usize, usize)> {
         let taps = class.taps_w.len();
-        let mut places = Vec::with_capacity(class.rows.len() * taps);
+        let mut places = List::default();
         let mut slot = 0;
         for row in 0..class.rows.len() {
             match self {

@@ -5,39 +5,31 @@ use super::planes::Planes;
 use super::{LANE_BLOCKS, Lines};
 use crate::device::amx::{ROW_BYTES, Tiles};
 use crate::device::arena::Buffer;
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use crate::ops::conv::partials::{Partials, Task};
 use crate::ops::conv::plan::{Block, LANES, Map, Origin, Tile};
 use crate::ops::conv::{Problem, Source};
-use rayon::prelude::*;
 
 /// See [`crate::ops::conv::wgrad()`].
-pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> List<Buffer> {
     let Problem { map, n, space, out_space: anchors, .. } = problem;
     let thin = super::is_thin(map, sources);
-    let mut tiles = Vec::new();
+    let mut tiles = List::default();
     let partials =
         Partials::new(map.kernel().pow(3), sources, lane_sources, if thin { 1 } else { LANES }, |channels| {
             tiles = Tile::choose(map, anchors, channels.div_ceil(2)).origins(n, anchors);
             tiles.len()
         });
-    let mut sums = Vec::new();
-    (0..partials.tasks())
-        .into_par_iter()
-        .map_init(Room::take, |room, task| {
-            let Task { block, lanes, tiles: of_split, floats } = partials.task(task);
-            let (tiles, pass) =
-                (&tiles[of_split], Pass { map, thin, space, anchors, sources, lane_sources, lanes });
-            match thin {
-                true => pass.thin_sum(block, tiles, floats, room),
-                false => {
-                    let mut sum = Buffer::zeroed(floats);
-                    tiles.iter().for_each(|tile| pass.add(block, tile, &mut sum, room));
-                    sum
-                }
-            }
-        })
-        .collect_into_vec(&mut sums);
+    let sums = partials.sums(Room::take, |&Task { block, lanes, tiles: ref of_split, .. }, sum, room| {
+        let tiles = &tiles[of_split.clone()];
+        let pass = Pass { map, thin, space, anchors, sources, lane_sources, lanes };
+        if thin {
+            return pass.thin_sum(block, tiles, sum, room);
+        }
+        sum.fill(0.0);
+        tiles.iter().for_each(|tile| pass.add(block, tile, sum, room));
+    });
     partials.finish(sums, sources, lane_sources)
 }
 
@@ -160,17 +152,15 @@ impl Pass<'_> {
         (0..kernel * plane * plane).map(move |i| (i / (plane * plane), i / plane % plane, i % plane))
     }
 
-    /// The sum of a thin source's tiles, `floats` floats: there are no channels between a tap's and the next one's.
-    fn thin_sum(&self, block: Block, tiles: &[Origin], floats: usize, room: &mut Room) -> Buffer {
+    /// Writes the sum of a thin source's tiles: there are no channels between a tap's and the next one's.
+    fn thin_sum(&self, block: Block, tiles: &[Origin], dense: &mut [f32], room: &mut Room) {
         let kernel = self.map.kernel();
         let (width, copies) = (self.lanes.len() * LANES, kernel * kernel * block.len);
         let padded = copies.next_multiple_of(LANES) * width;
         let mut sum = Buffer::zeroed(kernel * padded);
         tiles.iter().for_each(|tile| self.add(block, tile, &mut sum, room));
-        let mut dense = Buffer::dirty(floats);
         for (to, from) in dense.chunks_exact_mut(copies * width).zip(sum.chunks_exact(padded)) {
             to.copy_from_slice(&from[..copies * width]);
         }
-        dense
     }
 }

@@ -6,6 +6,7 @@ use super::micro::keep_awake;
 use super::scheme::{BAND, Scheme};
 use crate::device::amx::ROWS;
 use crate::device::lanes::{Job, Lanes};
+use crate::device::list::List;
 use crate::ops::conv::epilogue::{LaneMap, Out, Stage};
 use crate::ops::conv::plan::{Block, LANES, Map};
 use crate::ops::conv::rows::Pause;
@@ -108,7 +109,7 @@ impl<'a> Lane<'a> {
 /// A [`Place`].
 enum AnyPlace {
     Voxel(Voxel),
-    Pairs { starts: Vec<usize>, each: usize },
+    Pairs { starts: List<usize>, each: usize },
     Band(Band),
 }
 

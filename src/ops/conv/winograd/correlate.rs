@@ -18,6 +18,7 @@ use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -69,17 +70,17 @@ pub fn run<'a, F: Filtering>(
     // Where slabs are few, threads share them by lanes, and each transforms the whole input.
     let parts = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(origins.len());
     let part = lanes.len().div_ceil(parts).next_multiple_of(WIDEST);
-    let outs: Vec<_> = heads.iter_mut().map(|head| Out::new(head, &mut [])).collect();
+    let outs: List<_> = heads.iter_mut().map(|head| Out::new(head, &mut [])).collect();
     let lane_map = |lane: &Block| outs[lane.tensor].lane_map(|l| lane.channel(l));
-    let maps: Vec<_> = lanes.iter().map(lane_map).collect();
+    let maps: List<_> = lanes.iter().map(lane_map).collect();
     let packed = packed.of(0, 0);
     let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, maps: &maps, packed };
     let block_floats = map.extent(largest.d) * largest.h * tiles[2] * element.of(CHANNEL_BLOCK);
     let floats = F::ELEMENTS.pow(2) * spread(blocks.len() * block_floats);
     let tasks = tasks(origins.iter(), lanes.len(), part);
-    tasks.into_par_iter().for_each_init(
+    tasks.par_iter().for_each_init(
         Scratch::take,
-        |scratch: &mut Scratch<(Lines, Vec<_>)>, (origin, first)| {
+        |scratch: &mut Scratch<(Lines, Vec<_>)>, &(origin, first)| {
             let v = Buffer::dirty(few_lengths(floats, SLAB_FLOATS) + ACCUMULATORS * LANES);
             let m = Buffer::dirty(F::SUMS.pow(2) * spread(chunk::<F>(operands) * ACCUMULATORS * LANES));
             let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };

@@ -18,6 +18,7 @@ use crate::device::cpu::{Simd, simd, simd_of_pairs};
 #[cfg(target_arch = "x86_64")]
 use crate::device::lanes::x86::{Avx2, Avx512};
 use crate::device::lanes::{Lanes, Plain};
+use crate::device::list::List;
 use crate::device::scratch::Scratch;
 use rayon::prelude::*;
 
@@ -34,7 +35,7 @@ pub fn tiles(problem: &Problem) -> [usize; 3] {
 }
 
 /// See [`super::super::wgrad()`].
-pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> Vec<Buffer> {
+pub fn wgrad(problem: Problem, sources: &[Source], lane_sources: &[Source]) -> List<Buffer> {
     match problem.map {
         Dense::MAP => sum_products::<Dense>(problem, sources, lane_sources),
         Strided::MAP => sum_products::<Strided>(problem, sources, lane_sources),
@@ -47,11 +48,11 @@ fn sum_products<F: Differentiable>(
     problem: Problem,
     sources: &[Source],
     lane_sources: &[Source],
-) -> Vec<Buffer> {
+) -> List<Buffer> {
     let tiles = tiles(&problem);
     // A product has three planes.
     let taps = 3 * F::PRODUCTS.len().pow(2);
-    let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, Vec::new());
+    let (mut largest, mut origins) = (Tile { d: 1, h: 1 }, List::default());
     let partials = Partials::new(taps, sources, lane_sources, CHANNELS, |channels| {
         // As many blocks of lanes as of channels, so that neither is transformed too often for the other's sake.
         let blocks = 2 * channels.div_ceil(CHANNEL_BLOCK);
@@ -59,15 +60,10 @@ fn sum_products<F: Differentiable>(
         origins = largest.origins(problem.n, tiles);
         origins.len()
     });
-    let mut sums: Vec<Buffer> = Vec::new();
-    (0..partials.tasks())
-        .into_par_iter()
-        .map_init(Scratch::take, |lines, number| {
-            let task = partials.task(number);
-            let pass = Pass { problem: &problem, tiles_w: tiles[2], sources, lane_sources, task: &task };
-            pass.sum::<F>(largest, &origins[task.tiles.clone()], lines)
-        })
-        .collect_into_vec(&mut sums);
+    let sums = partials.sums(Scratch::take, |task, sum, lines| {
+        let pass = Pass { problem: &problem, tiles_w: tiles[2], sources, lane_sources, task };
+        pass.sum::<F>(largest, &origins[task.tiles.clone()], sum, lines);
+    });
     let mut sums = partials.reduce(sums);
     sums.par_iter_mut().for_each(|sum| {
         let mut gradients = Buffer::dirty(sum.len() / taps * 27);
@@ -84,7 +80,7 @@ struct Room<'a> {
     /// Transformed gradients of its outputs.
     dm: Buffer,
     /// `[product][plane][channel][lane]`
-    sum: Buffer,
+    sum: &'a mut [f32],
     /// Whether no slab was added yet: it writes, the others add.
     first: bool,
     lines: &'a mut Lines,
@@ -100,8 +96,8 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The sum of these slabs, `[product][plane][channel][lane]`; channels beyond the block's are unspecified.
-    fn sum<F: Differentiable>(&self, largest: Tile, origins: &[Origin], lines: &mut Lines) -> Buffer {
+    /// Writes the sum of these slabs, `[product][plane][channel][lane]`; channels beyond the block's are unspecified.
+    fn sum<F: Differentiable>(&self, largest: Tile, origins: &[Origin], sum: &mut [f32], lines: &mut Lines) {
         let plane = largest.h * self.tiles_w;
         let blocks = self.task.block.len.div_ceil(CHANNEL_BLOCK);
         // One length for nearly all layers: the arena keeps every length that it was ever asked for.
@@ -112,12 +108,11 @@ impl Pass<'_> {
         };
         let v = buffer(F::ELEMENTS, F::MAP.extent(largest.d), blocks);
         let dm = buffer(F::SUMS, largest.d, self.task.lanes.len());
-        let mut room = Room { v, dm, sum: Buffer::dirty(self.task.floats), first: true, lines };
+        let mut room = Room { v, dm, sum, first: true, lines };
         for origin in origins {
             self.run::<F>(&Slab { problem: self.problem, origin, tiles_w: self.tiles_w }, &mut room);
             room.first = false;
         }
-        room.sum
     }
 
     /// Writes a slab's products to the sum, or adds them.
