@@ -193,7 +193,7 @@ pub fn release(len: usize) {
     drop(evicted);
 }
 
-/// Gives every free buffer, list and tasks' scratch back to the system, for example between training and whole-volume inference.
+/// Gives all memory that is left for others to come (buffers, lists, scratch, counters) back to the system, for example between training and whole-volume inference.
 pub fn trim() {
     super::scratch::trim();
     super::shared::trim();

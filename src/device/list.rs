@@ -1,5 +1,6 @@
-//! Short lists of a pass: blocks of channels, tiles, tasks, numbers of channels. They leave their memory to lists to come, so that
-//! a training step asks the system for nothing that the step before did not have.
+//! Short lists of a pass (blocks of channels, tiles, tasks, numbers of channels) and other small things in memory that is left to
+//! such things to come, so that a training step asks the system for nothing that the step before did not have. The system has
+//! none of it back before [`super::arena::trim`].
 
 use allocator_api2::alloc::{AllocError, Allocator, Global, Layout};
 use allocator_api2::vec::{IntoIter, Vec as VecIn};
@@ -41,7 +42,7 @@ fn block(class: usize) -> Layout {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Reused;
 
-// SAFETY: a block is one list's until it is given back, whichever copy of the allocator gave it; all sizes from the one that was
+// SAFETY: a block is its owner's until it is given back, whichever copy of the allocator gave it; all sizes from the one that was
 // asked for to the one that was given are of one class.
 unsafe impl Allocator for Reused {
     fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
@@ -57,24 +58,46 @@ unsafe impl Allocator for Reused {
         let class = class_of(layout).expect("a layout that was allocated");
         free()[class].push(Block(memory));
     }
+
+    unsafe fn grow(
+        &self,
+        memory: NonNull<u8>,
+        old: Layout,
+        new: Layout,
+    ) -> Result<NonNull<[u8]>, AllocError> {
+        let class = class_of(new)?;
+        if class_of(old)? == class {
+            return Ok(NonNull::slice_from_raw_parts(memory, block(class).size()));
+        }
+        let grown = self.allocate(new)?;
+        // SAFETY: by the caller's promise `memory` is of layout `old`, which is no larger than `new`; the blocks are two.
+        unsafe {
+            memory.copy_to_nonoverlapping(grown.cast(), old.size());
+            self.deallocate(memory, old);
+        }
+        Ok(grown)
+    }
 }
 
 /// Gives what nobody uses back to the system.
 pub(super) fn trim() {
-    for (class, blocks) in free().iter_mut().enumerate() {
-        for Block(memory) in blocks.drain(..) {
+    // Freed without the lock.
+    let left = std::mem::replace(&mut *free(), [const { Vec::new() }; CLASSES]);
+    for (class, blocks) in left.into_iter().enumerate() {
+        for Block(memory) in blocks {
             // SAFETY: the system gave it as such a block.
             unsafe { Global.deallocate(memory, block(class)) };
         }
     }
 }
 
-/// A vector in [`Reused`] memory.
+/// A vector in [`Reused`] memory. Items that borrow do so until it is dropped, where those of a `Vec` do until their last use.
 #[derive(Clone, Debug)]
 pub struct List<T>(VecIn<T, Reused>);
 
 impl<T> Default for List<T> {
     fn default() -> Self {
+        const { assert!(align_of::<T>() <= LINE, "blocks are aligned to a line") };
         List(VecIn::new_in(Reused))
     }
 }
@@ -83,6 +106,23 @@ impl<T> List<T> {
     /// `item` alone.
     pub fn of_one(item: T) -> Self {
         [item].into_iter().collect()
+    }
+
+    /// No items, and room for `len`.
+    pub fn with_room(len: usize) -> Self {
+        let mut list = Self::default();
+        list.0.reserve(len);
+        list
+    }
+
+    /// Appends an item.
+    pub fn push(&mut self, item: T) {
+        self.0.push(item);
+    }
+
+    /// Takes item `i` out; those after it move up.
+    pub fn remove(&mut self, i: usize) -> T {
+        self.0.remove(i)
     }
 }
 
@@ -115,15 +155,21 @@ impl<T, const N: usize> TryFrom<List<T>> for [T; N] {
     }
 }
 
+impl<T> Extend<T> for List<T> {
+    fn extend<I: IntoIterator<Item = T>>(&mut self, items: I) {
+        self.0.extend(items);
+    }
+}
+
 impl<T> Deref for List<T> {
-    type Target = VecIn<T, Reused>;
-    fn deref(&self) -> &Self::Target {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
         &self.0
     }
 }
 
 impl<T> DerefMut for List<T> {
-    fn deref_mut(&mut self) -> &mut Self::Target {
+    fn deref_mut(&mut self) -> &mut [T] {
         &mut self.0
     }
 }
@@ -147,6 +193,7 @@ impl<'a, T> IntoIterator for &'a List<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
 
     #[test]
     fn a_list_has_what_another_left() {
@@ -173,14 +220,27 @@ mod tests {
         assert!(class_of(Layout::from_size_align(LINE << CLASSES, 8).unwrap()).is_err(), "too large");
     }
 
-    /// Values that are dropped are counted: each once.
     #[test]
-    fn values_are_dropped_once() {
-        use std::sync::Arc;
+    fn a_list_that_grows_keeps_its_items() {
+        let mut list = List::default();
+        for i in 0..10_000 {
+            list.push(i);
+            assert_eq!((list[0], list[i / 2], list[i]), (0, i / 2, i));
+        }
+        // Eight of eight bytes: one block, whatever room was asked for at first.
+        let mut list = List::with_room(1);
+        let place = list.as_ptr();
+        (0..8u64).for_each(|i| list.push(i));
+        assert_eq!((list.as_ptr(), &list[..]), (place, &[0, 1, 2, 3, 4, 5, 6, 7][..]));
+    }
+
+    /// Owners are counted: every item is dropped once.
+    #[test]
+    fn items_are_dropped_once() {
         let value = Arc::new(());
         let mut list = List::of(value.clone(), 100);
-        list.truncate(60);
-        assert_eq!(Arc::strong_count(&value), 61);
+        drop(list.remove(3));
+        assert_eq!(Arc::strong_count(&value), 100);
         let ten: List<_> = list.into_iter().take(10).collect();
         assert_eq!(Arc::strong_count(&value), 11);
         drop(ten);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 static FREE: ByType<Arc<dyn Any + Send + Sync>> = ByType::new();
 
-/// An `Arc` in memory that is used again; it is there, and the value in it, until it is dropped.
+/// An `Arc` in memory that is used again.
 #[derive(Debug)]
 pub struct Shared<T: Send + Sync + 'static>(Option<Arc<Option<T>>>);
 

@@ -108,7 +108,7 @@ impl Grads {
     /// Takes the gradient of a value out, if one arrived.
     pub fn take(&mut self, id: ValueId) -> Option<Tensor> {
         let at = self.values.iter().position(|(of, _)| *of == id)?;
-        Some(self.values.swap_remove(at).1)
+        Some(self.values.remove(at).1)
     }
 
     /// Sets the gradient of a value that has none: ops use `ops::residual::give`, which adds.

@@ -238,7 +238,7 @@ impl Trainer {
             let cure = "lower --lr or look at the input images".into();
             return Err(Error::Diverged { step, loss: losses[i] as f32, cure });
         }
-        self.losses.extend(losses);
+        self.losses.extend(losses.iter().copied());
         Ok(())
     }
 }

@@ -30,7 +30,7 @@ impl Packed {
         write: impl Fn(&mut [f32], [&Block; 2], &Class, &mut Vec<f32>) + Sync,
     ) -> Self {
         let mut end = 0;
-        let mut starts = List::of(end, 1);
+        let mut starts = List::of_one(end);
         for group in groups {
             for class in classes {
                 end += lanes.len() * floats(class, group);

@@ -189,8 +189,7 @@ impl Tile {
 
     /// All tiles of a pass, clipped to the volume. D runs fastest: neighbours in the list share input planes.
     pub fn origins(self, n: usize, anchors: [usize; 3]) -> List<Origin> {
-        let mut list = List::default();
-        list.reserve(n * anchors[0].div_ceil(self.d) * anchors[1].div_ceil(self.h));
+        let mut list = List::with_room(n * anchors[0].div_ceil(self.d) * anchors[1].div_ceil(self.h));
         for n in 0..n {
             for h in (0..anchors[1]).step_by(self.h) {
                 for d in (0..anchors[0]).step_by(self.d) {

@@ -167,7 +167,7 @@ impl Pass {
     /// dx = sum over the filters of their dy convolved backwards.
     fn dgrad(&self, dys: &[Tensor]) -> Result<Tensor> {
         let shape: Shape = self.x.shape();
-        let views: List<_> = dys.iter().filter_map(Tensor::view).collect();
+        let views: Vec<_> = dys.iter().filter_map(Tensor::view).collect();
         if views.is_empty() {
             return Ok(cpu::dgrad(shape, dys, &self.weights, (self.kernel, self.stride), self.operands));
         }

@@ -81,7 +81,7 @@ pub fn output_taps(output: [usize; 3]) -> List<(usize, usize)> {
         (_, 0) => Some(2),
         _ => Some(0),
     };
-    let mut taps = List::default();
+    let mut taps = List::with_room(OUTPUTS);
     for voxel in 0..OUTPUTS {
         let at = parity(voxel);
         let axes: [Option<usize>; 3] = std::array::from_fn(|a| tap(output[a], at[a]));

@@ -159,7 +159,7 @@ impl Depth {
     /// the rows of all products one after the other, 32 each.
     pub fn places(self, class: &Class) -> List<(usize, usize)> {
         let taps = class.taps_w.len();
-        let mut places = List::default();
+        let mut places = List::with_room(class.rows.len() * taps);
         let mut slot = 0;
         for row in 0..class.rows.len() {
             match self {
