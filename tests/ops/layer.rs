@@ -103,6 +103,8 @@ pub const CASES: &[Case] = &[
     conv([9, 10, 12], &[1], &[16, 16], 3, 2),
     conv([3, 3, 3], &[40], &[64], 3, 1),
     conv([3, 5, 6], &[18], &[70], 1, 1),
+    // Nine blocks of channels, and part of a tenth.
+    conv([2, 3, 5], &[150], &[70], 1, 1),
     transposed([3, 4, 5], &[4], &[3]),
     transposed([2, 3, 4], &[5, 3], &[16]),
     transposed([2, 2, 20], &[16, 16], &[2]),

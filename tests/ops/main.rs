@@ -114,6 +114,8 @@ const AMX_CASES: &[Case] = &[
     conv([4, 4, 12], &[40], &[24], 3, 2),
     conv([3, 3, 4], &[160], &[16], 3, 1),
     conv([3, 5, 6], &[40], &[70], 1, 1),
+    // Nine blocks of channels, and part of a tenth.
+    conv([2, 3, 5], &[150], &[70], 1, 1),
     transposed([3, 3, 6], &[32, 32], &[16]),
     transposed([2, 3, 17], &[16, 24], &[33]),
     transposed([1, 1, 1], &[34], &[33]),
