@@ -28,13 +28,8 @@ const MIN_TASKS: usize = 32;
 /// Tasks a thread, so that none waits long for the last.
 const TASKS_A_THREAD: usize = 8;
 
-/// Rows of taps of a class by blocks of a group at most: nine by four, or one by [`GROUP`].
-const MAX_ROWS: usize = 36;
-
-/// Blocks of source channels that are summed at once.
-fn group(map: Map, element: Element) -> usize {
-    if map.kernel() == 1 { GROUP } else { GROUP_ELEMENTS / element.of(CHANNEL_BLOCK) }
-}
+/// Rows of taps of a class at most.
+const MAX_ROWS: usize = 9;
 
 /// Length of runs of tiles, long enough to share planes and short enough to keep all threads busy.
 pub fn tiles_a_task(tiles: usize) -> usize {
@@ -79,7 +74,7 @@ pub fn correlate<'a>(
         (Operands::Bf16, Map::Gather { kernel: 3, stride: 2 }, [Source { channels: 1, .. }]) => Element::Taps,
         _ => Element::of_voxels(operands),
     };
-    let groups: List<&[Block]> = blocks.chunks(group(map, element)).collect();
+    let groups: List<&[Block]> = blocks.chunks(GROUP_ELEMENTS / element.of(CHANNEL_BLOCK)).collect();
     let order = if thin {
         Order::ChannelRows
     } else {
@@ -308,7 +303,7 @@ impl Pass<'_> {
         let merged = if STEP == 0 { outputs } else { 1 };
         for (class_index, class) in self.classes.iter().enumerate().step_by(merged) {
             // Offsets of all blocks' input rows of anchor row (0, 0), and what an anchor row further adds to them.
-            let mut rows = [(0, 0); MAX_ROWS];
+            let mut rows = [(0, 0); GROUP * MAX_ROWS];
             let mut row_floats = [0; GROUP];
             let mut of_blocks = rows.chunks_exact_mut(class.rows.len());
             for ((block, floats), start) in step.group.iter().zip(&mut row_floats).zip(step.starts) {

@@ -11,13 +11,12 @@ pub const LANES: usize = 16;
 /// micro-kernels' addresses.
 pub const CHANNEL_BLOCK: usize = 16;
 
-/// Elements of a voxel in a tile of the gather core, of a kernel of 3: sums over them stay in registers. 32 elements x 27 taps
-/// x 32 lanes of weights are 110 KB: they stay in L2 beside a tile.
+/// Elements of a voxel in a tile of the gather core: sums over them stay in registers. 32 elements x 27 taps x 32 lanes of
+/// weights are 110 KB: they stay in L2 beside a tile.
 pub const GROUP_ELEMENTS: usize = 32;
 
-/// Blocks that a tile holds at most: those of a kernel of 1, whose weights are few. (Of a kernel of 3 there are four, where
-/// elements are pairs of channels.)
-pub const GROUP: usize = 8;
+/// Blocks that such a tile holds at most, where elements are pairs of channels.
+pub const GROUP: usize = GROUP_ELEMENTS / (CHANNEL_BLOCK / 2);
 
 /// Taps of a pass, or of a class, at most.
 pub const MAX_TAPS: usize = 27;

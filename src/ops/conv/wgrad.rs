@@ -259,7 +259,6 @@ impl Job<'_> {
             match (self.rows - row).min(MAX) {
                 24.. if MAX >= 24 => self.add::<V, 24, 24, Q>(row, lane, sum),
                 12.. if MAX >= 12 => self.add::<V, 12, 12, Q>(row, lane, sum),
-                8.. if MAX >= 12 => self.add::<V, 8, 8, Q>(row, lane, sum),
                 6.. if MAX >= 6 => self.add::<V, 6, 6, Q>(row, lane, sum),
                 2.. => self.add::<V, 2, 2, Q>(row, lane, sum),
                 _ => self.add::<V, 1, 1, Q>(row, lane, sum),
