@@ -217,10 +217,12 @@ impl Maps<'_> {
             let apart = (plane - first) as usize / 2;
             let inner = 2..half.saturating_sub(apart + 1);
             if inner.len() > half / 4 {
-                // One feature more behind, and two before, which feel the edges of what is computed.
+                // One feature more behind, and two or, so that pairs stay what they are, three before, which feel the edges of
+                // what is computed.
                 let low = self.features(plane..plane + 6)?;
-                let high = self.features(plane + 2 * (inner.end as isize - 2)..plane + depth)?;
-                let rest = 2..high.shape().d;
+                let begin = (inner.end - 2) / PAIR * PAIR;
+                let high = self.features(plane + 2 * begin as isize..plane + depth)?;
+                let rest = inner.end - begin..high.shape().d;
                 let parts = [(&low, 0..2), (&map, inner.start + apart..inner.end + apart), (&high, rest)];
                 return Ok(self.joined(&parts));
             }

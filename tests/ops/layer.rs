@@ -65,7 +65,9 @@ impl Case {
     pub fn filtering(&self) -> Option<Filtering> {
         let [inputs, outputs] = [self.inputs, self.outputs].map(|c| c.iter().sum::<usize>());
         let filtering = Filtering::of(self.stride, self.transposed);
-        (self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs)).then_some(filtering)
+        let pays = self.kernel == 3 && !amx() && filtering.pays(self.out_space(), inputs, outputs);
+        let cubes = filtering.is_of_cubes(self.out_space(), inputs, outputs);
+        pays.then_some(if cubes { Filtering::Cubes } else { filtering })
     }
 
     /// The same of a training step, for y, dx and dw: of stride 2 not for y, and with [`MIN_ANCHORS`] or more; dx where all anchors
@@ -82,8 +84,9 @@ impl Case {
         let (gather, coarse @ [d, h, w]) = (Filtering::of(self.stride, false), self.coarse_space());
         let pairs = [d, h, w.next_multiple_of(4)];
         let dw = gather.pays(coarse, inputs, outputs) && gather.saves(pairs, coarse);
-        let y = self.filtering().filter(|&filtering| filtering == Filtering::Dense);
-        [y, dx.then_some(back), dw.then_some(gather)]
+        let forward = Filtering::of(self.stride, self.transposed);
+        let y = self.filtering().is_some() && forward == Filtering::Dense;
+        [y.then_some(forward), dx.then_some(back), dw.then_some(gather)]
     }
 }
 
@@ -125,6 +128,13 @@ pub const CASES: &[Case] = &[
     conv([1, 3, 9], &[23], &[16, 3, 13], 3, 1),
     conv([1, 2, 2], &[16], &[16], 3, 1),
     conv([14, 9, 10], &[16], &[16], 3, 1).alone(),
+    // In cubes (32 channels and more): an odd number of planes, siblings, channels that fill no block, an even and an
+    // odd number of lane blocks, one cube, a second slab of planes; and a single plane, which is not cut into cubes.
+    conv([5, 6, 7], &[51], &[18, 33], 3, 1),
+    conv([2, 2, 2], &[32], &[32], 3, 1).alone(),
+    conv([27, 5, 6], &[32], &[48], 3, 1).alone(),
+    conv([4, 9, 22], &[64], &[32], 3, 1).alone(),
+    conv([1, 6, 6], &[32], &[32], 3, 1),
     // Sums of gradients of weights so large that a task adds several slabs up; tiles too few for whole pairs of them.
     conv([1, 4, 6], &[160], &[144], 3, 1),
     conv([3, 4, 2], &[20], &[18], 3, 1),
@@ -446,15 +456,19 @@ impl Layer {
         let spaces @ [space, out_space] = [case.space, case.out_space()];
         let x = side_by_side(x.iter().zip(case.inputs).map(|(x, &c)| (&x[..], c)));
         let [in_step, of_inputs, of_weights] = case.filtering_in_a_step();
-        if let Some(filtering) = case.filtering() {
+        let filtered = |filtering: Filtering| {
             let y = winograd::correlate(filtering, case.n, spaces, (&x, cin), outputs, value);
-            result.inferred = apart(&y, case.outputs);
-            for (y, b) in result.inferred.iter_mut().zip(&self.biases) {
+            let mut ys = apart(&y, case.outputs);
+            for (y, b) in ys.iter_mut().zip(&self.biases) {
                 y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b.value[i % b.value.len()]));
             }
-            if in_step.is_some() {
-                result.y = result.inferred.clone();
-            }
+            ys
+        };
+        if let Some(filtering) = case.filtering() {
+            result.inferred = filtered(filtering);
+        }
+        if let Some(filtering) = in_step {
+            result.y = filtered(filtering);
         }
         let dys: Vec<Vec<f64>> =
             self.dy.iter().map(|dy| dy.data().iter().map(|&v| factor(v)).collect()).collect();

@@ -1,5 +1,5 @@
-//! Convolutions of kernel 3 by minimal filtering in their planes, whose transformed operands are rounded to bfloat16: sums in
-//! f64. F(2, 3) is that of Lavin and Gray (CVPR 2016); of stride 2, one way or the other, every other tap is filtered by F(2, 2):
+//! Convolutions of kernel 3 by minimal filtering in their planes or along all axes, whose transformed operands are rounded to
+//! bfloat16: sums in f64. F(2, 3) is that of Lavin and Gray (CVPR 2016); of stride 2, one way or the other, every other tap is filtered by F(2, 2):
 //! three products (d0 - d1) g0, d1 (g0 + g1), (d2 - d1) g1 for d0 g0 + d1 g1 and d1 g0 + d2 g1.
 
 use half::bf16;
@@ -13,6 +13,8 @@ pub enum Filtering {
     Strided,
     /// Its transpose: four outputs of three inputs.
     Scattered,
+    /// Stride 1, along D, too.
+    Cubes,
 }
 
 impl Filtering {
@@ -25,9 +27,14 @@ impl Filtering {
         }
     }
 
+    /// Whether it is of stride 1.
+    fn is_dense(self) -> bool {
+        matches!(self, Filtering::Dense | Filtering::Cubes)
+    }
+
     /// Products of two anchors.
     fn products(self) -> usize {
-        if self == Filtering::Dense { 4 } else { 5 }
+        if self.is_dense() { 4 } else { 5 }
     }
 
     /// Outputs of two anchors.
@@ -38,7 +45,7 @@ impl Filtering {
     /// What is multiplied of the inputs, in f32 as the library rounds it.
     fn input(self, d: &[f32]) -> Vec<f32> {
         match self {
-            Filtering::Dense => vec![d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]],
+            Filtering::Dense | Filtering::Cubes => vec![d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]],
             Filtering::Strided => vec![d[0] - d[2], d[2], d[4] - d[2], d[1], d[3]],
             Filtering::Scattered => vec![d[0] - d[1], d[1], d[2] - d[1], d[0], d[1]],
         }
@@ -47,7 +54,7 @@ impl Filtering {
     /// What it is multiplied by, in f32 likewise.
     fn filter(self, g: &[f32]) -> Vec<f32> {
         match self {
-            Filtering::Dense => {
+            Filtering::Dense | Filtering::Cubes => {
                 vec![g[0], 0.5 * ((g[0] + g[2]) + g[1]), 0.5 * ((g[0] + g[2]) - g[1]), g[2]]
             }
             Filtering::Strided => vec![g[0], g[0] + g[2], g[2], g[1], g[1]],
@@ -58,7 +65,7 @@ impl Filtering {
     /// The outputs of the products.
     fn output(self, m: &[f64]) -> Vec<f64> {
         match self {
-            Filtering::Dense => vec![m[0] + m[1] + m[2], m[1] - m[2] + m[3]],
+            Filtering::Dense | Filtering::Cubes => vec![m[0] + m[1] + m[2], m[1] - m[2] + m[3]],
             Filtering::Strided => vec![m[0] + m[1] + m[3], m[1] + m[2] + m[4]],
             Filtering::Scattered => vec![m[3], m[0] + m[1], m[4], m[1] + m[2]],
         }
@@ -67,7 +74,7 @@ impl Filtering {
     /// What inputs' transforms are multiplied by for the gradients of products: the transpose of [`Self::output`], in f32 likewise.
     fn output_gradient(self, y: &[f32]) -> Vec<f32> {
         match self {
-            Filtering::Dense => vec![y[0], y[0] + y[1], y[0] - y[1], y[1]],
+            Filtering::Dense | Filtering::Cubes => vec![y[0], y[0] + y[1], y[0] - y[1], y[1]],
             Filtering::Strided => vec![y[0], y[0] + y[1], y[1], y[0], y[1]],
             Filtering::Scattered => unreachable!("gradients of weights gather"),
         }
@@ -76,7 +83,7 @@ impl Filtering {
     /// The gradients of taps from those of products: the transpose of [`Self::filter`].
     fn filter_gradient(self, m: &[f64]) -> Vec<f64> {
         match self {
-            Filtering::Dense => {
+            Filtering::Dense | Filtering::Cubes => {
                 vec![m[0] + 0.5 * (m[1] + m[2]), 0.5 * (m[1] - m[2]), 0.5 * (m[1] + m[2]) + m[3]]
             }
             Filtering::Strided => vec![m[0] + m[1], m[3] + m[4], m[1] + m[2]],
@@ -88,17 +95,17 @@ impl Filtering {
     fn inputs(self, t: usize) -> (isize, usize) {
         let t = t as isize;
         match self {
-            Filtering::Dense => (2 * t - 1, 4),
+            Filtering::Dense | Filtering::Cubes => (2 * t - 1, 4),
             Filtering::Strided => (4 * t - 1, 5),
             Filtering::Scattered => (2 * t, 3),
         }
     }
 
-    /// (Input, tap) of the products of output `o` along the axis that is not filtered.
+    /// (Input, tap) of the products of output `o` along an axis that is not filtered.
     fn direct(self, o: usize) -> Vec<(isize, usize)> {
         let i = o as isize;
         match self {
-            Filtering::Dense => (0..3).map(|k| (i - 1 + k as isize, k)).collect(),
+            Filtering::Dense | Filtering::Cubes => (0..3).map(|k| (i - 1 + k as isize, k)).collect(),
             Filtering::Strided => (0..3).map(|k| (2 * i - 1 + k as isize, k)).collect(),
             Filtering::Scattered if o.is_multiple_of(2) => vec![(i / 2, 1)],
             Filtering::Scattered => vec![(i / 2, 2), (i / 2 + 1, 0)],
@@ -109,6 +116,12 @@ impl Filtering {
     /// quarter) of 9 products an anchor of a plane is saved.
     pub fn pays(self, out_space: [usize; 3], inputs: usize, outputs: usize) -> bool {
         inputs.min(outputs) >= 16 && self.saves(out_space, out_space)
+    }
+
+    /// Whether it multiplies transforms along D, too, in inference: from 32 channels on both sides, where a tenth at least of the
+    /// products is saved once more.
+    pub fn is_of_cubes(self, [d, ..]: [usize; 3], inputs: usize, outputs: usize) -> bool {
+        self == Filtering::Dense && inputs.min(outputs) >= 32 && 10 * 4 * d.div_ceil(2) <= 9 * 3 * d
     }
 
     /// Whether the tiles of `tiled` have as few products as that beside the anchors of `out_space`.
@@ -138,40 +151,71 @@ pub fn correlate(
     weight: impl Fn(usize, usize, usize) -> f32,
 ) -> Vec<f64> {
     let x = Volume { values: x, space, channels };
-    let mut filters = Vec::with_capacity(outputs * channels * 3);
-    for (o, c, kd) in triples([outputs, channels, 3]) {
-        let taps: Vec<f32> = (0..9).map(|tap| weight(o, c, 9 * kd + tap)).collect();
-        filters.push(rounded(both(&taps, 3, |g| filtering.filter(g))));
+    let cubes = filtering == Filtering::Cubes;
+    // [o][c][plane][product], planes of taps along D or of products.
+    let mut filters = Vec::with_capacity(outputs * channels * 4);
+    for (o, c, _) in triples([outputs, channels, 1]) {
+        let of_plane = |kd: usize| (0..9).map(|tap| weight(o, c, 9 * kd + tap)).collect();
+        let planes = along_d((0..3).map(of_plane).collect(), cubes, |g| filtering.filter(g));
+        filters.extend(planes.iter().map(|taps| rounded(both(taps, 3, |g| filtering.filter(g)))));
     }
+    let planes = filters.len() / (outputs * channels);
     let [out_d, out_h, out_w] = out_space;
     let size = filtering.outputs();
+    let deep = if cubes { size } else { 1 };
     let mut y = vec![0.0; n * out_d * out_h * out_w * outputs];
-    for (n, (z, th, tw)) in
-        (0..n).flat_map(|n| triples([out_d, out_h.div_ceil(size), out_w.div_ceil(size)]).map(move |t| (n, t)))
-    {
+    let tiles = [out_d.div_ceil(deep), out_h.div_ceil(size), out_w.div_ceil(size)];
+    for (n, (td, th, tw)) in (0..n).flat_map(|n| triples(tiles).map(move |t| (n, t))) {
         let ((h0, reads), (w0, _)) = (filtering.inputs(th), filtering.inputs(tw));
-        let depth = filtering.direct(z);
-        let tile = |c: usize, z: isize| {
-            rounded(both(&x.square(n, [z, h0, w0], reads, c), reads, |d| filtering.input(d)))
+        // (input plane, plane of filters)
+        let depth: Vec<(isize, usize)> = match filtering.inputs(td) {
+            (d0, reads) if cubes => (0..reads).map(|i| (d0 + i as isize, i)).collect(),
+            _ => filtering.direct(td),
+        };
+        let tile = |c: usize| {
+            let squares = depth.iter().map(|&(z, _)| x.square(n, [z, h0, w0], reads, c)).collect();
+            let planes = along_d(squares, cubes, |d| filtering.input(d));
+            planes.into_iter().map(|plane| rounded(both(&plane, reads, |d| filtering.input(d))))
         };
         let tiles: Vec<(usize, Vec<f64>)> = (0..channels)
-            .flat_map(|c| depth.iter().map(move |&(z, kd)| (c, z, kd)))
-            .map(|(c, z, kd)| (3 * c + kd, tile(c, z)))
+            .flat_map(|c| depth.iter().zip(tile(c)).map(move |(&(_, kd), tile)| (planes * c + kd, tile)))
             .collect();
-        for (o, filters) in filters.chunks(3 * channels).enumerate() {
-            let product = |i: usize| tiles.iter().map(|(filter, v)| v[i] * filters[*filter][i]).sum::<f64>();
-            let m: Vec<f64> = (0..filtering.products().pow(2)).map(product).collect();
-            let tile = both(&m, filtering.products(), |m| filtering.output(m));
-            let (h0, w0) = (size * th, size * tw);
-            for (a, b) in
-                (0..size.min(out_h - h0)).flat_map(|a| (0..size.min(out_w - w0)).map(move |b| (a, b)))
-            {
-                let voxel = ((n * out_d + z) * out_h + h0 + a) * out_w + w0 + b;
-                y[voxel * outputs + o] = tile[size * a + b];
+        for (o, filters) in filters.chunks(planes * channels).enumerate() {
+            let sums = |of: &dyn Fn(usize) -> bool| -> Vec<f64> {
+                let terms: Vec<_> = tiles.iter().filter(|(filter, _)| of(filter % planes)).collect();
+                let product = |i: usize| terms.iter().map(|(filter, v)| v[i] * filters[*filter][i]).sum();
+                (0..filtering.products().pow(2)).map(product).collect()
+            };
+            let m = match cubes {
+                true => (0..planes).map(|plane| sums(&|of| of == plane)).collect(),
+                false => vec![sums(&|_| true)],
+            };
+            for (i, m) in along_d(m, cubes, |m| filtering.output(m)).iter().enumerate() {
+                let tile = both(m, filtering.products(), |m| filtering.output(m));
+                let (z, h0, w0) = (deep * td + i, size * th, size * tw);
+                if z >= out_d {
+                    continue;
+                }
+                for (a, b) in
+                    (0..size.min(out_h - h0)).flat_map(|a| (0..size.min(out_w - w0)).map(move |b| (a, b)))
+                {
+                    let voxel = ((n * out_d + z) * out_h + h0 + a) * out_w + w0 + b;
+                    y[voxel * outputs + o] = tile[size * a + b];
+                }
             }
         }
     }
     y
+}
+
+/// Planes of equal size, transformed along D if `filtered`.
+fn along_d<T: Copy>(planes: Vec<Vec<T>>, filtered: bool, axis: impl Fn(&[T]) -> Vec<T>) -> Vec<Vec<T>> {
+    if !filtered {
+        return planes;
+    }
+    let lines: Vec<Vec<T>> =
+        (0..planes[0].len()).map(|i| axis(&planes.iter().map(|p| p[i]).collect::<Vec<_>>())).collect();
+    (0..lines[0].len()).map(|d| lines.iter().map(|line| line[d]).collect()).collect()
 }
 
 /// `dw(o, c, tap) = sum over anchors of dy[o] * x[c]`, `[o][c][tap]`: x lies on the first space, dy on the anchors' own. They are

@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, Weak};
 pub enum Layout {
     /// Vectors of such elements.
     Vectors(Element),
-    /// Vectors of such elements of transformed filters.
-    Products(Element),
+    /// Vectors of such elements of transformed filters, of cubes or not.
+    Products(Element, bool),
     /// B tiles of AMX.
     #[cfg(target_arch = "x86_64")]
     Tiles(Depth, Option<Fold>),
@@ -132,7 +132,11 @@ mod tests {
         let strides = [1, 2].map(|stride| Map::Gather { kernel: 3, stride });
         for map in [strides[0], strides[1], Map::Scatter] {
             for element in [Element::Single, Element::Channels, Element::Taps] {
-                for layout in [Layout::Vectors(element), Layout::Products(element)] {
+                for layout in [
+                    Layout::Vectors(element),
+                    Layout::Products(element, false),
+                    Layout::Products(element, true),
+                ] {
                     packed(Phase::Inference, (map, layout), [&block, &block], &weights, || {
                         packs += 1;
                         pack(map, map.classes(), &[&block], &block, Element::Single, &weights)
@@ -140,6 +144,6 @@ mod tests {
                 }
             }
         }
-        assert_eq!(packs, 18);
+        assert_eq!(packs, 27);
     }
 }

@@ -75,27 +75,34 @@ pub unsafe fn broadcast_voxels<V: Lanes, const P: usize, const Q: usize, const S
     acc
 }
 
-/// `acc[s][p]` = sum over rows and channels of `tile[s * x_pitch + p * STEP + channel] * weights[s * w_pitch]`: S sums of one tap
-/// by P voxels, of one lane block.
+/// `acc[s][p][q]` = sum over rows and channels of `tile[s * x_pitch + p * STEP + channel] * weights[s * w_pitch + q * q_pitch]`: S
+/// sums of one tap by P voxels by Q lane blocks.
 ///
 /// # Safety
 /// As [`broadcast_voxels`], for every sum.
 #[inline(always)]
-pub unsafe fn broadcast_sums<V: Lanes, const P: usize, const S: usize, const STEP: usize>(
+pub unsafe fn broadcast_sums<V: Lanes, const P: usize, const Q: usize, const S: usize, const STEP: usize>(
     (tile, x_pitch): (*const f32, usize),
-    (weights, w_pitch): (*const f32, usize),
+    (weights, w_pitch, q_pitch): (*const f32, usize, usize),
     rows: &[(usize, usize)],
-) -> [[V; P]; S] {
-    let mut acc = [[V::zero(); P]; S];
+) -> [[[V; Q]; P]; S] {
+    let mut acc = [[[V::zero(); Q]; P]; S];
     let mut w = weights;
     for &(row, channels) in rows {
         for c in 0..channels {
             // SAFETY: in the tile and the packed weights by the caller's promise.
             unsafe {
                 for s in 0..S {
-                    let (b, x) = (V::load(w.add(s * w_pitch)), tile.add(row + s * x_pitch + c));
+                    let mut b = [V::zero(); Q];
+                    for q in 0..Q {
+                        b[q] = V::load(w.add(s * w_pitch + q * q_pitch));
+                    }
+                    let x = tile.add(row + s * x_pitch + c);
                     for p in 0..P {
-                        acc[s][p] = acc[s][p].fma(b, V::splat(x.add(p * STEP)));
+                        let a = V::splat(x.add(p * STEP));
+                        for q in 0..Q {
+                            acc[s][p][q] = acc[s][p][q].fma(b[q], a);
+                        }
                     }
                 }
                 w = w.add(LANES);
@@ -338,22 +345,24 @@ mod tests {
     #[test]
     fn several_sums_have_the_bits_of_each_by_itself() {
         const P: usize = 6;
+        const Q: usize = 2;
         const S: usize = 4;
         const STEP: usize = 16;
         let values = |len: usize| (0..len).map(|i| (i * 37 % 101) as f32 / 7.0 - 6.0).collect::<Vec<_>>();
         let rows = [(0, 8), (STEP * P, 16), (2 * STEP * P, 3)];
         let (x_pitch, w_pitch) = (4 * STEP * P, 27 * LANES);
-        let (x, w) = (values(S * x_pitch), values(S * w_pitch));
-        // SAFETY: all rows of P voxels, and all channels' weights, of every sum; plain Rust needs no feature.
+        let (x, w) = (values(S * x_pitch), values(Q * S * w_pitch));
+        // SAFETY: all rows of P voxels, and all channels' weights, of every sum and lane block; plain Rust needs no feature.
         let sums = unsafe {
-            broadcast_sums::<Plain, P, S, STEP>((x.as_ptr(), x_pitch), (w.as_ptr(), w_pitch), &rows)
+            let w = (w.as_ptr(), w_pitch, S * w_pitch);
+            broadcast_sums::<Plain, P, Q, S, STEP>((x.as_ptr(), x_pitch), w, &rows)
         };
         for (s, sum) in sums.iter().enumerate() {
             let reduction = Reduction { rows: &rows, taps: 1, tap_pitch: STEP, channel_pitch: 0, step: STEP };
             let (x, w) = (x[s * x_pitch..].as_ptr(), w[s * w_pitch..].as_ptr());
             // SAFETY: as above.
-            let alone = unsafe { broadcast_voxels::<Plain, P, 1, STEP>(x, w, 0, &reduction) };
-            for (got, [want]) in sum.iter().zip(&alone) {
+            let alone = unsafe { broadcast_voxels::<Plain, P, Q, STEP>(x, w, S * w_pitch, &reduction) };
+            for (got, want) in sum.as_flattened().iter().zip(alone.as_flattened()) {
                 let [mut a, mut b] = [[0.0f32; LANES]; 2];
                 // SAFETY: sixteen floats each.
                 unsafe {

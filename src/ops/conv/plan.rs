@@ -57,7 +57,7 @@ impl Map {
     }
 
     /// Output voxels of an anchor along an axis.
-    pub fn outputs(self) -> usize {
+    pub const fn outputs(self) -> usize {
         match self {
             Map::Gather { .. } => 1,
             Map::Scatter => 2,

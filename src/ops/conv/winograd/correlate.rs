@@ -4,13 +4,13 @@ use super::super::correlate::{few_lengths, tasks};
 use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
 use super::super::micro::{Reduction, broadcast_sums, broadcast_voxels};
-use super::super::pack::{self, Packed, lane_block_floats};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, lane_blocks, source_blocks};
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
-use super::filtering::{Dense, Elements, Filtering, MOST, of_sums};
+use super::filtering::{Filtering, MOST, of_sums};
+use super::pack::pack;
 use super::slab::{Destination, Lines, Run, Slab};
-use super::transform;
+use super::transform::outputs;
 use super::{ACCUMULATORS, SLAB_FLOATS, choose, spread, tiles};
 use crate::device::arena::Buffer;
 use crate::device::bf16::{Operands, Pairs};
@@ -37,12 +37,15 @@ const fn chunk<F: Filtering>(operands: Operands) -> usize {
     if chunk < most { chunk } else { most }
 }
 
-/// Sums of a column of a [`Filtering::FOUR`], which a register tile of one lane block holds: what it stores are its outputs
-/// along h.
+/// Sums of a column of a [`Filtering::FOUR`], along h or, of cubes, along d, which a register tile holds: what it stores are their
+/// outputs along that axis.
 const COLUMN: usize = 4;
 
 /// Tiles between two output transforms there: sums and outputs stay in the first-level cache.
 const COLUMN_TILES: usize = 18;
+
+/// The same of cubes, times lane blocks: weights are read once for all of them, and there are 5.3 times as many as taps.
+const CUBE_TILES: usize = 48;
 
 /// Tasks a thread, where lane blocks can be shared out.
 const TASKS_A_THREAD: usize = 4;
@@ -62,8 +65,9 @@ pub fn run<'a, F: Filtering>(
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let pack = || pack::<F>(element, &blocks, &lanes, weights);
-    let packed = kept::packed(phase, (map, Layout::Products(element)), [&blocks, &lanes], weights, pack);
-    let tiles = tiles(map, out_space);
+    let layout = Layout::Products(element, F::DEEP);
+    let packed = kept::packed(phase, (map, layout), [&blocks, &lanes], weights, pack);
+    let tiles = tiles::<F>(out_space);
     let tile_floats = blocks.len() * element.of(CHANNEL_BLOCK);
     let largest = choose::<F>(tiles, tile_floats);
     let origins = largest.origins(n, tiles);
@@ -75,71 +79,21 @@ pub fn run<'a, F: Filtering>(
     let maps: List<_> = lanes.iter().map(lane_map).collect();
     let packed = packed.of(0, 0);
     let pass = Pass { sources, blocks: &blocks, lanes: &lanes, outs: &outs, maps: &maps, packed };
-    let block_floats = map.extent(largest.d) * largest.h * tiles[2] * element.of(CHANNEL_BLOCK);
+    let block_floats = F::planes(largest.d) * largest.h * tiles[2] * element.of(CHANNEL_BLOCK);
     let floats = F::ELEMENTS.pow(2) * spread(blocks.len() * block_floats);
     let tasks = tasks(origins.iter(), lanes.len(), part);
     tasks.par_iter().for_each_init(
         Scratch::take,
         |scratch: &mut Scratch<(Lines, Vec<_>)>, &(origin, first)| {
             let v = Buffer::dirty(few_lengths(floats, SLAB_FLOATS) + ACCUMULATORS * LANES);
-            let m = Buffer::dirty(F::SUMS.pow(2) * spread(chunk::<F>(operands) * ACCUMULATORS * LANES));
+            let in_turn = F::SUMS.pow(2) * spread(chunk::<F>(operands) * ACCUMULATORS * LANES);
+            let of_cubes = F::OUTPUTS * F::SUMS.pow(2) * spread(CUBE_TILES * LANES);
+            let m = Buffer::dirty(if F::DEEP { of_cubes } else { in_turn });
             let slab = Slab { problem: &problem, origin, tiles_w: tiles[2] };
             let (lines, rows) = &mut **scratch;
             pass.run::<F>(&slab, first..lanes.len().min(first + part), &mut Room { v, m, lines, rows });
         },
     );
-}
-
-/// Packs to lane blocks of `[parity along d][sum][product][source block][tap along d][channel or pair of them][16 lanes]`.
-fn pack<'a, F: Filtering>(
-    element: Element,
-    blocks: &[Block],
-    lanes: &[Block],
-    weights: &(dyn Fn(usize, usize) -> Weights<'a> + Sync),
-) -> Packed {
-    // All 27 taps in the tensor's order.
-    let class = &Dense::MAP.classes()[0];
-    let products = F::PRODUCTS.len().pow(2);
-    let plane_floats = |blocks: &[Block], element| lane_block_floats(class, blocks, element) / 27;
-    let plane = plane_floats(blocks, element);
-    let mut data = Buffer::dirty(lanes.len() * products * 3 * plane);
-    let of_lanes = data.par_chunks_exact_mut(products * 3 * plane).zip(lanes);
-    of_lanes.for_each_init(Scratch::take, |scratch: &mut Scratch<(Vec<_>, Vec<_>)>, (out, lane)| {
-        let (taps, filters) = &mut **scratch;
-        let mut before = 0;
-        for &block in blocks {
-            let [single, floats] = [Element::Single, element].map(|element| plane_floats(&[block], element));
-            // Where each product's plane of this block goes.
-            let mut places = [[0; 3]; MOST * MOST];
-            let mut of_parity = 0;
-            for parity in 0..F::MAP.outputs() {
-                let depth = F::MAP.taps(parity);
-                for (rank, p) in of_sums::<F>().flatten().enumerate() {
-                    let place = of_parity + depth.len() * (rank * plane + before);
-                    for (i, &(_, kd)) in depth.iter().enumerate() {
-                        places[F::PRODUCTS.len() * p.h + p.w][kd] = place + i * floats;
-                    }
-                }
-                of_parity += depth.len() * products * plane;
-            }
-            let places = &places[..products];
-            taps.resize(27 * single, 0.0);
-            pack::gather(Dense::MAP, class, weights(block.tensor, lane.tensor), [&block, lane], taps);
-            if element == Element::Single {
-                transform::filters::<F>(taps, block.len, out, places);
-            } else {
-                filters.resize(products * 3 * single, 0.0);
-                let in_order: [[usize; 3]; MOST * MOST] =
-                    std::array::from_fn(|p| [0, 1, 2].map(|kd| (3 * p + kd) * single));
-                transform::filters::<F>(taps, block.len, filters, &in_order[..products]);
-                for (filter, &place) in filters.chunks_exact(single).zip(places.as_flattened()) {
-                    pack::pair_rows(filter, single, &mut out[place..][..floats]);
-                }
-            }
-            before += floats;
-        }
-    });
-    Packed::from_buffer(data)
 }
 
 /// What a task computes in.
@@ -159,6 +113,8 @@ struct Job<'a> {
     v: &'a [f32],
     /// Floats between elements in `v`.
     pitch: usize,
+    /// Of cubes, floats between elements along d in `v`, and between their weights.
+    along_d: (usize, usize),
     /// See [`Room`].
     rows: &'a [(usize, usize)],
     sums: &'a Sums,
@@ -234,8 +190,7 @@ impl Pass<'_> {
         room: &mut Room,
     ) {
         let Room { v, m, lines, rows } = room;
-        let (plane, block_floats) =
-            (slab.plane_tiles() * V::OPERANDS, slab.input_tiles(F::MAP) * V::OPERANDS);
+        let (plane, block_floats) = (slab.plane_tiles() * V::OPERANDS, slab.input_tiles::<F>() * V::OPERANDS);
         let pitch = spread(self.blocks.len() * block_floats);
         let operands_of = |channels| Element::of_voxels(slab.problem.operands).of(channels);
         debug_assert_eq!(V::OPERANDS, operands_of(LANES));
@@ -248,7 +203,8 @@ impl Pass<'_> {
         let mut sums = Sums { starts: [[(0, 0); MOST * MOST + 1]; 2] };
         let mut operands = 0;
         for (parity, starts) in sums.starts.iter_mut().enumerate().take(F::MAP.outputs()) {
-            let taps = F::MAP.taps(parity);
+            // Of cubes, those of the first element along d: the others' lie as far apart as planes of tiles do.
+            let taps = if F::DEEP { &[(0, 0)] } else { F::MAP.taps(parity) };
             for (products, start) in of_sums::<F>().zip(&mut *starts) {
                 *start = (rows.len(), operands * LANES);
                 for p in products {
@@ -264,65 +220,74 @@ impl Pass<'_> {
             }
             starts[F::SUMS.pow(2)] = (rows.len(), operands * LANES);
         }
-        let job = Job { slab, v, pitch, rows, sums: &sums };
+        let along_d = (slab.tiles() * V::OPERANDS, operands * LANES);
+        let job = Job { slab, v, pitch, along_d, rows, sums: &sums };
         let mut lane = lanes.start;
         while lane < lanes.end {
             // SAFETY: V's unit exists, and the slab's input is transformed.
             lane += unsafe {
                 match lanes.end - lane {
-                    4.. if N >= 24 => self.lane_blocks::<F, V, 6, 4, false>(&job, lane, m),
-                    2.. if N >= 24 => self.lane_blocks::<F, V, 12, 2, false>(&job, lane, m),
-                    _ if N >= 24 && F::FOUR => self.lane_blocks::<F, V, 6, 1, true>(&job, lane, m),
-                    _ if N >= 24 => self.lane_blocks::<F, V, 24, 1, false>(&job, lane, m),
-                    _ if N >= 6 => self.lane_blocks::<F, V, 6, 1, false>(&job, lane, m),
-                    _ => self.lane_blocks::<F, V, 2, 1, false>(&job, lane, m),
+                    2.. if N >= 24 && F::DEEP => self.lane_blocks::<F, V, 3, 2, 4>(&job, lane, m),
+                    4.. if N >= 24 => self.lane_blocks::<F, V, 6, 4, 1>(&job, lane, m),
+                    2.. if N >= 24 => self.lane_blocks::<F, V, 12, 2, 1>(&job, lane, m),
+                    _ if N >= 24 && F::FOUR => self.lane_blocks::<F, V, 6, 1, 4>(&job, lane, m),
+                    _ if N >= 24 => self.lane_blocks::<F, V, 24, 1, 1>(&job, lane, m),
+                    _ if N >= 6 && F::DEEP => self.lane_blocks::<F, V, 3, 1, 2>(&job, lane, m),
+                    _ if N >= 6 => self.lane_blocks::<F, V, 6, 1, 1>(&job, lane, m),
+                    _ if F::DEEP => self.lane_blocks::<F, V, 1, 1, 2>(&job, lane, m),
+                    _ => self.lane_blocks::<F, V, 2, 1, 1>(&job, lane, m),
                 }
             };
         }
     }
 
-    /// Computes Q lane blocks from `lane` on, P tiles at a time, a sum of theirs at a time or, of COLUMNS, [`COLUMN`] of a single
-    /// block's; returns Q.
+    /// Computes Q lane blocks from `lane` on, P tiles and S sums of theirs at a time: one, or a [`COLUMN`], or half of one; returns Q.
     ///
     /// # Safety
-    /// V's vector unit must exist; only a [`Filtering::FOUR`] has COLUMNS.
+    /// V's vector unit must exist; cubes have columns, whole or by halves, another [`Filtering::FOUR`] may have whole ones of one lane
+    /// block.
     #[inline(always)]
-    unsafe fn lane_blocks<F: Filtering, V: Lanes, const P: usize, const Q: usize, const COLUMNS: bool>(
+    unsafe fn lane_blocks<F: Filtering, V: Lanes, const P: usize, const Q: usize, const S: usize>(
         &self,
         job: &Job,
         lane: usize,
         m: &mut [f32],
     ) -> usize {
-        const { assert!(!COLUMNS || Q == 1 && COLUMN_TILES.is_multiple_of(P), "register tiles of one block") };
+        const { assert!(S == 1 || COLUMN_TILES.is_multiple_of(P) && CUBE_TILES.is_multiple_of(P * Q)) };
+        let columns = S > 1;
         let slab = job.slab;
         let tiles = slab.tiles();
         let lane_floats = self.packed.len() / self.lanes.len();
         let weights = &self.packed[lane * lane_floats..(lane + Q) * lane_floats];
-        let chunk = if COLUMNS { COLUMN_TILES } else { chunk::<F>(slab.problem.operands) * P };
+        let chunk = match columns {
+            _ if F::DEEP => CUBE_TILES / Q,
+            true => COLUMN_TILES,
+            false => chunk::<F>(slab.problem.operands) * P,
+        };
         let pitch = spread(Q * chunk * LANES);
-        let (sums, stored) =
-            if COLUMNS { (F::SUMS, F::OUTPUTS * F::SUMS) } else { (F::SUMS.pow(2), F::SUMS.pow(2)) };
+        let plane = F::SUMS.pow(2);
+        // Of columns, their first sums, which stand for them, and what lies between the others.
+        let (sums, stored, (x_pitch, w_pitch)) = match columns {
+            _ if F::DEEP => (plane, F::OUTPUTS * plane, job.along_d),
+            true => (F::SUMS, F::OUTPUTS * F::SUMS, (F::ELEMENTS * job.pitch, job.sums.starts[0][F::SUMS].1)),
+            false => (plane, plane, (0, 0)),
+        };
         // All that is read and written below: the last register tile may reach beyond the slab's last tile.
         let v = &job.v[..F::ELEMENTS.pow(2) * job.pitch + (P - 1) * V::OPERANDS];
         let m = &mut m[..stored * pitch];
         for (parity, starts) in job.sums.starts.iter().enumerate().take(F::MAP.outputs()) {
+            // Planes of outputs.
+            let planes = parity..parity + F::OUTPUTS_ALONG_D;
             for first in (0..tiles).step_by(chunk) {
                 let count = chunk.min(tiles - first);
-                // The first one of a column stands for it.
                 for sum in 0..sums {
                     // A part of them at a time: the cache takes so many requests at once.
                     let [from, to] = [sum, sum + 1].map(|p| first + p * count / sums);
-                    for run in slab.runs::<F>(parity, from, to - from) {
+                    for run in planes.clone().flat_map(|plane| slab.runs::<F>(plane, from, to - from)) {
                         (0..Q).for_each(|q| self.prefetch_outputs(slab, lane + q, &run));
                     }
                     let ((row, start), (end, _)) = (starts[sum], starts[sum + 1]);
-                    let reduction = Reduction {
-                        rows: &job.rows[row..end],
-                        taps: 1,
-                        tap_pitch: V::OPERANDS,
-                        channel_pitch: 0,
-                        step: V::OPERANDS,
-                    };
+                    let rows = &job.rows[row..end];
                     let w = weights[start..].as_ptr();
                     for tile in (0..count).step_by(P) {
                         let x = v[(first + tile) * V::OPERANDS..].as_ptr();
@@ -331,12 +296,23 @@ impl Pass<'_> {
                         // weights of Q lane blocks in `weights`; `m` has room for P tiles of Q lane blocks. Sums of a column
                         // have as many operands each.
                         unsafe {
-                            if COLUMNS {
-                                let (x, w) =
-                                    ((x, F::ELEMENTS * job.pitch), (w, starts[F::SUMS].1 - starts[0].1));
-                                column::<F, V, P>(x, w, reduction.rows, (m, pitch));
+                            if columns {
+                                let (x, w, m) =
+                                    ((x, x_pitch), (w, w_pitch, lane_floats), (m, chunk, sums * pitch));
+                                if S == COLUMN {
+                                    column::<F, V, P, Q>(x, w, rows, m);
+                                } else {
+                                    column_by_halves::<V, P, Q>(x, w, rows, m);
+                                }
                                 continue;
                             }
+                            let reduction = Reduction {
+                                rows,
+                                taps: 1,
+                                tap_pitch: V::OPERANDS,
+                                channel_pitch: 0,
+                                step: V::OPERANDS,
+                            };
                             let acc = if V::OPERANDS == 8 {
                                 broadcast_voxels::<V, P, Q, 8>(x, w, lane_floats, &reduction)
                             } else {
@@ -350,27 +326,25 @@ impl Pass<'_> {
                         }
                     }
                 }
-                for q in 0..Q {
-                    let m = m[q * chunk * LANES..].as_ptr();
-                    let runs = slab.runs::<F>(parity, first, count);
-                    // SAFETY: the sums of `count` tiles were just written; the lanes are this task's.
+                for (q, along) in (0..Q).flat_map(|q| (0..F::OUTPUTS_ALONG_D).map(move |along| (q, along))) {
+                    let m = m[along * plane * pitch + q * chunk * LANES..].as_ptr();
+                    let runs = (slab.runs::<F>(parity + along, first, count), first);
+                    // SAFETY: the sums of `count` tiles were just written; the lanes are this task's. Columns of cubes are
+                    // their outputs along d.
                     unsafe {
-                        if self.outs[self.lanes[lane + q].tensor].finishes(STAGE) {
-                            self.transform_outputs::<F, V, true, COLUMNS>(
-                                slab,
-                                lane + q,
-                                (runs, first),
-                                m,
-                                pitch,
-                            );
-                        } else {
-                            self.transform_outputs::<F, V, false, COLUMNS>(
-                                slab,
-                                lane + q,
-                                (runs, first),
-                                m,
-                                pitch,
-                            );
+                        match (self.outs[self.lanes[lane + q].tensor].finishes(STAGE), columns && !F::DEEP) {
+                            (true, true) => {
+                                self.transform_outputs::<F, V, true, true>(slab, lane + q, runs, m, pitch)
+                            }
+                            (true, false) => {
+                                self.transform_outputs::<F, V, true, false>(slab, lane + q, runs, m, pitch)
+                            }
+                            (false, true) => {
+                                self.transform_outputs::<F, V, false, true>(slab, lane + q, runs, m, pitch)
+                            }
+                            (false, false) => {
+                                self.transform_outputs::<F, V, false, false>(slab, lane + q, runs, m, pitch)
+                            }
                         }
                     }
                 }
@@ -416,7 +390,7 @@ impl Pass<'_> {
                 let columns = width - F::OUTPUTS * i;
                 // SAFETY: the sums are in `m`; the lanes of these voxels are the caller's, as is V's unit.
                 unsafe {
-                    let y = transform::outputs::<F, V, COLUMNS>(m.add((tile - first + i) * LANES), pitch);
+                    let y = outputs::<F, V, COLUMNS>(m.add((tile - first + i) * LANES), pitch);
                     if height == F::OUTPUTS && columns >= F::OUTPUTS && block.len == LANES {
                         for a in 0..F::OUTPUTS {
                             for b in 0..F::OUTPUTS {
@@ -447,33 +421,87 @@ impl Pass<'_> {
     }
 }
 
-/// Stores the outputs along h of [`COLUMN`] sums of P tiles, number h of tile p at `m + h * SUMS * pitch + 16 p`.
+/// Stores the outputs of [`COLUMN`] sums, along h or, of cubes, along d, of P tiles of Q lane blocks: number o of tile p of block q at
+/// `m + o * pitch + (q * chunk + p) * 16`.
 ///
 /// # Safety
 /// As [`broadcast_sums`]; `m` must have room for them.
 #[inline(always)]
-unsafe fn column<F: Filtering, V: Lanes, const P: usize>(
+unsafe fn column<F: Filtering, V: Lanes, const P: usize, const Q: usize>(
     x: (*const f32, usize),
-    w: (*const f32, usize),
+    w: (*const f32, usize, usize),
     rows: &[(usize, usize)],
-    (m, pitch): (*mut f32, usize),
+    (m, chunk, pitch): (*mut f32, usize, usize),
 ) {
     // SAFETY: by the caller's promise.
     unsafe {
-        let acc = if V::OPERANDS == 8 {
-            broadcast_sums::<V, P, COLUMN, 8>(x, w, rows)
+        let acc = broadcast::<V, P, Q, COLUMN>(x, w, rows);
+        for q in 0..Q {
+            for p in 0..P {
+                let mut sums = [V::zero(); MOST];
+                for s in 0..COLUMN {
+                    sums[s] = acc[s][p][q];
+                }
+                let outputs = F::outputs(sums);
+                for o in 0..F::OUTPUTS {
+                    outputs[o].store(m.add(o * pitch + (q * chunk + p) * LANES));
+                }
+            }
+        }
+    }
+}
+
+/// [`column`] of cubes where not all sums have registers at once: first those in the middle, of which each output has the sum or the
+/// difference.
+///
+/// # Safety
+/// As [`column`].
+#[inline(always)]
+unsafe fn column_by_halves<V: Lanes, const P: usize, const Q: usize>(
+    (x, x_pitch): (*const f32, usize),
+    (w, w_pitch, q_pitch): (*const f32, usize, usize),
+    rows: &[(usize, usize)],
+    (m, chunk, pitch): (*mut f32, usize, usize),
+) {
+    // SAFETY: by the caller's promise; sums 1 and 2, then 0 and 3.
+    unsafe {
+        let inner =
+            broadcast::<V, P, Q, 2>((x.add(x_pitch), x_pitch), (w.add(w_pitch), w_pitch, q_pitch), rows);
+        for q in 0..Q {
+            for p in 0..P {
+                let m = m.add((q * chunk + p) * LANES);
+                let [s1, s2] = [inner[0][p][q], inner[1][p][q]];
+                s1.add(s2).store(m);
+                s1.sub(s2).store(m.add(pitch));
+            }
+        }
+        let outer = broadcast::<V, P, Q, 2>((x, 3 * x_pitch), (w, 3 * w_pitch, q_pitch), rows);
+        for q in 0..Q {
+            for p in 0..P {
+                let m = m.add((q * chunk + p) * LANES);
+                outer[0][p][q].add(V::load(m)).store(m);
+                V::load(m.add(pitch)).add(outer[1][p][q]).store(m.add(pitch));
+            }
+        }
+    }
+}
+
+/// [`broadcast_sums`] of tiles side by side.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn broadcast<V: Lanes, const P: usize, const Q: usize, const S: usize>(
+    x: (*const f32, usize),
+    w: (*const f32, usize, usize),
+    rows: &[(usize, usize)],
+) -> [[[V; Q]; P]; S] {
+    // SAFETY: handed on from the caller.
+    unsafe {
+        if V::OPERANDS == 8 {
+            broadcast_sums::<V, P, Q, S, 8>(x, w, rows)
         } else {
-            broadcast_sums::<V, P, COLUMN, 16>(x, w, rows)
-        };
-        for p in 0..P {
-            let mut sums = [V::zero(); MOST];
-            for s in 0..COLUMN {
-                sums[s] = acc[s][p];
-            }
-            let outputs = F::outputs(sums);
-            for h in 0..F::OUTPUTS {
-                outputs[h].store(m.add(h * F::SUMS * pitch + p * LANES));
-            }
+            broadcast_sums::<V, P, Q, S, 16>(x, w, rows)
         }
     }
 }

@@ -23,7 +23,7 @@
 //! y0 = s0           y1 = s1 + s2             y2 = s3                  y3 = s2 + s4
 //! ```
 //!
-//! In a plane it is done along h, then along w.
+//! In a plane it is done along h, then along w. [`Cubes`] are filtered along d, too, before both.
 
 use super::super::plan::{LANES, Map};
 use crate::device::lanes::Lanes;
@@ -39,8 +39,16 @@ pub trait Elements {
     const READS: usize;
     /// What is made of them.
     const ELEMENTS: usize;
+    /// Whether it is done along d, too: a tile is a cube then.
+    const DEEP: bool = false;
+    /// Planes of anchors of a tile.
+    const PLANES: usize = if Self::DEEP { 2 } else { 1 };
     /// Makes it.
     fn elements<V: Lanes>(inputs: [V; MOST]) -> [V; MOST];
+    /// Planes of elements of so many tiles along d: as they are read, or of cubes as many of each element along d as there are tiles.
+    fn planes(tiles: usize) -> usize {
+        if Self::DEEP { Self::ELEMENTS * tiles } else { Self::MAP.extent(tiles) }
+    }
 }
 
 /// A convolution of three taps along an axis.
@@ -53,6 +61,10 @@ pub trait Filtering: Elements {
     const FOUR: bool = false;
     /// Outputs of a tile.
     const OUTPUTS: usize;
+    /// Planes of them.
+    const OUTPUT_PLANES: usize = Self::PLANES * Self::MAP.outputs();
+    /// How many of them are outputs of the same sums.
+    const OUTPUTS_ALONG_D: usize = if Self::DEEP { Self::OUTPUTS } else { 1 };
     /// The largest share, as a quotient, of a direct sum's products that may be left: tiles reach beyond volumes of odd size.
     const LEFT: [usize; 2];
     /// What the elements of the products are multiplied by, lane by lane.
@@ -69,8 +81,14 @@ pub trait Differentiable: Filtering {
     fn tap_gradients(of_filters: [[f32; LANES]; MOST]) -> [[f32; LANES]; 3];
 }
 
-/// Stride 1.
-pub struct Dense;
+/// Stride 1, in cubes if DEEP.
+pub struct Unstrided<const DEEP: bool>;
+
+/// Stride 1, in every plane.
+pub type Dense = Unstrided<false>;
+
+/// Stride 1, in cubes.
+pub type Cubes = Unstrided<true>;
 
 /// Stride 2.
 pub struct Strided;
@@ -92,17 +110,18 @@ fn sum([a, b]: [[f32; LANES]; 2]) -> [f32; LANES] {
     std::array::from_fn(|l| a[l] + b[l])
 }
 
-impl Elements for Dense {
+impl<const DEEP: bool> Elements for Unstrided<DEEP> {
     const MAP: Map = Map::Gather { kernel: 3, stride: 1 };
     const READS: usize = 4;
     const ELEMENTS: usize = 4;
+    const DEEP: bool = DEEP;
     #[inline(always)]
     fn elements<V: Lanes>([d0, d1, d2, d3, _]: [V; MOST]) -> [V; MOST] {
         [d0.sub(d2), d1.add(d2), d2.sub(d1), d3.sub(d1), V::zero()]
     }
 }
 
-impl Filtering for Dense {
+impl<const DEEP: bool> Filtering for Unstrided<DEEP> {
     const PRODUCTS: &'static [(usize, usize)] = &[(0, 0), (1, 1), (2, 2), (3, 3)];
     const SUMS: usize = 4;
     const FOUR: bool = true;
@@ -115,7 +134,9 @@ impl Filtering for Dense {
     }
     #[inline(always)]
     fn outputs<V: Lanes>([s0, s1, s2, s3, _]: [V; MOST]) -> [V; MOST] {
-        [s0.add(s1).add(s2), s1.sub(s2).add(s3), V::zero(), V::zero(), V::zero()]
+        // Of cubes, as sums are added that come in halves: those in the middle first.
+        let y0 = if DEEP { s0.add(s1.add(s2)) } else { s0.add(s1).add(s2) };
+        [y0, s1.sub(s2).add(s3), V::zero(), V::zero(), V::zero()]
     }
 }
 

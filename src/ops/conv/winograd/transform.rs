@@ -1,17 +1,19 @@
 //! Transforms of tiles of a plane, along h, then along w: of inputs, filters and outputs, and their transposes for gradients.
 
 use super::super::plan::LANES;
+use super::super::rows::Value;
 use super::filtering::{Differentiable, Elements, Filtering, MOST};
 use crate::device::cpu::vectorised;
 use crate::device::lanes::Lanes;
+use std::ops::Range;
 
 /// Rows of voxels, one below the other, of which tiles are transformed: sixteen values each of a voxel.
 pub trait Rows {
-    /// Voxel `w`, transformed along h.
+    /// Voxel `w` of each.
     ///
     /// # Safety
     /// The rows must be as many as E reads and have voxel `w`, and V's vector unit must exist.
-    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST];
+    unsafe fn voxels<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST];
 }
 
 /// Rows of operands in one buffer, voxels side by side.
@@ -24,54 +26,73 @@ pub struct Plane {
 
 impl Rows for Plane {
     #[inline(always)]
-    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
+    unsafe fn voxels<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
         let mut inputs = [V::zero(); MOST];
         for h in 0..E::READS {
             // SAFETY: by the caller's promise.
             inputs[h] = unsafe { V::load_operands(self.x.add(h * self.row + w * V::OPERANDS)) };
         }
-        E::elements(inputs)
+        inputs
     }
 }
 
-/// Rows of bfloat16 where a tensor has them. Voxels before and behind are 0.
-pub struct Halves {
+/// Rows where a tensor has them. Voxels before and behind are 0.
+pub struct Stored<T> {
     /// The first voxel of each row, and values between voxels: 0 where a row of zeros is a single voxel.
-    pub rows: [(*const u16, usize); MOST],
+    pub rows: [(*const T, usize); MOST],
     /// Voxels before the first one.
     pub pad: usize,
     /// Voxels of a row.
     pub width: usize,
 }
 
-impl Rows for Halves {
+impl<T: Value> Rows for Stored<T> {
     #[inline(always)]
-    unsafe fn column<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
+    unsafe fn voxels<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
         let w = w.wrapping_sub(self.pad);
-        if w >= self.width {
-            return [V::zero(); MOST];
-        }
         let mut inputs = [V::zero(); MOST];
+        if w >= self.width {
+            return inputs;
+        }
         for h in 0..E::READS {
             let (x, pitch) = self.rows[h];
             // SAFETY: by the caller's promise.
-            inputs[h] = unsafe { V::load_bf16(x.add(w * pitch)) };
+            inputs[h] = unsafe { T::load(x.add(w * pitch)) };
         }
-        E::elements(inputs)
+        inputs
     }
 }
 
-/// Transforms a row of `tiles` tiles along w of one channel block to sixteen operands of each element in
+/// One of the elements along d of planes of such rows.
+pub struct Along<'a, R, const ELEMENT: usize>(pub &'a [R; MOST]);
+
+impl<R: Rows, const ELEMENT: usize> Rows for Along<'_, R, ELEMENT> {
+    #[inline(always)]
+    unsafe fn voxels<E: Elements, V: Lanes>(&self, w: usize) -> [V; MOST] {
+        let mut planes = [[V::zero(); MOST]; MOST];
+        for d in 0..E::READS {
+            // SAFETY: by the caller's promise. Of planes that this element is not made of nothing remains.
+            planes[d] = unsafe { self.0[d].voxels::<E, V>(w) };
+        }
+        let mut inputs = [V::zero(); MOST];
+        for h in 0..E::READS {
+            inputs[h] = E::elements(planes.map(|plane| plane[h]))[ELEMENT];
+        }
+        inputs
+    }
+}
+
+/// Transforms these tiles of a row along w of one channel block to sixteen operands of each element in
 /// `v[element * pitch + tile * step..]`; element `ELEMENTS i + j` of a tile is number i along h and j along w.
 ///
-/// Where TILES is 2, of which `tiles` is a multiple, sixteen pairs of values of both stand for two neighbouring tiles.
+/// Where TILES is 2, of which their number is a multiple, sixteen pairs of values of both stand for two neighbouring tiles.
 ///
 /// # Safety
 /// All voxels of the tiles must be readable and all of these writable, and V's vector unit must exist.
 #[inline(always)]
 pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     x: &impl Rows,
-    tiles: usize,
+    tiles: Range<usize>,
     v: *mut f32,
     (pitch, step): (usize, usize),
 ) {
@@ -84,11 +105,11 @@ pub unsafe fn inputs<E: Elements, V: Lanes, const TILES: usize>(
     // SAFETY: inside both by the caller's promise.
     unsafe {
         for w in 0..halo {
-            columns[w] = x.column::<E, V>(w);
+            columns[w] = E::elements(x.voxels::<E, V>(stride * tiles.start + w));
         }
-        for tile in (0..tiles).step_by(TILES) {
+        for tile in tiles.step_by(TILES) {
             for w in halo..last + E::READS {
-                columns[w] = x.column::<E, V>(stride * tile + w);
+                columns[w] = E::elements(x.voxels::<E, V>(stride * tile + w));
             }
             let v = v.add(tile * step);
             for i in 0..E::ELEMENTS {
@@ -145,9 +166,21 @@ pub unsafe fn outputs<F: Filtering, V: Lanes, const COLUMNS: bool>(
 }
 
 vectorised! {
-    /// Transforms the taps in `x`, `[kd][kh][kw][channel][lane]`: channel c of plane kd of product `n i + j`, number i of n along h
-    /// and j along w, goes to `out[places[product][kd] + c * 16..]`.
-    pub fn filters<F: Filtering>(x: &[f32], channels: usize, out: &mut [f32], places: &[[usize; 3]]) {
+    /// Transforms three planes of taps in `x` along d: `out` has a plane of each product.
+    pub fn filters_along_d<F: Filtering>(x: &[f32], out: &mut [f32]) {
+        let ((x, _), (out, _)) = (x.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+        let plane = x.len() / 3;
+        for i in 0..plane {
+            let filters = F::filters([x[i], x[plane + i], x[2 * plane + i]]);
+            for (out, filter) in out.chunks_exact_mut(plane).zip(filters) {
+                out[i] = filter;
+            }
+        }
+    }
+
+    /// Transforms planes of taps in `x`, `[kd][kh][kw][channel][lane]`: channel c of plane kd of product `n i + j`, number i of n
+    /// along h and j along w, goes to `out[places[product][kd] + c * 16..]`.
+    pub fn filters<F: Filtering>(x: &[f32], channels: usize, out: &mut [f32], places: &[[usize; MOST]]) {
         let n = F::PRODUCTS.len();
         let (x, _) = x.as_chunks::<LANES>();
         for (plane, x) in x.chunks_exact(9 * channels).enumerate() {
@@ -209,7 +242,7 @@ mod tests {
         let mut v = vec![0.0; E::ELEMENTS * E::ELEMENTS * LANES];
         let plane = Plane { x: x.as_ptr(), row: E::READS * LANES };
         // SAFETY: as many rows and voxels as are read, and room for all elements; plain Rust needs no feature.
-        unsafe { inputs::<E, Plain, 1>(&plane, 1, v.as_mut_ptr(), (LANES, LANES)) };
+        unsafe { inputs::<E, Plain, 1>(&plane, 0..1, v.as_mut_ptr(), (LANES, LANES)) };
         v
     }
 
@@ -218,8 +251,8 @@ mod tests {
         // `filters` takes three planes.
         let products = F::PRODUCTS.len() * F::PRODUCTS.len();
         let mut u = vec![0.0; 3 * products * LANES];
-        let places: Vec<[usize; 3]> =
-            (0..products).map(|p| [0, 1, 2].map(|kd| (kd * products + p) * LANES)).collect();
+        let places: Vec<[usize; MOST]> =
+            (0..products).map(|p| std::array::from_fn(|kd| (kd * products + p) * LANES)).collect();
         filters::<F>(&[g, g, g].concat(), 1, &mut u, &places);
         u.truncate(products * LANES);
         u

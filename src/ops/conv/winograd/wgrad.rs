@@ -27,7 +27,7 @@ const CHANNELS: usize = 8;
 
 /// (D, H, W) in tiles: of bfloat16, whole pairs of them along W.
 pub fn tiles(problem: &Problem) -> [usize; 3] {
-    let [d, h, w] = super::tiles(Dense::MAP, problem.out_space);
+    let [d, h, w] = super::tiles::<Dense>(problem.out_space);
     match problem.operands {
         Operands::Single => [d, h, w],
         Operands::Bf16 => [d, h, w.next_multiple_of(2)],
@@ -173,7 +173,7 @@ impl Pass<'_> {
         let first = *first;
         let Task { block, lanes, .. } = self.task;
         let width = lanes.len() * LANES;
-        let block_floats = slab.input_tiles(F::MAP) * V::OPERANDS;
+        let block_floats = slab.input_tiles::<F>() * V::OPERANDS;
         // Not `spread`: it gains nothing here.
         let v_pitch = block.len.div_ceil(CHANNEL_BLOCK) * block_floats;
         for (index, first) in (0..block.len).step_by(CHANNEL_BLOCK).enumerate() {
