@@ -276,15 +276,15 @@ impl Pass<'_> {
         let v = &job.v[..F::ELEMENTS.pow(2) * job.pitch + (P - 1) * V::OPERANDS];
         let m = &mut m[..stored * pitch];
         for (parity, starts) in job.sums.starts.iter().enumerate().take(F::MAP.outputs()) {
-            // Planes of outputs.
-            let planes = parity..parity + F::OUTPUTS_ALONG_D;
             for first in (0..tiles).step_by(chunk) {
                 let count = chunk.min(tiles - first);
                 for sum in 0..sums {
                     // A part of them at a time: the cache takes so many requests at once.
                     let [from, to] = [sum, sum + 1].map(|p| first + p * count / sums);
-                    for run in planes.clone().flat_map(|plane| slab.runs::<F>(plane, from, to - from)) {
-                        (0..Q).for_each(|q| self.prefetch_outputs(slab, lane + q, &run));
+                    for plane in 0..F::OUTPUTS_ALONG_D {
+                        for run in slab.runs::<F>(parity + plane, from, to - from) {
+                            (0..Q).for_each(|q| self.prefetch_outputs(slab, lane + q, &run));
+                        }
                     }
                     let ((row, start), (end, _)) = (starts[sum], starts[sum + 1]);
                     let rows = &job.rows[row..end];
@@ -326,24 +326,28 @@ impl Pass<'_> {
                         }
                     }
                 }
-                for (q, along) in (0..Q).flat_map(|q| (0..F::OUTPUTS_ALONG_D).map(move |along| (q, along))) {
-                    let m = m[along * plane * pitch + q * chunk * LANES..].as_ptr();
-                    let runs = (slab.runs::<F>(parity + along, first, count), first);
-                    // SAFETY: the sums of `count` tiles were just written; the lanes are this task's. Columns of cubes are
-                    // their outputs along d.
-                    unsafe {
-                        match (self.outs[self.lanes[lane + q].tensor].finishes(STAGE), columns && !F::DEEP) {
-                            (true, true) => {
-                                self.transform_outputs::<F, V, true, true>(slab, lane + q, runs, m, pitch)
-                            }
-                            (true, false) => {
-                                self.transform_outputs::<F, V, true, false>(slab, lane + q, runs, m, pitch)
-                            }
-                            (false, true) => {
-                                self.transform_outputs::<F, V, false, true>(slab, lane + q, runs, m, pitch)
-                            }
-                            (false, false) => {
-                                self.transform_outputs::<F, V, false, false>(slab, lane + q, runs, m, pitch)
+                for q in 0..Q {
+                    for along in 0..F::OUTPUTS_ALONG_D {
+                        let m = m[along * plane * pitch + q * chunk * LANES..].as_ptr();
+                        let runs = (slab.runs::<F>(parity + along, first, count), first);
+                        let lane = lane + q;
+                        let finishes = self.outs[self.lanes[lane].tensor].finishes(STAGE);
+                        // SAFETY: the sums of `count` tiles were just written; the lanes are this task's. Columns of cubes are
+                        // their outputs along d.
+                        unsafe {
+                            match (finishes, columns && !F::DEEP) {
+                                (true, true) => {
+                                    self.transform_outputs::<F, V, true, true>(slab, lane, runs, m, pitch)
+                                }
+                                (true, false) => {
+                                    self.transform_outputs::<F, V, true, false>(slab, lane, runs, m, pitch)
+                                }
+                                (false, true) => {
+                                    self.transform_outputs::<F, V, false, true>(slab, lane, runs, m, pitch)
+                                }
+                                (false, false) => {
+                                    self.transform_outputs::<F, V, false, false>(slab, lane, runs, m, pitch)
+                                }
                             }
                         }
                     }
