@@ -22,8 +22,9 @@
 //!
 //! Every value is the sum of the same products. Those that are summed one by one, and transforms (Winograd's) of pairs of
 //! features that the window pairs too, have the same bits as in windows by themselves: the map has an even number of features
-//! before everything. Where windows are an odd number of features apart, transforms are of other pairs, and round otherwise;
-//! so may matrix units, whose order of products depends on the width of a layer.
+//! before everything, and along D a row takes over whole pairs. Where windows are an odd number of features apart, along any
+//! axis, transforms are of other pairs, and round otherwise; so may matrix units, whose order of products depends on the width of
+//! a layer.
 
 use std::collections::BTreeSet;
 use std::ops::Range;

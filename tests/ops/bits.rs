@@ -1,9 +1,10 @@
 //! Results whose bits depend neither on the number of threads nor on the vector unit.
 
-use crate::layer::{CASES, Case, Layer, bits, conv, transposed};
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use crate::{AMX_CASES, amx_emulator};
+use crate::cases::CASES;
+use crate::layer::{Case, Layer, bits, conv, transposed};
 use crate::{UNIT, uniform};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::{amx_emulator, cases::AMX_CASES};
 use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};
@@ -73,9 +74,12 @@ fn bits_of_layers_do_not_depend_on_the_vector_unit() {
     }
 }
 
-/// Layers of a training step that the network below has not: backward passes of stride 2 that are filtered.
-const LARGE: [Case; 2] =
-    [conv([10, 12, 16], &[18], &[16, 20], 3, 2), transposed([5, 8, 8], &[17, 16], &[18])];
+/// Layers that the network below has not: backward passes of stride 2 that are filtered, and inference in cubes, of several slabs.
+const LARGE: [Case; 3] = [
+    conv([10, 12, 16], &[18], &[16, 20], 3, 2),
+    transposed([5, 8, 8], &[17, 16], &[18]),
+    conv([27, 6, 7], &[32], &[48], 3, 1),
+];
 
 #[test]
 fn bits_of_filtered_layers_do_not_depend_on_threads() {
@@ -83,7 +87,7 @@ fn bits_of_filtered_layers_do_not_depend_on_threads() {
     use_simd(Simd::Avx512);
     for (i, case) in LARGE.iter().enumerate() {
         let [_, dx, dw] = case.filtering_in_a_step();
-        assert!(dx.is_some() && dw.is_some(), "case {i} is filtered");
+        assert!(dx.is_some() && dw.is_some() && case.filtering().is_some(), "case {i} is filtered");
         for operands in [Operands::Single, Operands::Bf16] {
             let bits = [1, 2, 4].map(|threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");

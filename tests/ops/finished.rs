@@ -1,10 +1,11 @@
 //! Convolutions of inference that finish their outputs, and those that read what was finished: the bits that separate
 //! steps would give.
 
-use crate::layer::{CASES, Case, Layer, bits, widened};
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use crate::{AMX_CASES, amx_emulator};
+use crate::cases::CASES;
+use crate::layer::{Case, Layer, bits, widened};
 use crate::{UNIT, param, uniform};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::{amx_emulator, cases::AMX_CASES};
 use spleen_hpc::Error;
 use spleen_hpc::config::{Config, Net, Norm, Recipe};
 use spleen_hpc::device::bf16::Operands;

@@ -26,10 +26,12 @@ const PAIRED: &[Case] = &[
     ([17, 13, 64], [8, 16, 16], 0.5, 7),
     // Windows that hang over on all sides.
     ([5, 13, 18], [8, 16, 24], 0.5, 2),
+    // Along D steps of 4, and windows that end with half a pair.
+    ([26, 16, 32], [18, 16, 16], 0.75, 3),
 ];
 
-/// They do not: windows begin at 0, 12 and 18.
-const UNPAIRED: Case = ([8, 42, 42], [8, 24, 24], 0.5, 4);
+/// They do not: windows begin at 0, 12 and 18, along D at 0 and 2.
+const UNPAIRED: Case = ([18, 42, 42], [16, 24, 24], 0.5, 4);
 
 fn net(channels: &[usize], operands: Operands) -> UNet {
     let net = Net { norm: Norm::Batch, channels: channels.to_vec() };
@@ -83,8 +85,8 @@ fn assert_same_bits(unit: Simd, channels: &[usize], cases: &[Case]) {
 #[test]
 fn a_shared_first_level_gives_the_bits_of_windows_by_themselves() {
     let _turn = UNIT.lock().unwrap_or_else(|p| p.into_inner());
-    // Products of transforms in f32, in both, and nowhere.
-    for channels in [&[9, 12][..], &[16, 8], &[3, 5]] {
+    // Products of transforms in planes in f32, in cubes in f32 and in planes in bfloat16, in cubes in both, and nowhere.
+    for channels in [&[9, 12][..], &[16, 8], &[32, 8], &[3, 5]] {
         assert_same_bits(Simd::Avx512, channels, PAIRED);
     }
     for unit in [Simd::Avx2, Simd::Portable] {

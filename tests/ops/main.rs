@@ -5,13 +5,17 @@
 #[path = "../amx_emulator/mod.rs"]
 mod amx_emulator;
 mod bits;
+mod cases;
 mod finished;
 mod first_level;
 mod layer;
 mod stored;
 mod winograd;
 
-use layer::{CASES, Case, Layer, conv, transposed};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use cases::AMX_CASES;
+use cases::CASES;
+use layer::{Case, Layer};
 
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, amx, use_simd};
@@ -77,10 +81,10 @@ fn convolutions_match_their_definition() {
 
 /// Cases of stride 1, of stride 2, of scatters and of stride 1 in cubes that multiply transforms of bfloat16: none is to drop out
 /// unseen.
-const FILTERED: [usize; 4] = [12, 12, 8, 6];
+const FILTERED: [usize; 4] = [12, 12, 8, 7];
 
 /// Those that do in a training step, for outputs and for gradients of inputs and of weights.
-const FILTERED_IN_STEPS: [[usize; 4]; 3] = [[18, 0, 0, 0], [18, 3, 5, 0], [11, 10, 0, 0]];
+const FILTERED_IN_STEPS: [[usize; 4]; 3] = [[19, 0, 0, 0], [19, 3, 5, 0], [12, 10, 0, 0]];
 
 /// Products of bfloat16 are exact in f32, so sums of either operands are off by as much from those of the same factors.
 fn compare(i: usize, case: &Case, operands: Operands) {
@@ -102,46 +106,6 @@ fn compare(i: usize, case: &Case, operands: Operands) {
     got.dw.iter().zip(&want.dw).for_each(|(g, w)| check("dw", g, w, many));
     got.db.iter().zip(&want.db).for_each(|(g, w)| check("db", g, w, CONV_TOLERANCE));
 }
-
-/// Layers that fill tiles of AMX: whole and broken blocks of channels, rows shorter and longer than 16 voxels, both
-/// strides, several sources, more channels than one halo tile holds.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-const AMX_CASES: &[Case] = &[
-    conv([3, 4, 24], &[16], &[16], 3, 1),
-    conv([2, 3, 50], &[16], &[32], 3, 1),
-    conv([6, 6, 6], &[32], &[48], 3, 1),
-    conv([5, 7, 9], &[20], &[18], 3, 1),
-    conv([5, 6, 33], &[16], &[32, 32], 3, 2),
-    conv([4, 4, 12], &[40], &[24], 3, 2),
-    conv([3, 3, 4], &[160], &[16], 3, 1),
-    conv([3, 5, 6], &[40], &[70], 1, 1),
-    // Nine blocks of channels, and part of a tenth.
-    conv([2, 3, 5], &[150], &[70], 1, 1),
-    transposed([3, 3, 6], &[32, 32], &[16]),
-    transposed([2, 3, 17], &[16, 24], &[33]),
-    transposed([1, 1, 1], &[34], &[33]),
-    transposed([2, 3, 5], &[16, 16], &[1]),
-    transposed([3, 2, 19], &[16, 16], &[2]),
-    transposed([2, 2, 6], &[40], &[4]),
-    // Few outputs of more channels than a group.
-    transposed([2, 2, 6], &[160], &[2]),
-    conv([5, 6, 27], &[1], &[16, 16], 3, 2),
-    conv([4, 3, 10], &[1], &[24], 3, 1),
-    conv([4, 3, 9], &[2], &[18], 3, 1),
-    transposed([2, 3, 14], &[16, 16], &[2]),
-    conv([3, 4, 40], &[2], &[2], 3, 1),
-    conv([2, 9, 21], &[2], &[1], 3, 1),
-    // A single plane; columns of four planes of bands, then a plane by itself; columns of three planes and of two.
-    conv([1, 5, 18], &[32], &[16], 3, 1),
-    conv([9, 3, 17], &[2], &[2], 3, 1),
-    conv([5, 4, 20], &[16], &[16], 3, 1),
-    // Tiles along d that keep planes of the one before, of half-full blocks.
-    conv([528, 2, 3], &[9], &[8], 3, 2),
-    // The last tile of the data gradient has no output of the odd parity along d.
-    conv([17, 3, 4], &[24], &[16], 3, 2),
-    // Tiles in runs that share planes, channels that fill no block, whole tiles at either end.
-    conv([64, 40, 3], &[20], &[18], 3, 1),
-];
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 #[test]

@@ -1,9 +1,10 @@
 //! What a training step of bfloat16 stores as bfloat16: the bits of f32 values that were rounded.
 
-use crate::layer::{CASES, Case, Layer, bits, rounded};
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use crate::{AMX_CASES, amx_emulator};
+use crate::cases::CASES;
+use crate::layer::{Case, Layer, bits, rounded};
 use crate::{UNIT, lazy, param, uniform};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use crate::{amx_emulator, cases::AMX_CASES};
 use spleen_hpc::config::{Net, Norm};
 use spleen_hpc::device::bf16::Operands;
 use spleen_hpc::device::cpu::{Simd, use_simd};

@@ -1,6 +1,6 @@
 //! Convolutions of kernel 3 by minimal filtering in their planes or along all axes, whose transformed operands are rounded to
-//! bfloat16: sums in f64. F(2, 3) is that of Lavin and Gray (CVPR 2016); of stride 2, one way or the other, every other tap is filtered by F(2, 2):
-//! three products (d0 - d1) g0, d1 (g0 + g1), (d2 - d1) g1 for d0 g0 + d1 g1 and d1 g0 + d2 g1.
+//! bfloat16: sums in f64. F(2, 3) is that of Lavin and Gray (CVPR 2016); of stride 2, one way or the other, every other tap is
+//! filtered by F(2, 2): three products (d0 - d1) g0, d1 (g0 + g1), (d2 - d1) g1 for d0 g0 + d1 g1 and d1 g0 + d2 g1.
 
 use half::bf16;
 
@@ -118,10 +118,9 @@ impl Filtering {
         inputs.min(outputs) >= 16 && self.saves(out_space, out_space)
     }
 
-    /// Whether it multiplies transforms along D, too, in inference: from 32 channels on both sides, where a tenth at least of the
-    /// products is saved once more.
+    /// Whether it multiplies transforms along D, too, in inference: from 32 channels on both sides, and two planes.
     pub fn is_of_cubes(self, [d, ..]: [usize; 3], inputs: usize, outputs: usize) -> bool {
-        self == Filtering::Dense && inputs.min(outputs) >= 32 && 10 * 4 * d.div_ceil(2) <= 9 * 3 * d
+        self == Filtering::Dense && inputs.min(outputs) >= 32 && d >= 2
     }
 
     /// Whether the tiles of `tiled` have as few products as that beside the anchors of `out_space`.

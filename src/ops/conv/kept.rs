@@ -18,8 +18,13 @@ use std::sync::{Arc, Mutex, Weak};
 pub enum Layout {
     /// Vectors of such elements.
     Vectors(Element),
-    /// Vectors of such elements of transformed filters, of cubes or not.
-    Products(Element, bool),
+    /// Vectors of such elements of filters that are transformed in every plane, or `deep`, along all axes.
+    Products {
+        /// What is multiplied.
+        element: Element,
+        /// Whether along all axes.
+        deep: bool,
+    },
     /// B tiles of AMX.
     #[cfg(target_arch = "x86_64")]
     Tiles(Depth, Option<Fold>),
@@ -134,8 +139,8 @@ mod tests {
             for element in [Element::Single, Element::Channels, Element::Taps] {
                 for layout in [
                     Layout::Vectors(element),
-                    Layout::Products(element, false),
-                    Layout::Products(element, true),
+                    Layout::Products { element, deep: false },
+                    Layout::Products { element, deep: true },
                 ] {
                     packed(Phase::Inference, (map, layout), [&block, &block], &weights, || {
                         packs += 1;

@@ -1,9 +1,8 @@
 //! The register tiles. P x Q accumulators of 16 lanes stay in registers over the whole reduction.
 //!
 //! AVX-512: up to 24 accumulators, Q weights and a broadcast of 32 registers; a reduction step is P broadcasts and Q
-//! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. (Of S sums of a single lane block it is P S
-//! broadcasts and S loads for P S.) AVX2 holds 6 of these 16-lane
-//! accumulators in 12 of its 16 registers.
+//! loads for P Q multiply-adds, so two FMA units stay busy from 12 accumulators on. (Of S sums it is S times as many of each.)
+//! AVX2 holds 6 of these 16-lane accumulators in 12 of its 16 registers.
 //!
 //! A broadcast is a multiply-add's last operand: of products of bfloat16 that one alone may be a broadcast from memory, which
 //! takes no instruction of its own where it is used once.

@@ -3,10 +3,11 @@
 use super::super::correlate::{few_lengths, tasks};
 use super::super::epilogue::{Head, LaneMap, Out, Stage};
 use super::super::kept::{self, Layout};
-use super::super::micro::{Reduction, broadcast_sums, broadcast_voxels};
+use super::super::micro::{Reduction, broadcast_voxels};
 use super::super::plan::{Block, CHANNEL_BLOCK, LANES, lane_blocks, source_blocks};
 use super::super::tile::Element;
 use super::super::{Problem, Source, Weights};
+use super::columns::{COLUMN, column, column_by_halves};
 use super::filtering::{Filtering, MOST, of_sums};
 use super::pack::pack;
 use super::slab::{Destination, Lines, Run, Slab};
@@ -37,14 +38,11 @@ const fn chunk<F: Filtering>(operands: Operands) -> usize {
     if chunk < most { chunk } else { most }
 }
 
-/// Sums of a column of a [`Filtering::FOUR`], along h or, of cubes, along d, which a register tile holds: what it stores are their
-/// outputs along that axis.
-const COLUMN: usize = 4;
-
-/// Tiles between two output transforms there: sums and outputs stay in the first-level cache.
+/// Tiles between two output transforms of [`columns`](super::columns): sums and outputs stay in the first-level cache.
 const COLUMN_TILES: usize = 18;
 
-/// The same of cubes, times lane blocks: weights are read once for all of them, and there are 5.3 times as many as taps.
+/// The same of cubes, times lane blocks. Weights, 64 for 27 taps, are read once for all of them: 24, whose sums lay in the first-level
+/// cache, take 1 to 2 % longer.
 const CUBE_TILES: usize = 48;
 
 /// Tasks a thread, where lane blocks can be shared out.
@@ -65,7 +63,7 @@ pub fn run<'a, F: Filtering>(
     let blocks = source_blocks(sources, CHANNEL_BLOCK);
     let lanes = lane_blocks(heads.iter().map(|h| h.channels));
     let pack = || pack::<F>(element, &blocks, &lanes, weights);
-    let layout = Layout::Products(element, F::DEEP);
+    let layout = Layout::Products { element, deep: F::DEEP };
     let packed = kept::packed(phase, (map, layout), [&blocks, &lanes], weights, pack);
     let tiles = tiles::<F>(out_space);
     let tile_floats = blocks.len() * element.of(CHANNEL_BLOCK);
@@ -103,7 +101,8 @@ struct Room<'a> {
     /// Sums of a chunk of register tiles, or what [`column`] stores.
     m: Buffer,
     lines: &'a mut Lines,
-    /// (first float, operands) of every product, source block and tap along d, in the order of packed weights.
+    /// (first float, operands) of every product, source block and tap along d, of cubes first element along it, in the order of
+    /// packed weights.
     rows: &'a mut Vec<(usize, usize)>,
 }
 
@@ -255,6 +254,7 @@ impl Pass<'_> {
     ) -> usize {
         const { assert!(S == 1 || COLUMN_TILES.is_multiple_of(P) && CUBE_TILES.is_multiple_of(P * Q)) };
         let columns = S > 1;
+        debug_assert!(if F::DEEP { columns } else { !columns || F::FOUR && S == COLUMN && Q == 1 });
         let slab = job.slab;
         let tiles = slab.tiles();
         let lane_floats = self.packed.len() / self.lanes.len();
@@ -265,12 +265,12 @@ impl Pass<'_> {
             false => chunk::<F>(slab.problem.operands) * P,
         };
         let pitch = spread(Q * chunk * LANES);
-        let plane = F::SUMS.pow(2);
+        let plane_sums = F::SUMS.pow(2);
         // Of columns, their first sums, which stand for them, and what lies between the others.
         let (sums, stored, (x_pitch, w_pitch)) = match columns {
-            _ if F::DEEP => (plane, F::OUTPUTS * plane, job.along_d),
+            _ if F::DEEP => (plane_sums, F::OUTPUTS * plane_sums, job.along_d),
             true => (F::SUMS, F::OUTPUTS * F::SUMS, (F::ELEMENTS * job.pitch, job.sums.starts[0][F::SUMS].1)),
-            false => (plane, plane, (0, 0)),
+            false => (plane_sums, plane_sums, (0, 0)),
         };
         // All that is read and written below: the last register tile may reach beyond the slab's last tile.
         let v = &job.v[..F::ELEMENTS.pow(2) * job.pitch + (P - 1) * V::OPERANDS];
@@ -281,8 +281,8 @@ impl Pass<'_> {
                 for sum in 0..sums {
                     // A part of them at a time: the cache takes so many requests at once.
                     let [from, to] = [sum, sum + 1].map(|p| first + p * count / sums);
-                    for plane in 0..F::OUTPUTS_ALONG_D {
-                        for run in slab.runs::<F>(parity + plane, from, to - from) {
+                    for along in 0..F::OUTPUTS_ALONG_D {
+                        for run in slab.runs::<F>(parity + along, from, to - from) {
                             (0..Q).for_each(|q| self.prefetch_outputs(slab, lane + q, &run));
                         }
                     }
@@ -328,7 +328,7 @@ impl Pass<'_> {
                 }
                 for q in 0..Q {
                     for along in 0..F::OUTPUTS_ALONG_D {
-                        let m = m[along * plane * pitch + q * chunk * LANES..].as_ptr();
+                        let m = m[along * plane_sums * pitch + q * chunk * LANES..].as_ptr();
                         let runs = (slab.runs::<F>(parity + along, first, count), first);
                         let lane = lane + q;
                         let finishes = self.outs[self.lanes[lane].tensor].finishes(STAGE);
@@ -421,91 +421,6 @@ impl Pass<'_> {
                     }
                 }
             }
-        }
-    }
-}
-
-/// Stores the outputs of [`COLUMN`] sums, along h or, of cubes, along d, of P tiles of Q lane blocks: number o of tile p of block q at
-/// `m + o * pitch + (q * chunk + p) * 16`.
-///
-/// # Safety
-/// As [`broadcast_sums`]; `m` must have room for them.
-#[inline(always)]
-unsafe fn column<F: Filtering, V: Lanes, const P: usize, const Q: usize>(
-    x: (*const f32, usize),
-    w: (*const f32, usize, usize),
-    rows: &[(usize, usize)],
-    (m, chunk, pitch): (*mut f32, usize, usize),
-) {
-    // SAFETY: by the caller's promise.
-    unsafe {
-        let acc = broadcast::<V, P, Q, COLUMN>(x, w, rows);
-        for q in 0..Q {
-            for p in 0..P {
-                let mut sums = [V::zero(); MOST];
-                for s in 0..COLUMN {
-                    sums[s] = acc[s][p][q];
-                }
-                let outputs = F::outputs(sums);
-                for o in 0..F::OUTPUTS {
-                    outputs[o].store(m.add(o * pitch + (q * chunk + p) * LANES));
-                }
-            }
-        }
-    }
-}
-
-/// [`column`] of cubes where not all sums have registers at once: first those in the middle, of which each output has the sum or the
-/// difference.
-///
-/// # Safety
-/// As [`column`].
-#[inline(always)]
-unsafe fn column_by_halves<V: Lanes, const P: usize, const Q: usize>(
-    (x, x_pitch): (*const f32, usize),
-    (w, w_pitch, q_pitch): (*const f32, usize, usize),
-    rows: &[(usize, usize)],
-    (m, chunk, pitch): (*mut f32, usize, usize),
-) {
-    // SAFETY: by the caller's promise; sums 1 and 2, then 0 and 3.
-    unsafe {
-        let inner =
-            broadcast::<V, P, Q, 2>((x.add(x_pitch), x_pitch), (w.add(w_pitch), w_pitch, q_pitch), rows);
-        for q in 0..Q {
-            for p in 0..P {
-                let m = m.add((q * chunk + p) * LANES);
-                let [s1, s2] = [inner[0][p][q], inner[1][p][q]];
-                s1.add(s2).store(m);
-                s1.sub(s2).store(m.add(pitch));
-            }
-        }
-        let outer = broadcast::<V, P, Q, 2>((x, 3 * x_pitch), (w, 3 * w_pitch, q_pitch), rows);
-        for q in 0..Q {
-            for p in 0..P {
-                let m = m.add((q * chunk + p) * LANES);
-                outer[0][p][q].add(V::load(m)).store(m);
-                V::load(m.add(pitch)).add(outer[1][p][q]).store(m.add(pitch));
-            }
-        }
-    }
-}
-
-/// [`broadcast_sums`] of tiles side by side.
-///
-/// # Safety
-/// As there.
-#[inline(always)]
-unsafe fn broadcast<V: Lanes, const P: usize, const Q: usize, const S: usize>(
-    x: (*const f32, usize),
-    w: (*const f32, usize, usize),
-    rows: &[(usize, usize)],
-) -> [[[V; Q]; P]; S] {
-    // SAFETY: handed on from the caller.
-    unsafe {
-        if V::OPERANDS == 8 {
-            broadcast_sums::<V, P, Q, S, 8>(x, w, rows)
-        } else {
-            broadcast_sums::<V, P, Q, S, 16>(x, w, rows)
         }
     }
 }

@@ -61,9 +61,9 @@ pub trait Filtering: Elements {
     const FOUR: bool = false;
     /// Outputs of a tile.
     const OUTPUTS: usize;
-    /// Planes of them.
+    /// Planes of them: those of each of its planes of anchors.
     const OUTPUT_PLANES: usize = Self::PLANES * Self::MAP.outputs();
-    /// How many of them are outputs of the same sums.
+    /// How many of these are made of the same sums: of a cube both, of a scatter each of its own.
     const OUTPUTS_ALONG_D: usize = if Self::DEEP { Self::OUTPUTS } else { 1 };
     /// The largest share, as a quotient, of a direct sum's products that may be left: tiles reach beyond volumes of odd size.
     const LEFT: [usize; 2];

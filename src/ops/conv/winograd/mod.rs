@@ -10,7 +10,7 @@
 //! | scatter | its transpose: 3 x 3 inputs, 4 x 4 outputs, in two planes | 25 of 1 | 18.75 eight outputs, not 27 |
 //!
 //! A task takes a slab of tiles and transforms its input once, with the pending norm and PReLU applied. Then each of a tile's
-//! sums is over the taps along D and all input channels, and stays in registers, and the outputs are sums of sums. A gradient of
+//! sums is over the taps along D, but for cubes, and all input channels, and stays in registers, and the outputs are sums of sums. A gradient of
 //! weights is the same the other way round: the gradients of the 16 or 25 products, summed over all tiles, each the product of a
 //! transformed input and a transformed gradient of outputs. (That of a scatter is a gather's: input and gradient change places.)
 //!
@@ -27,6 +27,7 @@
 //! that they are filtered themselves does not show. A value that is infinite may make no number of outputs that read it and of
 //! gradients of weights, where a direct sum would be infinite.
 
+mod columns;
 mod correlate;
 mod filtering;
 mod pack;
@@ -53,9 +54,6 @@ const MIN_CHANNELS_OF_CUBES: usize = 16;
 /// The same where pairs are multiplied.
 const MIN_CHANNELS_OF_CUBES_OF_PAIRS: usize = 32;
 
-/// The largest share, as a quotient, of the products of [`Dense`] that may be left: cubes reach beyond volumes of few planes.
-const LEFT_OF_CUBES: [usize; 2] = [9, 10];
-
 /// Anchors of all samples from which a backward pass with a stride of 2, or scattered, saves more (8.25 multiply-adds an anchor and
 /// channel pair) than the transform of its filters, or of their gradients, costs. For gradients of inputs 64 anchors do not, 216
 /// do in f32, 512 in bfloat16, too; for those of weights 432 do in f32, and are as fast either way in bfloat16.
@@ -67,10 +65,10 @@ const ACCUMULATORS: usize = 24;
 /// Floats that a task transforms, where the volume allows: 768 KB, for cores with an L2 of 1 MB and more.
 const SLAB_FLOATS: usize = 192 << 10;
 
-/// Tiles below which a slab rather exceeds [`SLAB_FLOATS`]: each reads all weights of its lanes.
+/// Tiles, or half as many cubes, below which a slab rather exceeds [`SLAB_FLOATS`]: each reads all weights of its lanes.
 const MIN_TILES: usize = 48;
 
-/// Output planes of a slab at most.
+/// Planes of tiles of a slab at most.
 const PLANES: usize = 12;
 
 /// [`super::correlate()`] by fewer products, if this pass is one that they pay in.
@@ -156,11 +154,9 @@ fn cubes_pay(problem: &Problem, sources: &[Source], lanes: usize) -> bool {
         Operands::Single => MIN_CHANNELS_OF_CUBES,
         Operands::Bf16 => MIN_CHANNELS_OF_CUBES_OF_PAIRS,
     };
-    let planes = problem.out_space[0];
-    // Products of a tile of a plane.
-    let [products, in_planes] = [Cubes::PRODUCTS.len() * planes.div_ceil(Cubes::PLANES), 3 * planes];
-    let [left, of] = LEFT_OF_CUBES;
-    channels(sources, lanes) >= least && of * products <= left * in_planes
+    // Of three planes, which are two cubes, a ninth of the products is still saved, of one there would be a third more. Windows that
+    // share a first level rely on one choice for all depths that they have.
+    channels(sources, lanes) >= least && problem.out_space[0] >= Cubes::PLANES
 }
 
 /// Those of the thinner side.
@@ -198,6 +194,7 @@ fn choose<E: Elements>([d, h, w]: [usize; 3], tile_floats: usize) -> Tile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Values;
 
     #[test]
     fn every_tile_lies_in_one_slab_of_the_size_that_is_wanted() {
@@ -205,6 +202,23 @@ mod tests {
         check_slabs::<Cubes>();
         check_slabs::<Strided>();
         check_slabs::<Scattered>();
+    }
+
+    /// `first_level` relies on one choice for all depths of two features and more.
+    #[test]
+    fn cubes_are_taken_from_two_planes_and_so_many_channels_on() {
+        for (operands, least) in [(Operands::Single, 16), (Operands::Bf16, 32)] {
+            let pay = |depth: usize, [inputs, lanes]: [usize; 2]| {
+                let space = [depth, 8, 8];
+                let phase = Phase::Inference;
+                let problem = Problem { map: Cubes::MAP, operands, phase, n: 1, space, out_space: space };
+                let source = Source { data: Values::Single(&[]), channels: inputs, pending: None };
+                cubes_pay(&problem, &[source], lanes)
+            };
+            assert!((2..9).all(|depth| pay(depth, [least, least])), "{operands:?}");
+            assert!(!pay(1, [64, 64]), "{operands:?}");
+            assert!(![[least - 1, 64], [64, least - 1]].into_iter().any(|c| pay(8, c)), "{operands:?}");
+        }
     }
 
     fn check_slabs<E: Elements>() {

@@ -1,4 +1,5 @@
-//! Transforms of tiles of a plane, along h, then along w: of inputs, filters and outputs, and their transposes for gradients.
+//! Transforms of tiles of a plane, along h, then along w, of cubes along d before: of inputs, filters and outputs, and their transposes
+//! for gradients.
 
 use super::super::plan::LANES;
 use super::super::rows::Value;
@@ -76,7 +77,11 @@ impl<R: Rows, const ELEMENT: usize> Rows for Along<'_, R, ELEMENT> {
         }
         let mut inputs = [V::zero(); MOST];
         for h in 0..E::READS {
-            inputs[h] = E::elements(planes.map(|plane| plane[h]))[ELEMENT];
+            let mut line = [V::zero(); MOST];
+            for d in 0..E::READS {
+                line[d] = planes[d][h];
+            }
+            inputs[h] = E::elements(line)[ELEMENT];
         }
         inputs
     }
@@ -85,7 +90,7 @@ impl<R: Rows, const ELEMENT: usize> Rows for Along<'_, R, ELEMENT> {
 /// Transforms these tiles of a row along w of one channel block to sixteen operands of each element in
 /// `v[element * pitch + tile * step..]`; element `ELEMENTS i + j` of a tile is number i along h and j along w.
 ///
-/// Where TILES is 2, of which their number is a multiple, sixteen pairs of values of both stand for two neighbouring tiles.
+/// Where TILES is 2, of which the first one's number and how many there are are multiples, sixteen pairs of values of both stand for two neighbouring tiles.
 ///
 /// # Safety
 /// All voxels of the tiles must be readable and all of these writable, and V's vector unit must exist.
@@ -227,7 +232,7 @@ vectorised! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::filtering::{Dense, Scattered, Strided, of_sums};
+    use super::super::filtering::{Cubes, Dense, Scattered, Strided, of_sums};
     use super::*;
     use crate::device::lanes::Plain;
     use crate::ops::conv::plan::Map;
@@ -318,7 +323,9 @@ mod tests {
 
     #[test]
     fn sums_of_products_make_the_outputs_of_a_tile() {
-        check::<Dense>(&[(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 1, 0), (1, 2, 1), (1, 3, 2)]);
+        let stride_1 = [(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 1, 0), (1, 2, 1), (1, 3, 2)];
+        check::<Dense>(&stride_1);
+        check::<Cubes>(&stride_1);
         check::<Strided>(&[(0, 0, 0), (0, 1, 1), (0, 2, 2), (1, 2, 0), (1, 3, 1), (1, 4, 2)]);
         check::<Scattered>(&[(0, 0, 1), (1, 0, 2), (1, 1, 0), (2, 1, 1), (3, 1, 2), (3, 2, 0)]);
     }
@@ -332,6 +339,7 @@ mod tests {
             assert_eq!(F::FOUR, F::PRODUCTS == four && F::SUMS == four.len());
         }
         check::<Dense>();
+        check::<Cubes>();
         check::<Strided>();
         check::<Scattered>();
         fn check_shapes<F: Differentiable>() {
