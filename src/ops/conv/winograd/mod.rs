@@ -10,9 +10,10 @@
 //! | scatter | its transpose: 3 x 3 inputs, 4 x 4 outputs, in two planes | 25 of 1 | 18.75 eight outputs, not 27 |
 //!
 //! A task takes a slab of tiles and transforms its input once, with the pending norm and PReLU applied. Then each of a tile's
-//! sums is over the taps along D, but for cubes, and all input channels, and stays in registers, and the outputs are sums of sums. A gradient of
-//! weights is the same the other way round: the gradients of the 16 or 25 products, summed over all tiles, each the product of a
-//! transformed input and a transformed gradient of outputs. (That of a scatter is a gather's: input and gradient change places.)
+//! sums is over the taps along D, but for cubes, and all input channels, and stays in registers, and the outputs are sums of sums.
+//! A gradient of weights is the same the other way round: the gradients of the 16 or 25 products, summed over all tiles, each the
+//! product of a transformed input and a transformed gradient of outputs. (That of a scatter is a gather's: input and gradient
+//! change places.)
 //!
 //! Filters are transformed once in inference, which keeps them, and in every pass of a training step. There stride 2 and scatters
 //! are filtered in the backward pass alone, where there are so many anchors that they save more ([`MIN_ANCHORS`]), and nothing
@@ -154,8 +155,8 @@ fn cubes_pay(problem: &Problem, sources: &[Source], lanes: usize) -> bool {
         Operands::Single => MIN_CHANNELS_OF_CUBES,
         Operands::Bf16 => MIN_CHANNELS_OF_CUBES_OF_PAIRS,
     };
-    // Of three planes, which are two cubes, a ninth of the products is still saved, of one there would be a third more. Windows that
-    // share a first level rely on one choice for all depths that they have.
+    // Of three planes, two cubes deep, a ninth of the products is still saved, of one there would be a third more. Windows that share
+    // a first level rely on one choice for all depths that they have.
     channels(sources, lanes) >= least && problem.out_space[0] >= Cubes::PLANES
 }
 

@@ -1,5 +1,5 @@
-//! Transforms of tiles of a plane, along h, then along w, of cubes along d before: of inputs, filters and outputs, and their transposes
-//! for gradients.
+//! Transforms of tiles of a plane, along h, then along w, of cubes along d before: of inputs, filters and outputs, and their
+//! transposes for gradients.
 
 use super::super::plan::LANES;
 use super::super::rows::Value;
@@ -90,7 +90,8 @@ impl<R: Rows, const ELEMENT: usize> Rows for Along<'_, R, ELEMENT> {
 /// Transforms these tiles of a row along w of one channel block to sixteen operands of each element in
 /// `v[element * pitch + tile * step..]`; element `ELEMENTS i + j` of a tile is number i along h and j along w.
 ///
-/// Where TILES is 2, of which the first one's number and how many there are are multiples, sixteen pairs of values of both stand for two neighbouring tiles.
+/// Where TILES is 2, and both the first one's number and their count are multiples of it, sixteen pairs of values of both stand for
+/// two neighbouring tiles.
 ///
 /// # Safety
 /// All voxels of the tiles must be readable and all of these writable, and V's vector unit must exist.
